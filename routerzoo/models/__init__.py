@@ -1,0 +1,1 @@
+"""The models around the MoE layer: a language decoder, and timm's vision transformers."""

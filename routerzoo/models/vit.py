@@ -1,0 +1,171 @@
+"""`ViTMoE`: a timm vision transformer whose chosen blocks have MoE layers."""
+# Shape suffixes: B images, C channels, N patches of an image, S tokens of an image (prefix tokens and patches), L classes.
+
+from __future__ import annotations
+
+from typing import Any, cast, final
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from routerzoo.experts import MLPExperts
+from routerzoo.grouped import Backend
+from routerzoo.models.blocks import MoEBlocks
+from routerzoo.models.patch_ids import PatchIdKind, PatchIds, create_patch_ids
+from routerzoo.moe import ExpertsFactory, RouterFactory
+from routerzoo.router import UnmetRequirementError
+from routerzoo.routing import RoutingContext
+from routerzoo.sparsify import provide_context, sparsify
+
+PROVIDED_CONTEXT = frozenset({"positions", "sequence_ids", "step", "total_steps"})
+
+
+@final
+class ViTMoE(nn.Module):
+    """Vision transformer from timm with MoE layers in place of the MLPs of chosen blocks.
+
+    Its routers are given positions, sequence ids (the image of a token) and the step; with `patch_ids` token ids too.
+    Prefix tokens (class token, registers) have ids of their own behind those of the patches.
+
+    Args:
+        backbone: name of a timm vision transformer.
+        num_classes: number of classes.
+        router: builds the router of each MoE layer.
+        experts: builds the experts of each MoE layer.
+        num_experts: experts per MoE layer.
+        num_shared_experts: experts per MoE layer that see every token.
+        moe_blocks: which blocks have a MoE layer; see `routerzoo.models.blocks.moe_block_indices`.
+        image_size: height and width of the images, pixels; by default the backbone's.
+        in_channels: channels of the images.
+        pretrained: start from timm's pretrained weights, and every expert from those of the MLP it replaces.
+        backbone_arguments: further arguments of `timm.create_model`, such as `depth` or `embed_dim`.
+        patch_ids: what token ids are, for routers that route by them: `position`, `lsh` or `codebook`.
+        num_patch_ids: number of patch ids for `lsh` (a power of 2) and `codebook`.
+        activation_checkpointing: keep only the blocks' inputs and compute the rest again in the backward pass.
+        backend: see `routerzoo.grouped_linear`.
+
+    Raises:
+        ValueError: not a vision transformer, or an image size that the patch size does not divide.
+        UnmetRequirementError: a router needs what the model does not provide.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        num_classes: int,
+        router: RouterFactory,
+        experts: ExpertsFactory = MLPExperts,
+        *,
+        num_experts: int = 8,
+        num_shared_experts: int = 0,
+        moe_blocks: MoEBlocks = "every-other",
+        image_size: int | None = None,
+        in_channels: int = 3,
+        pretrained: bool = False,
+        backbone_arguments: dict[str, Any] | None = None,
+        patch_ids: PatchIdKind | None = None,
+        num_patch_ids: int = 256,
+        activation_checkpointing: bool = False,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        arguments = {"num_classes": num_classes, "in_chans": in_channels, **(backbone_arguments or {})}
+        if image_size is not None:
+            arguments["img_size"] = image_size
+        self.vit = _create_vit(backbone, pretrained, arguments)
+        patch_embed = self.vit.patch_embed
+        self.grid_size: tuple[int, int] = tuple(patch_embed.grid_size)
+        self.image_size: tuple[int, int] = tuple(patch_embed.img_size)
+        patch_size: tuple[int, int] = tuple(patch_embed.patch_size)
+        if any(image % patch for image, patch in zip(self.image_size, patch_size, strict=True)):
+            raise ValueError(
+                f"patches of {patch_size[0]} x {patch_size[1]} pixels do not divide images of "
+                f"{self.image_size[0]} x {self.image_size[1]}: choose another image_size, or patch_size in "
+                "backbone_arguments"
+            )
+        self.num_prefix_tokens = int(self.vit.num_prefix_tokens)
+        num_patches = self.grid_size[0] * self.grid_size[1]
+        self.patch_ids: PatchIds | None = None
+        vocab_size = None
+        if patch_ids is not None:
+            if getattr(self.vit, "patch_drop", None) is not None and not isinstance(self.vit.patch_drop, nn.Identity):
+                raise ValueError("patch_ids need all patches: leave patch_drop_rate out")
+            self.patch_ids = create_patch_ids(patch_ids, patch_size, in_channels, num_patches, num_patch_ids)
+            vocab_size = self.patch_ids.vocab_size + self.num_prefix_tokens
+        try:
+            sparsify(
+                self.vit,
+                num_experts=num_experts,
+                router=router,
+                experts=experts,
+                blocks=moe_blocks,
+                upcycle=pretrained,
+                num_shared_experts=num_shared_experts,
+                match=lambda module: module in {block.mlp for block in self.vit.blocks},
+                provides=PROVIDED_CONTEXT | ({"token_ids"} if patch_ids is not None else set()),
+                vocab_size=vocab_size,
+                num_positions=num_patches + self.num_prefix_tokens,
+                backend=backend,
+            )
+        except UnmetRequirementError as error:
+            if error.missing & {"token_ids", "vocab_size"}:
+                hint = "set patch_ids to position, lsh or codebook, to say what the id of an image patch is"
+                raise UnmetRequirementError(error.router, error.missing, hint) from None
+            raise
+        if activation_checkpointing:
+            self.vit.set_grad_checkpointing(True)
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Number of token ids, prefix tokens included; None without patch ids."""
+        return None if self.patch_ids is None else self.patch_ids.vocab_size + self.num_prefix_tokens
+
+    def forward(
+        self, images_BCHW: Tensor, *, step: int | None = None, total_steps: int | None = None
+    ) -> tuple[Tensor, RoutingContext]:
+        """Return class logits `[B, L]`, and the context with the routing of every MoE layer.
+
+        Args:
+            images_BCHW: normalised images.
+            step: optimiser steps taken, where known.
+            total_steps: optimiser steps that the run will take, where known.
+        """
+        batch, _, height, width = images_BCHW.shape
+        if (height, width) != self.image_size:
+            raise ValueError(f"images are {height} x {width}, the model takes {self.image_size[0]} x {self.image_size[1]}")
+        tokens = self.num_prefix_tokens + self.grid_size[0] * self.grid_size[1]
+        device = images_BCHW.device
+        context = RoutingContext(
+            token_ids=self.token_ids(images_BCHW),
+            positions=torch.arange(tokens, device=device).repeat(batch),
+            sequence_ids=torch.arange(batch, device=device).repeat_interleave(tokens, output_size=batch * tokens),
+            step=step,
+            total_steps=total_steps,
+        )
+        provide_context(self.vit, context)
+        return self.vit(images_BCHW), context
+
+    def token_ids(self, images_BCHW: Tensor) -> Tensor | None:
+        """Return the id of every token, int64 `[B * S]`; None without patch ids."""
+        if self.patch_ids is None:
+            return None
+        ids_BN: Tensor = self.patch_ids(images_BCHW)
+        prefix = torch.arange(self.num_prefix_tokens, device=ids_BN.device) + self.patch_ids.vocab_size
+        return torch.cat([prefix.expand(len(ids_BN), -1), ids_BN], dim=1).reshape(-1)
+
+
+def _create_vit(backbone: str, pretrained: bool, arguments: dict[str, Any]) -> Any:
+    if not timm.is_model(backbone):
+        known = timm.list_models(f"*{backbone.split('_')[0]}*")[:5]
+        raise ValueError(
+            f"timm has no model {backbone!r}; it has {', '.join(known) or 'others'}; "
+            'see timm.list_models("vit_*")'
+        )
+    try:
+        vit = timm.create_model(backbone, pretrained=pretrained, **arguments)
+    except TypeError as error:
+        raise ValueError(f"timm cannot build {backbone} with {arguments}: {error}") from error
+    if not (hasattr(vit, "blocks") and hasattr(vit, "patch_embed") and all(hasattr(b, "mlp") for b in vit.blocks)):
+        raise ValueError(f"{backbone} is not a vision transformer with blocks that have an MLP; take a vit_* or deit_*")
+    return cast(Any, vit)

@@ -1,0 +1,182 @@
+"""`Router`: the base class of every routing method, and the properties that it declares."""
+# Shape suffixes: T tokens, D model width, E experts, K choices per token.
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from routerzoo.routing import CONTEXT_FIELDS, LayerSpec, Routing, RoutingContext
+
+
+class UnmetRequirementError(ValueError):
+    """A router needs something that the model around it does not provide.
+
+    Args:
+        router: name of the router.
+        missing: the `RoutingContext` fields, or `LayerSpec` sizes, that are missing.
+        hint: what would provide them.
+    """
+
+    def __init__(self, router: str, missing: frozenset[str], hint: str = "") -> None:
+        what = " and ".join(sorted(missing))
+        super().__init__(f"{router} requires {what}, which this model does not provide{hint and f': {hint}'}")
+        self.router, self.missing = router, missing
+
+
+class Router(nn.Module, ABC):
+    """Sends each token to some of a layer's experts.
+
+    A subclass implements `route`. It is called in float32 with autocast off, so that a near-tie is decided the same way
+    at every precision; `forward` casts the weights back to the hidden dtype. A concrete router is final: variants
+    compose or wrap. What training changes and inference needs belongs into parameters and buffers.
+
+    Class attributes declare the router's properties. `routerzoo.testing.check_router` proves them.
+
+    Args:
+        spec: sizes of the layer that the router sits in.
+        top_k: experts per token.
+
+    Raises:
+        ValueError: `top_k` outside 1..num_experts.
+        UnmetRequirementError: the model does not provide what the router requires.
+    """
+
+    paper: ClassVar[str] = ""
+    """Where the method was published: authors, venue and year, address."""
+    inspired_by: ClassVar[bool] = False
+    """True where the source could not be read in full, so that faithfulness cannot be claimed."""
+    requires: frozenset[str] = frozenset()
+    """The `RoutingContext` fields that `route` reads."""
+    causal: bool = True
+    """A token's routing ignores later tokens."""
+    batch_independent: bool = True
+    """A token's routing ignores other sequences of the batch."""
+    trainable: bool = True
+    """The router has parameters that learn."""
+    normalized: bool = False
+    """A token's weights sum to 1."""
+    trains_at_top_1: bool = True
+    """The task's gradient reaches the router's parameters at top_k = 1 (it does not where one weight is always 1)."""
+    compiles: bool = True
+    """`torch.compile(fullgraph=True)` takes the router."""
+    default_loss_weights: ClassVar[Mapping[str, float]] = {}
+    """The published coefficient of each auxiliary loss, used where the task is given none."""
+
+    def __init__(self, spec: LayerSpec, *, top_k: int = 2) -> None:
+        super().__init__()
+        if missing := self.requires - spec.provides:
+            raise UnmetRequirementError(type(self).__name__, missing)
+        self.spec = spec
+        self._top_k = _checked_top_k(top_k, spec.num_experts)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if unknown := frozenset(cls.requires) - CONTEXT_FIELDS:
+            raise TypeError(f"{cls.__name__}.requires names {', '.join(sorted(unknown))}; a context has {CONTEXT_FIELDS}")
+
+    @property
+    def top_k(self) -> int:
+        """Experts per token. It may change over training and is part of the `state_dict`."""
+        return self._top_k
+
+    @top_k.setter
+    def top_k(self, value: int) -> None:
+        self._top_k = _checked_top_k(value, self.spec.num_experts)
+
+    @abstractmethod
+    def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
+        """Decide in float32 where each token goes.
+
+        Args:
+            x_TD: hidden states, float32 (float64 where the model is).
+            context: what else is known; the fields in `requires` are present.
+        """
+
+    def forward(self, x_TD: Tensor, context: RoutingContext | None = None) -> Routing:
+        """Route T tokens.
+
+        Args:
+            x_TD: hidden states `[tokens, d_model]`, any floating dtype.
+            context: what else the router may look at; not needed where `requires` is empty.
+
+        Returns:
+            The routing, its weights in the dtype of `x_TD`.
+
+        Raises:
+            ValueError: hidden states of another width, or a required context field that is missing.
+        """
+        context = context if context is not None else RoutingContext()
+        if x_TD.ndim != 2 or x_TD.shape[1] != self.spec.d_model:
+            raise ValueError(
+                f"{type(self).__name__} takes hidden states [tokens, {self.spec.d_model}], got {list(x_TD.shape)}"
+            )
+        for name in self.requires:
+            value = getattr(context, name)
+            if value is None:
+                raise ValueError(f"{type(self).__name__} requires {name}; pass RoutingContext({name}=...)")
+            if isinstance(value, Tensor) and value.shape != x_TD.shape[:1]:
+                raise ValueError(f"{name} has shape {list(value.shape)}, the hidden states are {list(x_TD.shape)}")
+        with torch.autocast(x_TD.device.type, enabled=False):
+            routing = self.route(x_TD if x_TD.dtype == torch.float64 else x_TD.float(), context)
+        return _with_weights_like(x_TD, routing)
+
+    def calibrate(self, token_counts_V: Tensor) -> None:
+        """Learn from the training split how often each token id occurs, once, before the first step.
+
+        Args:
+            token_counts_V: int64 `[vocab_size]`.
+        """
+
+    def on_step_start(self, step: int, total_steps: int) -> None:
+        """Prepare for a training step; called before its forward pass.
+
+        Args:
+            step: optimiser steps taken so far.
+            total_steps: optimiser steps that the run will take.
+        """
+
+    def before_optimizer_step(self) -> None:
+        """Adjust gradients or buffers once they are complete (accumulated and reduced), before the optimiser reads them."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        """Return what the `state_dict` holds beside parameters and buffers."""
+        return {"top_k": self._top_k}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Take what `get_extra_state` gave."""
+        self.top_k = state["top_k"]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # A gate rounded to 16 bits decides near-ties at random, so `.half()`, `.bfloat16()` and 16-bit trainers
+        # leave routers in their own precision.
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.is_floating_point() and moved.element_size() < 4:
+                return tensor.to(moved.device)
+            return moved
+
+        return super()._apply(keep_precision, recurse)
+
+    def extra_repr(self) -> str:
+        """Show the sizes."""
+        return f"d_model={self.spec.d_model}, num_experts={self.spec.num_experts}, top_k={self.top_k}"
+
+
+def _checked_top_k(top_k: int, num_experts: int) -> int:
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k must be between 1 and num_experts = {num_experts}, got {top_k}")
+    return top_k
+
+
+def _with_weights_like(x_TD: Tensor, routing: Routing) -> Routing:
+    names = ("weights_TK", "weight_N", "dispatch_GSEP", "combine_GSEP")
+    given = {name: value for name in names if (value := getattr(routing, name)) is not None}
+    if all(value.dtype == x_TD.dtype for value in given.values()):
+        return routing
+    return replace(routing, **{name: value.to(x_TD.dtype) for name, value in given.items()})

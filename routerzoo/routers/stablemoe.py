@@ -1,0 +1,156 @@
+"""StableMoERouter: learn to route, distil it into a token table, freeze it (Dai et al., ACL 2022, https://arxiv.org/abs/2204.08396)."""
+# Shape suffixes: T tokens, D model width, E experts, K choices per token, V token ids, R routing dimension.
+
+from __future__ import annotations
+
+from typing import Any, Literal, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from routerzoo.losses import distillation_loss, stablemoe_balance_loss
+from routerzoo.registry import register_router
+from routerzoo.router import Router, UnmetRequirementError
+from routerzoo.routing import LayerSpec, Routing, RoutingContext
+from routerzoo.selection import top_k_experts
+
+
+@register_router
+@final
+class StableMoERouter(Router):
+    """Two-stage router: a learned gate teaches a router of token ids, which is then frozen.
+
+    Stage 1 (equations 5 to 11): `s = E_c h`, the expert is the largest, its weight `sigmoid(s_a)`. Losses: `balance`
+    (equation 8) and `distillation` (equation 11), the cross-entropy of `E_hat D(token)` with the chosen expert, where D
+    is an embedding of its own, independent of the backbone. Stage 2 (equations 12 to 15): the expert is the largest of
+    `E_hat D(token)`, which is frozen; **the gate goes on learning**, weight `sigmoid(E_c,a h)`; no auxiliary loss.
+
+    At the switch the choice of every token id is written into a table, a buffer: no momentum and no weight decay can
+    move it afterwards. (The authors stop computing gradients only, so that an optimiser with momentum still drifts.)
+    The stage is part of the `state_dict`; in the authors' code it is a plain attribute, and a resumed run falls back
+    into stage 1. `on_step_start` switches it.
+
+    Evaluation routes by the distilled router, in stage 1 too, as in the authors' code. Validation in stage 1 thus
+    measures another policy than training; `evaluate="stage"` measures the current one.
+
+    Coefficients 0.3 for both losses (their script; equation 11 shows none). Both are means over tokens here, as the
+    language-modelling loss is; the authors take sums of all three. Centroids start orthogonal with gain 0.1, as
+    published; the paper is silent on D and E_hat: N(0, 1 / R) here.
+
+    Extensions of the paper, which is top-1 and about text: k > 1 takes the k largest of the same scores, each with its
+    sigmoid; balance and distillation look at the first choice. In vision the ids come from
+    `routerzoo.models.patch_ids`.
+
+    Args:
+        spec: sizes of the layer the router sits in, with `vocab_size`.
+        top_k: experts per token.
+        routing_dim: width R of the distilled router's token embedding.
+        stage1_fraction: share of training spent in stage 1; the published runs take 6,000 of 60,000 steps.
+        stage1_steps: length of stage 1 in optimiser steps, instead of `stage1_fraction`.
+        evaluate: the router that evaluation in stage 1 uses.
+    """
+
+    paper = "Dai et al., ACL 2022, arXiv:2204.08396"
+    requires = frozenset({"token_ids"})
+    default_loss_weights = {"balance": 0.3, "distillation": 0.3}
+    frozen_choices: Tensor
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        *,
+        top_k: int = 1,
+        routing_dim: int = 50,
+        stage1_fraction: float = 0.1,
+        stage1_steps: int | None = None,
+        evaluate: Literal["distilled", "stage"] = "distilled",
+    ) -> None:
+        super().__init__(spec, top_k=top_k)
+        if spec.vocab_size is None:
+            raise UnmetRequirementError(type(self).__name__, frozenset({"vocab_size"}))
+        if not 0 <= stage1_fraction <= 1:
+            raise ValueError(f"stage1_fraction must be between 0 and 1, got {stage1_fraction}")
+        if evaluate not in ("distilled", "stage"):
+            raise ValueError(f"evaluate must be distilled or stage, got {evaluate!r}")
+        self.stage1_fraction, self.stage1_steps, self.evaluate = stage1_fraction, stage1_steps, evaluate
+        self.expert_centroids = nn.Parameter(torch.empty(spec.num_experts, spec.d_model))
+        nn.init.orthogonal_(self.expert_centroids, gain=0.1)
+        self.routing_embedding = nn.Parameter(torch.randn(spec.vocab_size, routing_dim) * routing_dim**-0.5)
+        self.distilled_centroids = nn.Parameter(torch.randn(spec.num_experts, routing_dim) * routing_dim**-0.5)
+        dtype = torch.int16 if spec.num_experts < 2**15 else torch.int32
+        self.register_buffer("frozen_choices", torch.zeros(spec.vocab_size, spec.num_experts, dtype=dtype))
+        self._stage = 1
+
+    @property
+    def stage(self) -> int:
+        """1 while the gate routes and teaches, 2 once the distilled router routes. Setting it to 2 freezes that router."""
+        return self._stage
+
+    @stage.setter
+    def stage(self, value: int) -> None:
+        if value not in (1, 2):
+            raise ValueError(f"stage must be 1 or 2, got {value}")
+        if value == 2 and self._stage == 1:
+            self._freeze()
+        self._stage = value
+
+    @torch.no_grad()
+    def _freeze(self) -> None:
+        for start in range(0, len(self.frozen_choices), 4096):  # bounds memory at a large vocabulary
+            scores_VE = F.linear(self.routing_embedding[start : start + 4096], self.distilled_centroids)
+            # Not a sort: the first k must be what `top_k_experts` gives on ties.
+            first_V1 = scores_VE.argmax(-1, keepdim=True)
+            order_VE = scores_VE.scatter(1, first_V1, torch.inf).argsort(-1, descending=True, stable=True)
+            self.frozen_choices[start : start + 4096] = order_VE.to(self.frozen_choices.dtype)
+
+    def on_step_start(self, step: int, total_steps: int) -> None:
+        """Enter stage 2 once stage 1 has lasted its steps."""
+        last = self.stage1_steps if self.stage1_steps is not None else round(self.stage1_fraction * total_steps)
+        if step >= last and self.stage == 1:
+            self.stage = 2
+
+    def before_optimizer_step(self) -> None:
+        """Leave the frozen parameters to no optimiser."""
+        if self.stage == 2:
+            self.routing_embedding.grad = self.distilled_centroids.grad = None
+
+    def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
+        """Route by the gate in stage 1, by the frozen choices in stage 2."""
+        token_ids = context.token_ids
+        assert token_ids is not None  # `forward` checked what `requires` names.
+        logits_TE = F.linear(x_TD, self.expert_centroids)
+        distil = self.stage == 1 and self.training
+        if self.stage == 2:
+            experts_TK = self.frozen_choices[token_ids, : self.top_k].long()
+        elif self.training or self.evaluate == "stage":
+            experts_TK = top_k_experts(logits_TE, self.top_k)[1]
+        else:
+            experts_TK = top_k_experts(self._distilled_logits(token_ids), self.top_k)[1]
+        gates_TK = logits_TE.gather(1, experts_TK).sigmoid()
+        losses = {}
+        if distil:
+            # What the frozen router is taught is the policy alone: neither the gate nor the model gets its gradient.
+            first_T = experts_TK[:, 0]
+            counted_T = first_T if context.padding_mask is None else first_T.masked_fill(context.padding_mask, -1)
+            losses["balance"] = stablemoe_balance_loss(gates_TK[:, 0], counted_T, self.spec.num_experts)
+            losses["distillation"] = distillation_loss(
+                self._distilled_logits(token_ids), first_T, padding_mask=context.padding_mask
+            )
+        elif self.training:
+            # Zeros that keep every parameter in the graph: DistributedDataParallel waits for all gradients.
+            zero = 0.0 * (self.routing_embedding.sum() + self.distilled_centroids.sum())
+            losses = {"balance": logits_TE.new_zeros(()), "distillation": zero}
+        return Routing(experts_TK, gates_TK, logits_TE, losses, may_pad=False)
+
+    def _distilled_logits(self, token_ids: Tensor) -> Tensor:
+        return F.linear(F.embedding(token_ids, self.routing_embedding), self.distilled_centroids)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the stage beside k."""
+        return {**super().get_extra_state(), "stage": self._stage}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take stage and k; the frozen choices come with the buffers."""
+        super().set_extra_state(state)
+        self._stage = state["stage"]

@@ -1,0 +1,86 @@
+"""XMoERouter: cosine routing on a low-dimensional hypersphere (Chi et al., NeurIPS 2022, https://arxiv.org/abs/2204.09179)."""
+# Shape suffixes: T tokens, D model width, E experts, K choices per token, R routing dimension.
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from routerzoo.losses import balance_loss
+from routerzoo.registry import register_router
+from routerzoo.router import Router
+from routerzoo.routing import LayerSpec, Routing, RoutingContext
+from routerzoo.selection import ScoreFunction, score, top_k_experts
+
+BALANCE_TEMPERATURE: dict[ScoreFunction, float] = {"softmax": 0.3, "sigmoid": 0.07}
+MIN_TEMPERATURE = 0.01
+
+
+@register_router
+@final
+class XMoERouter(Router):
+    """Gate that compares a low-dimensional projection of the token with expert embeddings by their cosine.
+
+    `s_i = cos(P h, c_i)` with P of `[R, D]`; the logits are `s / tau`, tau learned. The weight is the softmax over all
+    experts, or the sigmoid, at the chosen expert; it is not renormalised. Loss `balance`: Switch's, on
+    `softmax(s / tau0)` with a *fixed* temperature tau0 (0.3 with softmax, 0.07 with sigmoid weights), so that the
+    learned temperature cannot lower it. Coefficient 0.01 (the authors' README).
+
+    Most public versions differ from the paper: they normalise one side only, fix tau, or take the softmax twice. The
+    bound tau >= 0.01 is Tutel's. The paper is silent on initial values: here tau starts at tau0, the expert embeddings
+    are orthogonal (torchscale) and P is drawn as in `torch.nn.Linear`.
+
+    Extension of the paper, which is top-1: k > 1 keeps the k largest weights as they are.
+
+    Args:
+        spec: sizes of the layer the router sits in.
+        top_k: experts per token.
+        routing_dim: dimension R of the hypersphere; by default half the number of experts, as published.
+        score: how logits become weights.
+        temperature: initial value of tau; by default tau0.
+    """
+
+    paper = "Chi et al., NeurIPS 2022, arXiv:2204.09179"
+    default_loss_weights = {"balance": 1e-2}
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        *,
+        top_k: int = 1,
+        routing_dim: int | None = None,
+        score: ScoreFunction = "softmax",
+        temperature: float | None = None,
+    ) -> None:
+        super().__init__(spec, top_k=top_k)
+        if score not in BALANCE_TEMPERATURE:
+            raise ValueError(f"score must be softmax or sigmoid, got {score!r}")
+        if routing_dim is None:
+            routing_dim = max(spec.num_experts // 2, 1)
+        if routing_dim < 1:
+            raise ValueError(f"routing_dim must be at least 1, got {routing_dim}")
+        self.score_function: ScoreFunction = score
+        self.balance_temperature = BALANCE_TEMPERATURE[score]
+        temperature = self.balance_temperature if temperature is None else temperature
+        if temperature < MIN_TEMPERATURE:
+            raise ValueError(f"temperature must be at least {MIN_TEMPERATURE}, got {temperature}")
+        bound = spec.d_model**-0.5
+        self.projection = nn.Parameter(torch.empty(routing_dim, spec.d_model).uniform_(-bound, bound))
+        self.expert_embedding = nn.Parameter(torch.empty(spec.num_experts, routing_dim))
+        nn.init.orthogonal_(self.expert_embedding)
+        self.temperature = nn.Parameter(torch.tensor(float(temperature)))
+
+    def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
+        """Take the k most similar experts."""
+        token_TR = F.normalize(F.linear(x_TD, self.projection), dim=-1)
+        cosine_TE = F.linear(token_TR, F.normalize(self.expert_embedding, dim=-1))
+        logits_TE = cosine_TE / self.temperature.clamp_min(MIN_TEMPERATURE)
+        weights_TK, experts_TK = top_k_experts(score(logits_TE, self.score_function), self.top_k)
+        losses = {}
+        if self.training:
+            probs_TE = (cosine_TE / self.balance_temperature).softmax(-1)
+            losses["balance"] = balance_loss(probs_TE, experts_TK, padding_mask=context.padding_mask)
+        return Routing(experts_TK, weights_TK, logits_TE, losses, may_pad=False)

@@ -1,0 +1,49 @@
+"""Choosing experts from scores: what top-k routers share."""
+# Shape suffixes: T tokens, E experts, K choices per token.
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+ScoreFunction = Literal["softmax", "sigmoid"]
+
+
+def top_k_experts(scores_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Return the `top_k` largest scores of each token and their experts, both `[tokens, top_k]`, best first.
+
+    NaN counts as the largest score, so that a NaN hidden state gives NaN weights rather than a plausible choice.
+    """
+    if top_k == 1:
+        # A reduction costs a quarter of a general top-k.
+        scores_T1, experts_T1 = scores_TE.max(dim=-1, keepdim=True)
+        return scores_T1, experts_T1
+    scores_TK, experts_TK = scores_TE.topk(top_k, dim=-1)
+    return scores_TK, experts_TK
+
+
+def softmax_over_selected(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Choose the `top_k` largest logits and take the softmax over them alone.
+
+    The same as renormalising the selected entries of the softmax over all experts (Shazeer et al. 2017, equation 3).
+
+    Returns:
+        Weights and experts, both `[tokens, top_k]`.
+    """
+    selected_TK, experts_TK = top_k_experts(logits_TE, top_k)
+    return selected_TK.softmax(dim=-1), experts_TK
+
+
+def score(logits_TE: Tensor, function: ScoreFunction) -> Tensor:
+    """Turn logits into scores in [0, 1].
+
+    Raises:
+        ValueError: a function of another name.
+    """
+    if function == "softmax":
+        return logits_TE.softmax(dim=-1)
+    if function == "sigmoid":
+        return torch.sigmoid(logits_TE)
+    raise ValueError(f"score function must be softmax or sigmoid, got {function!r}")
