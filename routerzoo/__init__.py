@@ -4,6 +4,9 @@
 into a model that exists. Tasks and data modules for Lightning are loaded on first use.
 """
 
+import importlib
+from typing import Any
+
 from routerzoo.experts import Experts, MLPExperts, SwiGLUExperts
 from routerzoo.grouped import grouped_linear
 from routerzoo.moe import MoE, moe_layers
@@ -18,8 +21,19 @@ from routerzoo.routers import (
     XMoERouter,
 )
 from routerzoo.routing import LayerSpec, Routing, RoutingContext
+from routerzoo.sparsify import provide_context, sparsify
 
 __version__ = "0.1.0"
+
+# These import Lightning, which takes seconds; they are loaded on first use.
+_LAZY = {
+    "ImageClassification": "routerzoo.tasks",
+    "ImageData": "routerzoo.data",
+    "KSchedule": "routerzoo.callbacks",
+    "LanguageModeling": "routerzoo.tasks",
+    "RoutingMonitor": "routerzoo.callbacks",
+    "TextData": "routerzoo.data",
+}
 
 __all__ = [
     "Experts",
@@ -40,5 +54,13 @@ __all__ = [
     "grouped_linear",
     "list_routers",
     "moe_layers",
+    "provide_context",
     "register_router",
+    "sparsify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'routerzoo' has no attribute {name!r}")

@@ -118,7 +118,7 @@ class UnknownRouterError(KeyError):
 def unknown_router_message(name: str) -> str:
     """Say that no router has this name, which ones there are and which one may be meant."""
     known = list_routers()
-    message = f"unknown router {name!r}{_did_you_mean(name, known)} Known routers: {', '.join(known)}."
+    message = f"unknown router {name!r}{did_you_mean(name, known)} Known routers: {', '.join(known)}."
     for plugin in broken_plugins():
         message += f" Broken plugin: {plugin}."
     return message
@@ -151,7 +151,7 @@ def create_router(name: str, spec: LayerSpec | None = None, **arguments: Any) ->
     known = router_arguments(cls)
     for key in arguments:
         if key not in known:
-            meant = _did_you_mean(key, [*known, *sizes])
+            meant = did_you_mean(key, [*known, *sizes])
             raise TypeError(f"{name} has no argument {key!r}{meant} It takes: {', '.join(known)}.")
     return cls(spec, **arguments)
 
@@ -162,7 +162,8 @@ def router_arguments(cls: type[Router]) -> list[str]:
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 
 
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the end of a sentence about an unknown name: the nearest known one, if any is near."""
     by_lower = {candidate.lower(): candidate for candidate in known}
     near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
     return f"; did you mean {by_lower[near[0]]!r}?" if near else "."

@@ -1,0 +1,44 @@
+"""`python -m routerzoo`: the commands."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+OVERVIEW = """usage: python -m routerzoo COMMAND [OPTIONS]
+
+Mixture-of-Experts routers, compared, used and invented.
+
+commands:
+  fit        train:            python -m routerzoo fit --config configs/language/HyperRouter.yaml
+  validate   evaluate on the validation split:   python -m routerzoo validate --ckpt_path last
+  test       evaluate on the test split:         python -m routerzoo test --ckpt_path best
+  predict    continue text, or classify images:  python -m routerzoo predict --ckpt_path best
+  routers    list the routers with their properties, parameters and papers
+
+python -m routerzoo COMMAND --help lists a command's options;
+python -m routerzoo fit --model LanguageModeling --model.router.help HyperRouter explains a router's.
+"""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run a command; import no more than it needs."""
+    args = list(sys.argv[1:] if args is None else args)
+    if not args or args[0] in ("-h", "--help"):
+        print(OVERVIEW, end="")
+    elif args[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("routerzoo"))
+    elif args[0] == "routers":
+        from routerzoo.router_table import main as list_routers
+
+        list_routers(args[1:])
+    else:
+        from routerzoo.cli import main as run
+
+        run(args)
+
+
+if __name__ == "__main__":
+    main()

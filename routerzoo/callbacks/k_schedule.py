@@ -1,0 +1,35 @@
+"""`KSchedule`: the number of active experts grows over training."""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+from lightning import Callback, LightningModule, Trainer
+
+from routerzoo.moe import moe_layers
+from routerzoo.schedules import Growth, k_at
+
+
+@final
+class KSchedule(Callback):
+    """Sets `top_k` of every router before each training step; see `routerzoo.schedules.k_at`.
+
+    It is a function of the step alone, so that a resumed run goes on as it was. The last k is part of the checkpoint.
+
+    Args:
+        start: k at the first step.
+        end: k at the last step.
+        growth: how k grows.
+    """
+
+    def __init__(self, start: int, end: int, growth: Growth = "linear") -> None:
+        k_at(0, 1, start, end, growth)  # refuses bad values now
+        self.start, self.end, self.growth = start, end, growth
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Set k."""
+        k = k_at(trainer.global_step, int(trainer.estimated_stepping_batches), self.start, self.end, self.growth)
+        for layer in moe_layers(pl_module):
+            if layer.router.top_k != k:
+                layer.router.top_k = k
+        pl_module.log("train/top_k", float(k))

@@ -1,0 +1,236 @@
+"""Token streams on disk: bytes as they are, words by a vocabulary of the training split."""
+# Shape suffixes: N tokens of a stream, S tokens of a window, V vocabulary.
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from routerzoo.errors import UserError
+
+IGNORED_TARGET = -100
+END_OF_LINE = "<eos>"
+UNKNOWN = "<unk>"
+
+
+class Span(NamedTuple):
+    """A part of a file: from byte `start` up to byte `end`, or to the end of the file."""
+
+    path: Path
+    start: int = 0
+    end: int | None = None
+
+
+class TextBatch(NamedTuple):
+    """A batch of windows.
+
+    `ids_BS` int64 token ids; `targets_BS` the token that follows each, `IGNORED_TARGET` for padding.
+    """
+
+    ids_BS: Tensor
+    targets_BS: Tensor
+
+
+class Windows(Dataset[tuple[Tensor, Tensor]]):
+    """Windows of a token stream: `length` tokens and the tokens that follow each of them.
+
+    Args:
+        stream_N: the stream; it may be a memory map, of which only the windows asked for are read.
+        length: tokens per window.
+        training: index windows by `(epoch, index)`; each epoch cuts the stream at another place. Otherwise the windows
+            follow each other without a gap, the last one padded, so that every token but the first is predicted once.
+        seed: seed of the cuts.
+        name: what the stream is called in errors.
+
+    Raises:
+        UserError: the stream is too short for one window.
+    """
+
+    def __init__(self, stream_N: np.ndarray, length: int, *, training: bool, seed: int = 0, name: str) -> None:
+        if len(stream_N) < (length + 1 if training else 2):
+            raise UserError(
+                f"{name} has {len(stream_N)} tokens, too few for "
+                + (f"one window of sequence_length {length}; choose a smaller one" if training else "one prediction")
+            )
+        self.stream_N, self.length, self.training, self.seed = stream_N, length, training, seed
+        if not training:
+            self.num_windows = -(-(len(stream_N) - 1) // length)
+        else:
+            self.num_windows = max((len(stream_N) - length) // length, 1)
+
+    def __len__(self) -> int:
+        return self.num_windows
+
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Return ids and targets of a window, int64 `[length]` each."""
+        if isinstance(index, tuple):
+            epoch, index = index
+            slack = len(self.stream_N) - 1 - self.num_windows * self.length
+            cut = int(np.random.default_rng((self.seed, epoch)).integers(0, slack + 1))
+            start = cut + index * self.length
+        else:
+            start = index * self.length
+        tokens = torch.from_numpy(self.stream_N[start : start + self.length + 1].astype(np.int64))
+        ids, targets = tokens[:-1], tokens[1:]
+        if (missing := self.length - len(ids)) > 0:
+            ids = torch.cat([ids, ids.new_zeros(missing)])
+            targets = torch.cat([targets, targets.new_full((missing,), IGNORED_TARGET)])
+        return ids, targets
+
+
+def collate(samples: Sequence[tuple[Tensor, Tensor]]) -> TextBatch:
+    """Stack windows to a batch."""
+    return TextBatch(torch.stack([ids for ids, _ in samples]), torch.stack([targets for _, targets in samples]))
+
+
+def byte_stream(spans: Sequence[Span]) -> np.ndarray:
+    """Map the bytes of a file part into memory without reading them; several parts are joined.
+
+    Raises:
+        UserError: a part is empty.
+    """
+    parts = []
+    for path, start, end in spans:
+        size = path.stat().st_size
+        end = size if end is None else min(end, size)
+        if end <= start:
+            raise UserError(f"{path} is empty" if size == 0 else f"{path} has no bytes from {start} to {end}")
+        parts.append(np.memmap(path, dtype=np.uint8, mode="r", offset=start, shape=(end - start,)))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def check_text(path: Path) -> None:
+    """Refuse a file that is no text, judged by its first MiB.
+
+    Raises:
+        UserError: missing, unreadable, empty, or not UTF-8 text.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(1 << 20)
+    except OSError as error:
+        raise UserError(f"cannot read the text {path}: {error.strerror or error}") from error
+    if not head:
+        raise UserError(f"the text {path} is empty")
+    place = head.find(b"\0")
+    if place < 0:
+        try:
+            head.decode("utf-8")
+        except UnicodeDecodeError as error:
+            # A character may be cut at the end of what was read.
+            place = error.start if error.start < len(head) - 4 or len(head) < 1 << 20 else -1
+    if place >= 0:
+        raise UserError(f"{path} is not UTF-8 text: byte {head[place]:#04x} at position {place}")
+
+
+class WordCorpus:
+    """Words of a corpus as integers, in memory-mapped files.
+
+    Words are what white space separates; each line ends with `<eos>`, as in the published counts of Penn Treebank and
+    WikiText. The vocabulary is that of the training split alone, most frequent first; other words are `<unk>`.
+
+    Args:
+        folder: where the encoded splits are; see `encode_words`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.words: list[str] = json.loads((folder / "vocabulary.json").read_text(encoding="utf-8"))
+        self.ids = {word: index for index, word in enumerate(self.words)}
+
+    def stream(self, split: str) -> np.ndarray:
+        """Map a split's tokens into memory."""
+        return np.load(self.folder / f"{split}.npy", mmap_mode="r")
+
+
+def encode_words(splits: dict[str, Sequence[Span]], folder: Path, max_words: int | None = None) -> WordCorpus:
+    """Encode a corpus once, line by line; later calls with the same files find the result.
+
+    Args:
+        splits: file parts of `train`, `val` and `test`.
+        folder: where to keep encoded corpora.
+        max_words: keep only the most frequent words.
+    """
+    key = [
+        (split, str(span.path), span.start, span.end, span.path.stat().st_size, span.path.stat().st_mtime_ns)
+        for split, spans in splits.items()
+        for span in spans
+    ]
+    digest = hashlib.sha256(json.dumps([key, max_words]).encode()).hexdigest()[:16]
+    target = folder / f"words-{digest}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not target.exists():
+            # Renamed into place whole, so that an interrupted run leaves nothing that looks finished.
+            working = folder / f"words-{digest}.part"
+            shutil.rmtree(working, ignore_errors=True)
+            working.mkdir()
+            counts = Counter(word for word in _words(splits["train"], "counting words"))
+            counts.setdefault(UNKNOWN, 0)
+            words = sorted(counts, key=lambda word: (-counts[word], word))
+            if max_words is not None and len(words) > max_words:
+                words = [word for word in words if word != UNKNOWN][: max_words - 1] + [UNKNOWN]
+            ids = {word: index for index, word in enumerate(words)}
+            for split, spans in splits.items():
+                _write_stream(_words(spans, f"encoding {split}"), ids, working / f"{split}.npy")
+            (working / "vocabulary.json").write_text(json.dumps(words), encoding="utf-8")
+            os.replace(working, target)
+    return WordCorpus(target)
+
+
+def _words(spans: Sequence[Span], progress: str) -> Iterator[str]:
+    for path, start, end in spans:
+        total = (path.stat().st_size if end is None else end) - start
+        with (
+            path.open("rb") as file,
+            tqdm(total=total, unit="B", unit_scale=True, desc=progress, leave=False, delay=1) as bar,
+        ):
+            file.seek(start)
+            left = total
+            while left > 0 and (line := file.readline(left)):
+                left -= len(line)
+                bar.update(len(line))
+                yield from line.decode("utf-8", errors="replace").split()
+                yield END_OF_LINE
+
+
+def _write_stream(words: Iterator[str], ids: dict[str, int], path: Path) -> None:
+    dtype = np.uint16 if len(ids) <= 2**16 else np.uint32
+    unknown = ids[UNKNOWN]
+    raw = path.with_suffix(".raw")
+    length = 0
+    with raw.open("wb") as file:
+        chunk: list[int] = []
+        for word in words:
+            chunk.append(ids.get(word, unknown))
+            if len(chunk) == 1 << 20:
+                file.write(np.array(chunk, dtype).tobytes())
+                length, chunk = length + len(chunk), []
+        file.write(np.array(chunk, dtype).tobytes())
+        length += len(chunk)
+    stream_N = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(length,))
+    if length:
+        stream_N[:] = np.memmap(raw, dtype=dtype, mode="r", shape=(length,))
+    stream_N.flush()
+    raw.unlink()
+
+
+def count_tokens(stream_N: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Return how often each token id occurs, int64 `[V]`, reading the stream in parts."""
+    counts_V = np.zeros(vocab_size, np.int64)
+    for start in range(0, len(stream_N), 1 << 22):
+        counts_V += np.bincount(stream_N[start : start + (1 << 22)], minlength=vocab_size)
+    return counts_V

@@ -1,0 +1,71 @@
+"""`GateConfidence`: how decided a router is about a token."""
+# Shape suffixes: T tokens, E experts.
+
+from __future__ import annotations
+
+import math
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from routerzoo.routing import Routing
+
+
+@final
+class GateConfidence(Metric):
+    """Means over tokens of
+
+    - `gate_entropy`: entropy of the softmax over all experts' logits over its maximum log E (RMoE, arXiv:2408.06793); 1 is
+      undecided, 0 certain. It measures the scale of the logits as much as the policy.
+    - `gate_margin`: largest less second largest probability (LibMoE, arXiv:2411.00918).
+    - `active_experts`: experts per token.
+
+    The first two are NaN for a router without logits.
+
+    Args:
+        num_experts: experts of the layer.
+        options: further arguments of `torchmetrics.Metric`.
+    """  # noqa: D205, D415 (a list goes on from the summary)
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+    entropy: Tensor
+    margin: Tensor
+    scored: Tensor
+    assignments: Tensor
+    tokens: Tensor
+
+    def __init__(self, num_experts: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.num_experts = num_experts
+        for name in ("entropy", "margin", "scored", "assignments", "tokens"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, routing: Routing) -> None:
+        """Add a routing's tokens. Padded ones, without an expert, do not count."""
+        if routing.experts_TK is None:
+            return
+        chosen_T = (routing.experts_TK >= 0).sum(-1)
+        real_T = chosen_T > 0
+        self.assignments += chosen_T.sum()
+        self.tokens += real_T.sum()
+        if routing.logits_TE is None:
+            return
+        probs_TE = routing.logits_TE.detach().softmax(-1)
+        entropy_T = torch.special.entr(probs_TE).sum(-1) / math.log(max(self.num_experts, 2))
+        top_T2 = probs_TE.topk(min(2, self.num_experts), dim=-1).values
+        margin_T = top_T2[:, 0] - (top_T2[:, 1] if self.num_experts > 1 else 0)
+        self.entropy += (entropy_T * real_T).sum()
+        self.margin += (margin_T * real_T).sum()
+        self.scored += real_T.sum()
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the means."""
+        return {
+            "gate_entropy": (self.entropy / self.scored).float(),
+            "gate_margin": (self.margin / self.scored).float(),
+            "active_experts": (self.assignments / self.tokens.clamp_min(1)).float(),
+        }

@@ -1,0 +1,96 @@
+"""`ExpertLoad`: how evenly tokens are spread over experts."""
+# Shape suffixes: E experts.
+
+from __future__ import annotations
+
+import math
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from routerzoo.routing import Routing
+
+
+def load_statistics(counts_E: Tensor) -> dict[str, Tensor]:
+    """Describe how assignments are spread over experts.
+
+    With n_e the assignments of expert e and n their mean:
+
+    - `load_max`, `load_min`: largest and smallest n_e / n; both 1 at perfect balance. (`load_max - 1` is MaxVio, Wang et
+      al. 2024, arXiv:2408.15664.)
+    - `load_cv`: standard deviation of n_e over n (Shazeer et al. 2017).
+    - `load_entropy`: entropy of the shares n_e / sum over its maximum log E; 1 is balanced, 0 collapsed.
+    - `dead_experts`: experts without assignment.
+
+    Args:
+        counts_E: assignments of each expert.
+
+    Returns:
+        Scalars; without any assignment, those of perfect balance, and all experts dead.
+    """
+    counts_E = counts_E.double()
+    total = counts_E.sum()
+    num_experts = len(counts_E)
+    relative_E = counts_E * num_experts / total if total > 0 else torch.ones_like(counts_E)
+    share_E = relative_E / num_experts
+    entropy = torch.special.entr(share_E).sum() / math.log(num_experts) if num_experts > 1 else share_E.sum()
+    statistics = {
+        "load_max": relative_E.max(),
+        "load_min": relative_E.min(),
+        "load_cv": relative_E.std(correction=0),
+        "load_entropy": entropy,
+        "dead_experts": (counts_E == 0).sum(),
+    }
+    return {name: value.float() for name, value in statistics.items()}
+
+
+@final
+class ExpertLoad(Metric):
+    """Assignments per expert over everything seen, and `load_statistics` of them.
+
+    Args:
+        num_experts: experts of the layer.
+        options: further arguments of `torchmetrics.Metric`.
+
+    Example:
+        >>> import torch
+        >>> metric = ExpertLoad(num_experts=4)
+        >>> experts_TK = torch.tensor([[0, 1], [2, 3]])
+        >>> metric.update(Routing(experts_TK, torch.full((2, 2), 0.5)))
+        >>> metric.compute()["load_entropy"]
+        tensor(1.)
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+    counts_E: Tensor
+
+    def __init__(self, num_experts: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.num_experts = num_experts
+        self.add_state("counts_E", torch.zeros(num_experts, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, routing: Routing) -> None:
+        """Count a routing's assignments."""
+        self.counts_E += routing.load_E(self.num_experts)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return `load_statistics`."""
+        return load_statistics(self.counts_E)
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Draw each expert's load relative to the mean as a bar.
+
+        Args:
+            val: counts to draw instead of those seen.
+            ax: axes to draw into.
+
+        Returns:
+            Figure and axes.
+        """
+        from routerzoo.figures import load_bars
+
+        return load_bars(self.counts_E if val is None else val, ax)

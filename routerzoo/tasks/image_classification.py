@@ -1,0 +1,177 @@
+"""`ImageClassification`: image classification with a vision transformer."""
+# Shape suffixes: B images, L classes.
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, final
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from routerzoo.data.images import ImageBatch, ImageData
+from routerzoo.errors import UserError
+from routerzoo.experts import MLPExperts
+from routerzoo.grouped import Backend
+from routerzoo.models.blocks import MoEBlocks
+from routerzoo.models.patch_ids import PatchIdKind
+from routerzoo.models.vit import ViTMoE
+from routerzoo.moe import ExpertsFactory, RouterFactory
+from routerzoo.routers import LinearRouter
+from routerzoo.tasks.base import MoETask, SchedulerFactory, make_loadable
+from routerzoo.tasks.optimization import WarmupCosine
+
+CALIBRATION_IMAGES = 512
+
+
+class ImagePredictions(NamedTuple):
+    """What `predict` gives for a batch: `probs_BL` class probabilities; `labels_B` the true labels, where known."""
+
+    probs_BL: Tensor
+    labels_B: Tensor | None
+
+
+@final
+class ImageClassification(MoETask):
+    """Image classification: the task's loss is the mean cross-entropy, in nats. Reports `loss`, `accuracy` and `top5`.
+
+    Args:
+        num_classes: number of classes; by default 10. From the command line it is the data's.
+        image_size: height and width of the images; by default the backbone's. From the command line it is the data's.
+        in_channels: channels of the images; by default 3. From the command line it is the data's.
+        backbone: name of a timm vision transformer.
+        pretrained: start from timm's pretrained weights, and every expert from the MLP it replaces (sparse upcycling).
+        backbone_arguments: further arguments of `timm.create_model`, such as `depth`, `embed_dim` or `patch_size`.
+        router: the router of each MoE layer; by default `LinearRouter`.
+        experts: the experts of each MoE layer; by default `MLPExperts`.
+        num_experts: experts per MoE layer.
+        num_shared_experts: experts per MoE layer that see every token.
+        moe_blocks: which blocks have a MoE layer: `all`, `every-other`, `none` or a list of indices.
+        patch_ids: what the token id of an image patch is, for routers that route by it: `position`, `lsh` or `codebook`.
+        num_patch_ids: number of patch ids for `lsh` (a power of 2) and `codebook`.
+        label_smoothing: share of the target spread over all classes in training.
+        activation_checkpointing: keep only the blocks' inputs and compute the rest again in the backward pass.
+        backend: how the experts' products are computed; see `routerzoo.grouped_linear`.
+        loss_weights: coefficient by auxiliary loss, instead of those that the router's authors use.
+        eval_top_k: experts per token in validation, test and prediction; by default as in training.
+        optimizer: the optimiser.
+        lr_scheduler: the learning-rate schedule; it is given the optimiser and the number of steps.
+    """
+
+    def __init__(
+        self,
+        num_classes: int | None = None,
+        image_size: int | None = None,
+        in_channels: int | None = None,
+        *,
+        backbone: str = "vit_tiny_patch16_224",
+        pretrained: bool = False,
+        backbone_arguments: dict[str, Any] | None = None,
+        router: RouterFactory | None = None,
+        experts: ExpertsFactory | None = None,
+        num_experts: int = 8,
+        num_shared_experts: int = 0,
+        moe_blocks: MoEBlocks = "every-other",
+        patch_ids: PatchIdKind | None = None,
+        num_patch_ids: int = 256,
+        label_smoothing: float = 0.0,
+        activation_checkpointing: bool = False,
+        backend: Backend = "auto",
+        loss_weights: dict[str, float] | None = None,
+        eval_top_k: int | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: SchedulerFactory = WarmupCosine,
+    ) -> None:
+        num_classes = num_classes if num_classes is not None else 10
+        net = ViTMoE(
+            backbone,
+            num_classes,
+            router or LinearRouter,
+            experts or MLPExperts,
+            num_experts=num_experts,
+            num_shared_experts=num_shared_experts,
+            moe_blocks=moe_blocks,
+            image_size=image_size,
+            in_channels=in_channels if in_channels is not None else 3,
+            pretrained=pretrained,
+            backbone_arguments=backbone_arguments,
+            patch_ids=patch_ids,
+            num_patch_ids=num_patch_ids,
+            activation_checkpointing=activation_checkpointing,
+            backend=backend,
+        )
+        super().__init__(net, optimizer, lr_scheduler, loss_weights, eval_top_k)
+        make_loadable(router, experts, optimizer, lr_scheduler)
+        self.save_hyperparameters()
+        self.num_classes, self.label_smoothing = num_classes, label_smoothing
+        self.mean_loss = MeanMetric()
+        self.accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes))
+
+    @property
+    def headline_metric(self) -> str:
+        """Name of the metric that papers report."""
+        return "accuracy"
+
+    def baseline(self, datamodule: Any) -> tuple[str, float] | None:
+        """Predict the most frequent class of the training split."""
+        if not isinstance(datamodule, ImageData):
+            return None
+        return "most frequent class", datamodule.most_frequent_class_accuracy("val")
+
+    def setup(self, stage: str) -> None:
+        """Fit the patch ids to training images, then calibrate the routers."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        classes = getattr(datamodule, "num_classes", self.num_classes)
+        if classes != self.num_classes:
+            raise UserError(f"the data has {classes} classes, the model {self.num_classes}: set num_classes to {classes}")
+        super().setup(stage)
+
+    def token_counts(self) -> Tensor | None:
+        """Fit the patch ids, and count them in the images they were fitted to."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if self.net.patch_ids is None or datamodule is None:
+            return None
+        batches = []
+        for batch in datamodule.train_dataloader():
+            batches.append(batch.images_BCHW)
+            if sum(map(len, batches)) >= CALIBRATION_IMAGES:
+                break
+        images_BCHW = torch.cat(batches)[:CALIBRATION_IMAGES].to(self.device)
+        self.net.patch_ids.calibrate(images_BCHW, torch.Generator().manual_seed(0))
+        return torch.bincount(self.net.token_ids(images_BCHW), minlength=self.net.vocab_size)
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        """Return the loss of a batch with its auxiliary losses."""
+        logits_BL, context = self.net(batch.images_BCHW, **self.progress)
+        loss = F.cross_entropy(logits_BL, batch.labels_B, label_smoothing=self.label_smoothing)
+        accuracy = (logits_BL.argmax(-1) == batch.labels_B).float().mean()
+        self.log_dict({"train/loss": loss.detach(), "train/accuracy": accuracy}, prog_bar=True)
+        return self.combined_loss(loss, context)
+
+    def _evaluate(self, stage: str, batch: ImageBatch) -> None:
+        with self.evaluation_top_k():
+            logits_BL, _ = self.net(batch.images_BCHW)
+        self.mean_loss.update(F.cross_entropy(logits_BL, batch.labels_B), len(batch.labels_B))
+        self.accuracy.update(logits_BL, batch.labels_B)
+        self.top5.update(logits_BL, batch.labels_B)
+        shown = {f"{stage}/loss": self.mean_loss, f"{stage}/accuracy": self.accuracy}
+        self.log_dict(shown, on_step=False, on_epoch=True, prog_bar=True)
+        self.log(f"{stage}/top5", self.top5, on_step=False, on_epoch=True)
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        """Add a batch to the validation split's report."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        """Add a batch to the test split's report."""
+        self._evaluate("test", batch)
+
+    def predict_step(self, batch: ImageBatch, batch_idx: int) -> ImagePredictions:
+        """Return the class probabilities of a batch."""
+        with self.evaluation_top_k():
+            logits_BL, _ = self.net(batch.images_BCHW)
+        return ImagePredictions(logits_BL.float().softmax(-1), batch.labels_B)
