@@ -6,6 +6,7 @@ import logging
 import pickle
 import sys
 import warnings
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 import routerzoo.data
@@ -148,7 +150,8 @@ class RouterZooCLI(LightningCLI):
         saved_class = str(hparams.pop("_class_path", asked["class_path"]))
         clashes = _differences("", {"class_path": saved_class}, {"class_path": asked["class_path"]})
         if not clashes:
-            known = {key: value for key, value in (asked.get("init_args") or {}).items() if key not in (*FREE, *LINKED)}
+            arguments = _plain(asked.get("init_args") or {})  # a namespace would list nested values, leaf by leaf
+            known = {key: value for key, value in arguments.items() if key not in (*FREE, *LINKED)}
             for key, default in (("router", "LinearRouter"), ("experts", "MLPExperts")):
                 for chosen in (known, hparams):
                     if key in chosen and chosen[key] is None:
@@ -170,7 +173,11 @@ class RouterZooCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Instantiate, then refuse values that the data decides otherwise."""
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except (ValueError, MisconfigurationException) as error:
+            # A value that a class refuses when it is built; its message says which and why.
+            raise UserError(explain(str(error))) from error
         for name, given in self._given_links.items():
             decided = getattr(self.datamodule, name, None)
             if decided is not None and decided != given:
@@ -262,6 +269,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UserError: not a checkpoint, broken, or one that needs code to be read.
     """
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is not a checkpoint, or a broken one: it is not an archive as torch.save writes it")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:

@@ -31,7 +31,13 @@ def explain(message: str) -> str:
     leaves = [leaf for leaf in leaves if "NoneType" not in leaf[0]]
     if option and leaves:
         expected = re.sub(r"<class '([^']+)'>", r"\1", leaves[-1][0])
+        expected = re.sub(r"^Expected an? ", "expected ", expected)
         return f"{option}: {expected[0].lower()}{expected[1:]}, got {leaves[-1][1].strip()!r}"
+    if message.startswith("Does not validate against any of the Union subtypes"):
+        # Raised while an object is built: the first attempt is the class that was asked for.
+        attempts = re.search(r"Errors:\s+- (.*?)\n\s+- Expected a <class 'NoneType'>", message, re.DOTALL)
+        message = attempts[1] if attempts is not None else message
+    message = re.sub(r'^Parser key "([^"]+)":', r"\1:", message)
     return re.sub(r"\s*\n\s*", " ", message).strip()
 
 

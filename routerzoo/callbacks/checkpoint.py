@@ -40,6 +40,11 @@ class RunCheckpoint(ModelCheckpoint):
             auto_insert_metric_name=False,
         )
 
+    @property
+    def state_key(self) -> str:
+        """Name of its state in checkpoints: the same however often it saves."""
+        return self._generate_state_key(monitor=self.monitor)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -98,10 +98,11 @@ class StableMoERouter(Router):
     @torch.no_grad()
     def _freeze(self) -> None:
         for start in range(0, len(self.frozen_choices), 4096):  # bounds memory at a large vocabulary
-            scores_VE = F.linear(self.routing_embedding[start : start + 4096], self.distilled_centroids)
+            with torch.autocast(self.frozen_choices.device.type, enabled=False):
+                scores_VE = F.linear(self.routing_embedding[start : start + 4096], self.distilled_centroids)
             # Not a sort: the first k must be what `top_k_experts` gives on ties.
             first_V1 = scores_VE.argmax(-1, keepdim=True)
-            order_VE = scores_VE.scatter(1, first_V1, torch.inf).argsort(-1, descending=True, stable=True)
+            order_VE = scores_VE.scatter(1, first_V1, torch.inf).argsort(dim=-1, descending=True, stable=True)
             self.frozen_choices[start : start + 4096] = order_VE.to(self.frozen_choices.dtype)
 
     def on_step_start(self, step: int, total_steps: int) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,7 +25,7 @@ from routerzoo.tasks.optimization import WarmupCosine, parameter_groups
 SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
 
 
-class MoETask(LightningModule):
+class MoETask(LightningModule, ABC):
     """Trains `net`, a model that returns its output and the context with its MoE layers' routings.
 
     The loss is the task's plus, for each MoE layer, each auxiliary loss times its coefficient. Coefficients are applied
