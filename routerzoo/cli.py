@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 import routerzoo.data
@@ -52,7 +52,7 @@ class Parser(LightningArgumentParser):
         """Exit with the reason, without the usage lines that would bury it."""
         if not self.exit_on_error:
             # The trial parse of a nested class, which must raise for the outer parser to see.
-            return super().error(message, ex)
+            super().error(message, ex)
         self.exit(2, f"error: {explain(str(message))}\n")
 
 
@@ -162,8 +162,8 @@ class RouterZooCLI(LightningCLI):
             if any("top_k" in clash for clash in clashes):
                 hint = " To evaluate at another k, set model.eval_top_k."
             raise UserError(
-                f"{path} is the checkpoint of another model: {'; '.join(clashes)}. Leave these options out, or train anew."
-                + hint
+                f"{path} is the checkpoint of another model: {'; '.join(clashes)}. "
+                f"Leave these options out, or train anew.{hint}"
             )
         if self.config["subcommand"] == "fit":
             step, epoch = saved["global_step"], saved["epoch"]
@@ -290,7 +290,9 @@ def _differences(prefix: str, saved: Any, asked: Any) -> list[str]:
     saved, asked = _plain(saved), _plain(asked)
     if isinstance(saved, dict) and isinstance(asked, dict):
         if saved.get("class_path", "") != asked.get("class_path", ""):
-            return [f"it has {prefix or 'model '}{saved.get('class_path')}, the command asks for {asked.get('class_path')}"]
+            return [
+                f"it has {prefix or 'model '}{saved.get('class_path')}, the command asks for {asked.get('class_path')}"
+            ]
         found = []
         for key in sorted(saved.keys() & asked.keys()):
             found += _differences(f"{prefix}{key} " if key != "init_args" else prefix, saved[key], asked[key])

@@ -60,7 +60,8 @@ def _through_assignments(x_TD: Tensor, assignments: Assignments, experts: Expert
 
 def _through_slots(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
     dispatch_GSEP, combine_GSEP = routing.dispatch_GSEP, routing.combine_GSEP
-    assert dispatch_GSEP is not None and combine_GSEP is not None  # `Routing` has one whole form
+    assert dispatch_GSEP is not None
+    assert combine_GSEP is not None  # `Routing` has one whole form
     groups, tokens, num_experts, slots = dispatch_GSEP.shape
     x_GSD = x_TD.view(groups, tokens, -1)
     x_EGPD = torch.einsum("gsep,gsd->egpd", dispatch_GSEP, x_GSD)

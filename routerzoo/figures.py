@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -21,16 +21,14 @@ LARGEST_SHOWN = 3.0
 def load_bars(counts_E: Tensor, ax: Axes | None = None) -> tuple[Figure, Axes]:
     """Draw each expert's load relative to the mean load."""
     if ax is None:
-        figure = Figure(figsize=(6, 3), layout="constrained")
-        FigureCanvasAgg(figure)
-        ax = figure.subplots()
+        own = Figure(figsize=(6, 3), layout="constrained")
+        FigureCanvasAgg(own)
+        ax = own.subplots()
     relative_E = _relative(counts_E.double().cpu().numpy())
     ax.bar(range(len(relative_E)), relative_E, color="tab:blue")
     ax.axhline(1, color="black", linewidth=1, linestyle="--")
     ax.set(xlabel="expert", ylabel="load / mean load")
-    figure = ax.figure
-    assert isinstance(figure, Figure)
-    return figure, ax
+    return cast(Figure, ax.figure), ax
 
 
 def load_over_training(steps_R: Sequence[int], loads_RLE: np.ndarray, title: str) -> Figure:
@@ -48,7 +46,7 @@ def load_over_training(steps_R: Sequence[int], loads_RLE: np.ndarray, title: str
     figure.suptitle(title)
     norm = TwoSlopeNorm(1.0, 0.0, LARGEST_SHOWN)
     panels: Any = figure.subplots(num_layers, 2, squeeze=False, width_ratios=[5, 1])
-    image = None
+    image: Any = None
     for layer, (history, final) in enumerate(panels):
         edges = [*steps_R, steps_R[-1] + (steps_R[-1] - steps_R[-2] if len(steps_R) > 1 else 1)]
         image = history.pcolormesh(
@@ -67,4 +65,5 @@ def load_over_training(steps_R: Sequence[int], loads_RLE: np.ndarray, title: str
 def _relative(loads: np.ndarray) -> np.ndarray:
     """Return loads relative to the mean over the last axis; 1 where there is none."""
     mean = loads.mean(-1, keepdims=True)
-    return np.divide(loads, mean, out=np.ones_like(loads, dtype=float), where=mean > 0)
+    relative: np.ndarray = np.divide(loads, mean, out=np.ones_like(loads, dtype=float), where=mean > 0)
+    return relative

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, final
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers.csv_logs import CSVLogger, ExperimentWriter
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 
 class _AppendingWriter(ExperimentWriter):

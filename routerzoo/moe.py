@@ -81,7 +81,9 @@ class MoE(nn.Module):
         if num_shared_experts < 0:
             raise ValueError(f"num_shared_experts must be at least 0, got {num_shared_experts}")
         self.spec = spec
-        self.router = _fitting(create_router(router, spec) if isinstance(router, str) else router(spec), allow_non_causal)
+        self.router = _fitting(
+            create_router(router, spec) if isinstance(router, str) else router(spec), allow_non_causal
+        )
         self.experts = experts(spec)
         self.experts.backend = backend
         self.shared_experts = experts(replace(spec, num_experts=num_shared_experts)) if num_shared_experts else None
@@ -108,7 +110,7 @@ class MoE(nn.Module):
         y_TD = apply_experts(x_TD, routing, self.experts)
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts.all_experts(x_TD)
-        return y_TD.view(*x.shape[:-1], -1)
+        return y_TD.view(*x.shape[:-1], y_TD.shape[1])
 
 
 def moe_layers(model: nn.Module) -> Iterator[MoE]:

@@ -16,8 +16,8 @@ from routerzoo.experts import Experts
 def explain(message: str) -> str:
     """Turn jsonargparse's nested message into a sentence.
 
-    A message is a tree of attempts: for each option that holds a class, a line `Parser key "..."`; at the leaves what was
-    wrong. The deepest leaf that is not about `None` is the reason.
+    A message is a tree of attempts: for each option that holds a class, a line `Parser key "..."`; at the leaves what
+    was wrong. The deepest leaf that is not about `None` is the reason.
     """
     keys = re.findall(r'Parser key "([^"]+)"', message)
     option = ".".join(keys)
@@ -55,7 +55,8 @@ def _unknown_class(option: str, name: str) -> str:
 
 
 def _subclasses(cls: type) -> Iterable[type]:
-    for subclass in cls.__subclasses__():
+    direct: list[type] = cls.__subclasses__()
+    for subclass in direct:
         yield subclass
         yield from _subclasses(subclass)
 

@@ -156,6 +156,11 @@ def create_router(name: str, spec: LayerSpec | None = None, **arguments: Any) ->
     return cls(spec, **arguments)
 
 
+def is_shadowed(cls: type[Router]) -> bool:
+    """Whether another class is registered under this one's name."""
+    return _registry.routers.get(cls.__name__, cls) is not cls
+
+
 def router_arguments(cls: type[Router]) -> list[str]:
     """Return the names of a router class's own arguments."""
     parameters = inspect.signature(cls).parameters.values()

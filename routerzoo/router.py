@@ -78,7 +78,20 @@ class Router(nn.Module, ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if unknown := frozenset(cls.requires) - CONTEXT_FIELDS:
-            raise TypeError(f"{cls.__name__}.requires names {', '.join(sorted(unknown))}; a context has {CONTEXT_FIELDS}")
+            raise TypeError(
+                f"{cls.__name__}.requires names {', '.join(sorted(unknown))}; a context has {CONTEXT_FIELDS}"
+            )
+
+    @classmethod
+    def __subclasses__(cls) -> list[type]:  # type: ignore[override]
+        """List the direct subclasses, but none that has a registered router's name without being it.
+
+        Configs name classes by their short names, which jsonargparse looks up here. A package that happens to define a
+        second LinearRouter would otherwise make the name ambiguous in everybody's configs.
+        """
+        from routerzoo.registry import is_shadowed
+
+        return [subclass for subclass in type.__subclasses__(cls) if not is_shadowed(subclass)]
 
     @property
     def top_k(self) -> int:
@@ -142,7 +155,7 @@ class Router(nn.Module, ABC):
         """
 
     def before_optimizer_step(self) -> None:
-        """Adjust gradients or buffers once they are complete (accumulated and reduced), before the optimiser reads them."""
+        """Adjust gradients or buffers once they are complete (accumulated, reduced) before the optimiser reads them."""
 
     def get_extra_state(self) -> dict[str, int]:
         """Return what the `state_dict` holds beside parameters and buffers."""
@@ -161,7 +174,8 @@ class Router(nn.Module, ABC):
                 return tensor.to(moved.device)
             return moved
 
-        return super()._apply(keep_precision, recurse)
+        super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def extra_repr(self) -> str:
         """Show the sizes."""

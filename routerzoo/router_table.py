@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from routerzoo.registry import broken_plugins, create_router, list_routers, router_class, router_package
+from routerzoo.router import Router
 from routerzoo.routing import LayerSpec
 
 EXAMPLE = LayerSpec(d_model=256, num_experts=16, vocab_size=256, num_positions=256)
@@ -27,15 +28,11 @@ def router_table() -> list[dict[str, str]]:
         frozen = sum(buffer.numel() for buffer in router.buffers())
         rows.append(
             {
-                "router": name,
-                "package": router_package(name),
+                "router": name if router_package(name) == "routerzoo" else f"{name}\n({router_package(name)})",
                 "learned": f"{learned:,}",
                 "frozen": f"{frozen:,}",
-                "top_k": str(router.top_k),
-                "causal": _mark(router.causal),
-                "batch independent": _mark(router.batch_independent),
-                "requires": ", ".join(sorted(router.requires)) or "-",
-                "losses": ", ".join(f"{n} {w:g}" for n, w in cls.default_loss_weights.items()) or "-",
+                "k": str(router.top_k),
+                "declares": _declared(router),
                 "source": ("inspired by " if cls.inspired_by else "") + cls.paper,
             }
         )
@@ -54,18 +51,31 @@ def main(args: Sequence[str]) -> None:
     if options.names:
         print("\n".join(list_routers()))
         return
-    rows = router_table()
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=180)  # a pipe has no width of its own; at 80 columns the table would be unreadable
     table = Table(show_lines=True)
+    rows = router_table()
     for column in rows[0]:
-        table.add_column(column, justify="right" if column in ("learned", "frozen", "top_k") else "left")
+        number = column in ("learned", "frozen", "k")
+        table.add_column(column, justify="right" if number else "left", no_wrap=number or column == "router")
     for row in rows:
         table.add_row(*row.values())
-    console = Console()
-    # A pipe has no width of its own; wrapped to 80 columns the table would be unreadable.
-    console.print(table, width=console.width if console.is_terminal else 180)
+    console.print(table)
     for plugin in broken_plugins():
         console.print(f"broken plugin: {plugin}", style="red", markup=False, soft_wrap=True)
 
 
-def _mark(value: bool) -> str:
-    return "yes" if value else "no"
+def _declared(router: Router) -> str:
+    flags = {
+        "causal": router.causal,
+        "batch independent": router.batch_independent,
+        "weights sum to 1": router.normalized,
+    }
+    declared = [name if value else f"not {name}" for name, value in flags.items() if value or "sum" not in name]
+    if router.requires:
+        declared.append(f"requires {', '.join(sorted(router.requires))}")
+    if router.default_loss_weights:
+        losses = ", ".join(f"{name} {weight:g}" for name, weight in router.default_loss_weights.items())
+        declared.append(f"losses {losses}")
+    return "; ".join(declared)

@@ -1,9 +1,9 @@
 """Run folders: where a run keeps its config, checkpoints, logs and pictures, and how a later command finds them.
 
-    runs/<name>/<number>/config.yaml
-                         checkpoints/last.ckpt, best.ckpt
-                         logs/metrics.csv and TensorBoard's files
-                         routing.png
+runs/<name>/<number>/config.yaml
+checkpoints/last.ckpt, best.ckpt
+logs/metrics.csv and TensorBoard's files
+routing.png
 """
 
 from __future__ import annotations

@@ -24,9 +24,7 @@ _GATED = [("fc1_g", "fc1_x", "fc2"), ("gate_proj", "up_proj", "down_proj")]
 
 def is_feed_forward(module: nn.Module) -> bool:
     """Whether a module is a feed-forward network as timm or transformers write it."""
-    return any(
-        all(isinstance(getattr(module, name, None), nn.Linear) for name in names) for names in (_MLP, *_GATED)
-    )
+    return any(all(isinstance(getattr(module, name, None), nn.Linear) for name in names) for names in (_MLP, *_GATED))
 
 
 def sparsify(
@@ -112,7 +110,9 @@ def sparsify(
             moe.experts.load_dense(dense)
         weight = next(dense.parameters())
         parent, _, name = found[index].rpartition(".")
-        setattr(model.get_submodule(parent), name, moe.to(device=weight.device, dtype=weight.dtype).train(dense.training))
+        setattr(
+            model.get_submodule(parent), name, moe.to(device=weight.device, dtype=weight.dtype).train(dense.training)
+        )
     return model
 
 

@@ -62,6 +62,6 @@ class RunCheckpoint(ModelCheckpoint):
         if trainer.global_step > self._last_global_step_saved and not self._should_skip_saving_checkpoint(trainer):
             self._save_checkpoint(trainer, str(Path(str(self.dirpath)) / f"{self.filename}.ckpt"))
 
-    def _ModelCheckpoint__warn_if_dir_not_empty(self, dirpath: Any) -> None:  # noqa: N802
+    def _ModelCheckpoint__warn_if_dir_not_empty(self, dirpath: Any) -> None:
         # Lightning warns of a folder that holds checkpoints; here that is what resuming means.
         pass

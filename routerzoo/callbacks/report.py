@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, final
 
@@ -22,8 +23,8 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     """Count a model's numbers.
 
     Returns:
-        `trainable` parameters; `frozen` parameters and floating-point buffers; `total`, their sum; `active`, the total less
-        what the experts that a token does not choose hold.
+        `trainable` parameters; `frozen` parameters and floating-point buffers; `total`, their sum; `active`, the total
+        less what the experts that a token does not choose hold.
     """
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -41,9 +42,9 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
 class RunReport(Callback):
     """Says before training what is trained, and after it what came of it.
 
-    Afterwards it shows the headline metric of the validation split at step 0, now and at its best beside a baseline (for
-    text, predicting each token by its frequency), the routing of every MoE layer, and where everything lies. The value at
-    step 0 comes from Lightning's check before training, where that is over the whole split
+    Afterwards it shows the headline metric of the validation split at step 0, now and at its best beside a baseline
+    (for text, predicting each token by its frequency), the routing of every MoE layer, and where everything lies. The
+    value at step 0 comes from Lightning's check before training, where that is over the whole split
     (`trainer.num_sanity_val_steps: -1`).
 
     Args:
@@ -123,9 +124,11 @@ class RunReport(Callback):
         monitor = _monitor(trainer)
         if monitor is None or not monitor.last_statistics:
             return
-        table = Table(title="routing by MoE layer (load relative to the mean expert's)", title_justify="left", title_style="bold")
-        columns = {
-            "layer": lambda row: row["layer"],
+        table = Table(
+            title="routing by MoE layer (load relative to the mean expert's)", title_justify="left", title_style="bold"
+        )
+        columns: dict[str, Callable[[dict[str, Any]], str]] = {
+            "layer": lambda row: str(row["layer"]),
             "most loaded": lambda row: f"{row['load_max']:.2f}x",
             "least loaded": lambda row: f"{row['load_min']:.2f}x",
             "dead": lambda row: f"{row['dead_experts']:.0f}",

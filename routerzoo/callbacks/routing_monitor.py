@@ -22,9 +22,9 @@ from routerzoo.routing import Routing
 class RoutingMonitor(Callback):
     """Logs routing metrics of every MoE layer of any `LightningModule`.
 
-    Each is named `<stage>/moe<layer>/<metric>`; see `routerzoo.metrics` for the metrics. In training they are those of the
-    batches that Lightning logs, in validation and test those of the whole split. The progress bar shows the most and the
-    least loaded expert of all layers, as `load_max` and `load_min`, relative to the mean load.
+    Each is named `<stage>/moe<layer>/<metric>`; see `routerzoo.metrics` for the metrics. In training they are those of
+    the batches that Lightning logs, in validation and test those of the whole split. The progress bar shows the most
+    and the least loaded expert of all layers, as `load_max` and `load_min`, relative to the mean load.
 
     It observes through forward hooks of the routers, and changes nothing.
 
@@ -106,7 +106,9 @@ class RoutingMonitor(Callback):
             self._finish(pl_module, "train")
             # As wide as the widest layer; a model of one's own may have layers of different size.
             width = max(load.num_experts for load in self._load.values())
-            loads = [torch.nn.functional.pad(load.counts_E, (0, width - load.num_experts)) for load in self._load.values()]
+            loads = [
+                torch.nn.functional.pad(load.counts_E, (0, width - load.num_experts)) for load in self._load.values()
+            ]
             self.steps_R.append(trainer.global_step + 1)
             self.loads_R.append(torch.stack(loads).float().cpu())
 
@@ -129,7 +131,9 @@ class RoutingMonitor(Callback):
         self._finish(pl_module, "test")
 
     def _draw(self, trainer: Trainer) -> None:
-        figure = load_over_training(self.steps_R, torch.stack(self.loads_R).numpy(), "load of each expert over training")
+        figure = load_over_training(
+            self.steps_R, torch.stack(self.loads_R).numpy(), "load of each expert over training"
+        )
         figure.savefig(self.picture_path(trainer), dpi=110)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):

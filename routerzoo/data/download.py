@@ -91,8 +91,7 @@ def download(urls: Sequence[str], path: Path, checksum: Checksum | None) -> Path
                 partial.replace(path)
                 return path
         raise UserError(
-            f"cannot download {path.name} from {', nor from '.join(failures)}. "
-            f"If you have the file, put it at {path}"
+            f"cannot download {path.name} from {', nor from '.join(failures)}. If you have the file, put it at {path}"
         )
 
 
@@ -128,7 +127,9 @@ def extract_member(archive: Path, member: str, path: Path, checksum: Checksum | 
             verify(partial, checksum)
     except (zipfile.BadZipFile, EOFError, OSError) as error:
         partial.unlink(missing_ok=True)
-        raise UserError(f"{archive} is a broken archive ({error}); delete it, and it will be downloaded again") from error
+        raise UserError(
+            f"{archive} is a broken archive ({error}); delete it, and it will be downloaded again"
+        ) from error
     except UserError:
         partial.unlink(missing_ok=True)
         raise

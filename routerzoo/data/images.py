@@ -118,9 +118,9 @@ class ImageData(LightningDataModule):
     sizes, as is usual for ImageNet. The order and the augmentation depend on `seed` and epoch alone.
 
     Args:
-        dataset: `fashion-mini` (ships with the package), `fashion-mnist`, `mnist`, `cifar10`, `cifar100`, or the path of
-            a folder with `train`, `val` and, optionally, `test`, each with a folder of images per class. Published sets
-            have their published test split; a tenth of the training images, chosen by a fixed seed, validates.
+        dataset: `fashion-mini` (ships with the package), `fashion-mnist`, `mnist`, `cifar10`, `cifar100`, or the path
+            of a folder with `train`, `val` and, optionally, `test`, each with a folder of images per class. Published
+            sets have their published test split; a tenth of the training images, chosen by a fixed seed, validates.
         root: folder that downloads are kept in; by default `$ROUTERZOO_DATA`, or `~/.cache/routerzoo`.
         image_size: height and width that images are brought to, pixels; by default the set's, 224 for a folder.
         batch_size: images per batch and process.
@@ -224,7 +224,8 @@ class ImageData(LightningDataModule):
         images = Images(self._split("train"), self._transform(training=True), self.seed)
         if len(images) < self.batch_size:
             raise UserError(
-                f"the training split of {self.dataset} has {len(images)} images, fewer than batch_size {self.batch_size}"
+                f"the training split of {self.dataset} has {len(images)} images, "
+                f"fewer than batch_size {self.batch_size}"
             )
         return TrainingLoader(
             images, self.batch_size, self.seed, collate_fn=collate, num_workers=self.num_workers, pin_memory=_pin()
@@ -244,9 +245,7 @@ class ImageData(LightningDataModule):
 
     def _evaluation_loader(self, split: str) -> DataLoader[Any]:
         images = Images(self._split(split), self._transform(training=False))
-        return DataLoader(
-            images, self.batch_size, collate_fn=collate, num_workers=self.num_workers, pin_memory=_pin()
-        )
+        return DataLoader(images, self.batch_size, collate_fn=collate, num_workers=self.num_workers, pin_memory=_pin())
 
 
 def collate(samples: Sequence[tuple[Tensor, int]]) -> ImageBatch:
@@ -260,7 +259,8 @@ def _check_labels(split: _Split, name: str) -> None:
     lowest, highest = min(split.labels), max(split.labels)
     if lowest < 0 or highest >= len(split.names):
         raise UserError(
-            f"the {name} has labels from {lowest} to {highest}, but {len(split.names)} classes, 0 to {len(split.names) - 1}"
+            f"the {name} has labels from {lowest} to {highest}, but {len(split.names)} classes, "
+            f"0 to {len(split.names) - 1}"
         )
 
 

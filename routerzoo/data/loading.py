@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 class EpochSampler(DistributedSampler[Any]):
     """Shuffles anew each epoch and yields `(epoch, index)`, so that a data set can vary a sample by epoch.
 
-    Ranks take turns, so that n processes with a batch of b see the same global batches as one with n * b. With one process
-    it is an ordinary shuffle.
+    Ranks take turns, so that n processes with a batch of b see the same global batches as one with n * b. With one
+    process it is an ordinary shuffle.
 
     Args:
         dataset: what to draw from.
@@ -62,9 +62,10 @@ class TrainingLoader(DataLoader[Any]):
         self._given_batches = 0
         self._resume: dict[str, int] | None = None
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yield the batches of the epoch; after a resume, those that are left."""
-        assert isinstance(self.sampler, EpochSampler) and self.batch_size is not None
+        assert isinstance(self.sampler, EpochSampler)
+        assert self.batch_size is not None
         resume, self._resume = self._resume, None
         self._given_batches = 0
         if resume is not None and resume["epoch"] == self.sampler.epoch and resume["batches"] < len(self):

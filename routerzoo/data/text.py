@@ -252,7 +252,9 @@ class TextData(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Open the splits that a stage needs."""
         if stage == "fit":
-            Windows(self.stream("train"), self.sequence_length, training=True, name=f"the training split of {self.dataset}")
+            Windows(
+                self.stream("train"), self.sequence_length, training=True, name=f"the training split of {self.dataset}"
+            )
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled windows of the training split."""
@@ -260,7 +262,8 @@ class TextData(LightningDataModule):
         windows = Windows(self.stream("train"), self.sequence_length, training=True, seed=self.seed, name=name)
         if len(windows) < self.batch_size:
             raise UserError(
-                f"{name} has {len(windows)} windows of {self.sequence_length} tokens, fewer than batch_size {self.batch_size}"
+                f"{name} has {len(windows)} windows of {self.sequence_length} tokens, "
+                f"fewer than batch_size {self.batch_size}"
             )
         return TrainingLoader(
             windows, self.batch_size, self.seed, collate_fn=collate, num_workers=self.num_workers, pin_memory=_pin()
@@ -277,9 +280,7 @@ class TextData(LightningDataModule):
     def _evaluation_loader(self, split: str) -> DataLoader[Any]:
         name = f"the {split} split of {self.dataset}"
         windows = Windows(self.stream(split), self.sequence_length, training=False, name=name)
-        return DataLoader(
-            windows, self.batch_size, collate_fn=collate, num_workers=self.num_workers, pin_memory=_pin()
-        )
+        return DataLoader(windows, self.batch_size, collate_fn=collate, num_workers=self.num_workers, pin_memory=_pin())
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """The prompts, one a batch: token ids `[1, S]`."""
@@ -320,7 +321,9 @@ def _own_files(dataset: str) -> list[Path]:
     if path.is_dir():
         files = [path / f"{split}.txt" for split in SPLITS]
         if missing := [file.name for file in files if not file.is_file()]:
-            raise UserError(f"the folder {path} lacks {', '.join(missing)}; a text folder has train.txt, val.txt and test.txt")
+            raise UserError(
+                f"the folder {path} lacks {', '.join(missing)}; a text folder has train.txt, val.txt and test.txt"
+            )
         return files
     if not path.exists():
         raise UserError(

@@ -153,7 +153,8 @@ class WordCorpus:
 
     def stream(self, split: str) -> np.ndarray:
         """Map a split's tokens into memory."""
-        return np.load(self.folder / f"{split}.npy", mmap_mode="r")
+        stream_N: np.ndarray = np.load(self.folder / f"{split}.npy", mmap_mode="r")
+        return stream_N
 
 
 def encode_words(splits: dict[str, Sequence[Span]], folder: Path, max_words: int | None = None) -> WordCorpus:
@@ -182,7 +183,7 @@ def encode_words(splits: dict[str, Sequence[Span]], folder: Path, max_words: int
             counts.setdefault(UNKNOWN, 0)
             words = sorted(counts, key=lambda word: (-counts[word], word))
             if max_words is not None and len(words) > max_words:
-                words = [word for word in words if word != UNKNOWN][: max_words - 1] + [UNKNOWN]
+                words = [*[word for word in words if word != UNKNOWN][: max_words - 1], UNKNOWN]
             ids = {word: index for index, word in enumerate(words)}
             for split, spans in splits.items():
                 _write_stream(_words(spans, f"encoding {split}"), ids, working / f"{split}.npy")

@@ -17,8 +17,8 @@ from routerzoo.routing import Routing
 class GateConfidence(Metric):
     """Means over tokens of
 
-    - `gate_entropy`: entropy of the softmax over all experts' logits over its maximum log E (RMoE, arXiv:2408.06793); 1 is
-      undecided, 0 certain. It measures the scale of the logits as much as the policy.
+    - `gate_entropy`: entropy of the softmax over all experts' logits over its maximum log E (RMoE, arXiv:2408.06793); 1
+      is undecided, 0 certain. It measures the scale of the logits as much as the policy.
     - `gate_margin`: largest less second largest probability (LibMoE, arXiv:2411.00918).
     - `active_experts`: experts per token.
 
@@ -27,7 +27,7 @@ class GateConfidence(Metric):
     Args:
         num_experts: experts of the layer.
         options: further arguments of `torchmetrics.Metric`.
-    """  # noqa: D205, D415 (a list goes on from the summary)
+    """  # noqa: D415 (a list goes on from the summary)
 
     is_differentiable = False
     higher_is_better = None

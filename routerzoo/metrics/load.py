@@ -18,8 +18,8 @@ def load_statistics(counts_E: Tensor) -> dict[str, Tensor]:
 
     With n_e the assignments of expert e and n their mean:
 
-    - `load_max`, `load_min`: largest and smallest n_e / n; both 1 at perfect balance. (`load_max - 1` is MaxVio, Wang et
-      al. 2024, arXiv:2408.15664.)
+    - `load_max`, `load_min`: largest and smallest n_e / n; both 1 at perfect balance. (`load_max - 1` is MaxVio, Wang
+      et al. 2024, arXiv:2408.15664.)
     - `load_cv`: standard deviation of n_e over n (Shazeer et al. 2017).
     - `load_entropy`: entropy of the shares n_e / sum over its maximum log E; 1 is balanced, 0 collapsed.
     - `dead_experts`: experts without assignment.

@@ -117,7 +117,9 @@ class DenseFeedForward(nn.Module):
 class Block(nn.Module):
     """Pre-norm Transformer block: attention, then a feed-forward network, each around a residual path."""
 
-    def __init__(self, d_model: int, attention: Attention, feed_forward: MoE | DenseFeedForward, dropout: float) -> None:
+    def __init__(
+        self, d_model: int, attention: Attention, feed_forward: MoE | DenseFeedForward, dropout: float
+    ) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(d_model, eps=1e-6)
         self.attention = attention
@@ -227,9 +229,9 @@ class Decoder(nn.Module):
         for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
             nn.init.normal_(linear.weight, std=0.02)
         nn.init.normal_(self.embedding.weight, std=0.02)
-        for block in self.blocks:
+        for attention in (module for module in self.modules() if isinstance(module, Attention)):
             # Keeps the residual stream's variance from growing with depth (GPT-2).
-            nn.init.normal_(block.attention.out.weight, std=0.02 * (2 * num_blocks) ** -0.5)  # type: ignore[union-attr]
+            nn.init.normal_(attention.out.weight, std=0.02 * (2 * num_blocks) ** -0.5)
         if tie_weights:
             self.head.weight = self.embedding.weight
 
@@ -267,7 +269,9 @@ class Decoder(nn.Module):
             token_ids=ids_BS.reshape(-1),
             # Attention only uses differences of positions; a router may have a table of them.
             positions=positions_S.clamp_max(self.max_length - 1).repeat(batch),
-            sequence_ids=torch.arange(batch, device=ids_BS.device).repeat_interleave(length, output_size=batch * length),
+            sequence_ids=torch.arange(batch, device=ids_BS.device).repeat_interleave(
+                length, output_size=batch * length
+            ),
             padding_mask=None if padding_mask_BS is None else padding_mask_BS.reshape(-1),
             step=step,
             total_steps=total_steps,

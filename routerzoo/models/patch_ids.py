@@ -129,7 +129,7 @@ class CodebookIds(PatchIds):
     def calibrate(self, images_BCHW: Tensor, generator: torch.Generator, iterations: int = 20) -> None:
         """Fit the codebook: Lloyd's algorithm from randomly chosen patches."""
         patches_MP = self.patches(images_BCHW).flatten(0, 1).to(self.codebook.device)
-        distinct_MP = patches_MP.unique(dim=0)
+        distinct_MP = torch.unique(patches_MP, dim=0)
         chosen = torch.randperm(len(distinct_MP), generator=generator)[: self.vocab_size]
         codebook_VP = self.codebook.float().clone()
         codebook_VP[: len(chosen)] = distinct_MP[chosen]

@@ -1,9 +1,10 @@
 """`ViTMoE`: a timm vision transformer whose chosen blocks have MoE layers."""
-# Shape suffixes: B images, C channels, N patches of an image, S tokens of an image (prefix tokens and patches), L classes.
+# Shape suffixes: B images, C channels, N patches of an image, S tokens of an image (prefix tokens and patches), L
+# classes.
 
 from __future__ import annotations
 
-from typing import Any, cast, final
+from typing import Any, final
 
 import timm
 import torch
@@ -73,7 +74,7 @@ class ViTMoE(nn.Module):
         arguments = {"num_classes": num_classes, "in_chans": in_channels, **(backbone_arguments or {})}
         if image_size is not None:
             arguments["img_size"] = image_size
-        self.vit = _create_vit(backbone, pretrained, arguments)
+        self.vit: Any = _create_vit(backbone, pretrained, arguments)
         patch_embed = self.vit.patch_embed
         self.grid_size: tuple[int, int] = tuple(patch_embed.grid_size)
         self.image_size: tuple[int, int] = tuple(patch_embed.img_size)
@@ -133,7 +134,9 @@ class ViTMoE(nn.Module):
         """
         batch, _, height, width = images_BCHW.shape
         if (height, width) != self.image_size:
-            raise ValueError(f"images are {height} x {width}, the model takes {self.image_size[0]} x {self.image_size[1]}")
+            raise ValueError(
+                f"images are {height} x {width}, the model takes {self.image_size[0]} x {self.image_size[1]}"
+            )
         tokens = self.num_prefix_tokens + self.grid_size[0] * self.grid_size[1]
         device = images_BCHW.device
         context = RoutingContext(
@@ -159,13 +162,12 @@ def _create_vit(backbone: str, pretrained: bool, arguments: dict[str, Any]) -> A
     if not timm.is_model(backbone):
         known = timm.list_models(f"*{backbone.split('_')[0]}*")[:5]
         raise ValueError(
-            f"timm has no model {backbone!r}; it has {', '.join(known) or 'others'}; "
-            'see timm.list_models("vit_*")'
+            f'timm has no model {backbone!r}; it has {", ".join(known) or "others"}; see timm.list_models("vit_*")'
         )
     try:
-        vit = timm.create_model(backbone, pretrained=pretrained, **arguments)
+        vit: Any = timm.create_model(backbone, pretrained=pretrained, **arguments)
     except TypeError as error:
         raise ValueError(f"timm cannot build {backbone} with {arguments}: {error}") from error
     if not (hasattr(vit, "blocks") and hasattr(vit, "patch_embed") and all(hasattr(b, "mlp") for b in vit.blocks)):
         raise ValueError(f"{backbone} is not a vision transformer with blocks that have an MLP; take a vit_* or deit_*")
-    return cast(Any, vit)
+    return vit

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import final
+from collections.abc import Mapping
+from typing import ClassVar, final
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ class LinearRouter(Router):
     """
 
     paper = "Shazeer et al., ICLR 2017, arXiv:1701.06538; Fedus et al., JMLR 2022, arXiv:2101.03961"
-    default_loss_weights = {"balance": 1e-2, "z": 1e-3}
+    default_loss_weights: ClassVar[Mapping[str, float]] = {"balance": 1e-2, "z": 1e-3}
 
     def __init__(
         self,

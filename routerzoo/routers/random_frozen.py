@@ -23,9 +23,9 @@ class RandomFrozenRouter(Router):
     `z = x W^T + b`, weights by softmax over the k largest. The gradient passes *through* the frozen gate into the
     hidden states, so the model learns to be routed; copies that wrap the gate in `no_grad` cut that path.
 
-    SMoE-Dropout also lets k grow over training; that schedule is not the router's: see
-    `routerzoo.callbacks.KSchedule`. No auxiliary loss. W and b are buffers: no optimiser, and no `requires_grad_(True)`,
-    can move them. Initial values as in the authors' Transformer-XL code: N(0, 0.02) and 0.
+    SMoE-Dropout also lets k grow over training; that schedule is not the router's: see `routerzoo.callbacks.KSchedule`.
+    No auxiliary loss. W and b are buffers: no optimiser, and no `requires_grad_(True)`, can move them. Initial values
+    as in the authors' Transformer-XL code: N(0, 0.02) and 0.
 
     Args:
         spec: sizes of the layer the router sits in.

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, final
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, final
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +54,7 @@ class StableMoERouter(Router):
 
     paper = "Dai et al., ACL 2022, arXiv:2204.08396"
     requires = frozenset({"token_ids"})
-    default_loss_weights = {"balance": 0.3, "distillation": 0.3}
+    default_loss_weights: ClassVar[Mapping[str, float]] = {"balance": 0.3, "distillation": 0.3}
     frozen_choices: Tensor
 
     def __init__(
@@ -84,7 +85,7 @@ class StableMoERouter(Router):
 
     @property
     def stage(self) -> int:
-        """1 while the gate routes and teaches, 2 once the distilled router routes. Setting it to 2 freezes that router."""
+        """1 while the gate routes and teaches, 2 once the distilled router routes. Setting it to 2 freezes that."""
         return self._stage
 
     @stage.setter

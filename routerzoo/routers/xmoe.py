@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import final
+from collections.abc import Mapping
+from typing import ClassVar, final
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ class XMoERouter(Router):
     """
 
     paper = "Chi et al., NeurIPS 2022, arXiv:2204.09179"
-    default_loss_weights = {"balance": 1e-2}
+    default_loss_weights: ClassVar[Mapping[str, float]] = {"balance": 1e-2}
 
     def __init__(
         self,
@@ -77,7 +78,7 @@ class XMoERouter(Router):
         """Take the k most similar experts."""
         token_TR = F.normalize(F.linear(x_TD, self.projection), dim=-1)
         cosine_TE = F.linear(token_TR, F.normalize(self.expert_embedding, dim=-1))
-        logits_TE = cosine_TE / self.temperature.clamp_min(MIN_TEMPERATURE)
+        logits_TE = cosine_TE * self.temperature.clamp_min(MIN_TEMPERATURE).reciprocal()
         weights_TK, experts_TK = top_k_experts(score(logits_TE, self.score_function), self.top_k)
         losses = {}
         if self.training:

@@ -37,8 +37,8 @@ class MoETask(LightningModule, ABC):
         net: the model.
         optimizer: builds the optimiser from parameter groups.
         lr_scheduler: builds the learning-rate schedule from the optimiser and the number of steps.
-        loss_weights: coefficient by auxiliary loss, instead of those that the router's authors use. `balance` and `z` can
-            be had of any router with logits.
+        loss_weights: coefficient by auxiliary loss, instead of those that the router's authors use. `balance` and `z`
+            can be had of any router with logits.
         eval_top_k: experts per token in validation, test and prediction; by default as in training.
     """
 

@@ -50,7 +50,8 @@ class ImageClassification(MoETask):
         num_experts: experts per MoE layer.
         num_shared_experts: experts per MoE layer that see every token.
         moe_blocks: which blocks have a MoE layer: `all`, `every-other`, `none` or a list of indices.
-        patch_ids: what the token id of an image patch is, for routers that route by it: `position`, `lsh` or `codebook`.
+        patch_ids: what the token id of an image patch is, for routers that route by it: `position`, `lsh` or
+            `codebook`.
         num_patch_ids: number of patch ids for `lsh` (a power of 2) and `codebook`.
         label_smoothing: share of the target spread over all classes in training.
         activation_checkpointing: keep only the blocks' inputs and compute the rest again in the backward pass.
@@ -60,6 +61,8 @@ class ImageClassification(MoETask):
         optimizer: the optimiser.
         lr_scheduler: the learning-rate schedule; it is given the optimiser and the number of steps.
     """
+
+    net: ViTMoE
 
     def __init__(
         self,
@@ -127,7 +130,9 @@ class ImageClassification(MoETask):
         datamodule = getattr(self.trainer, "datamodule", None)
         classes = getattr(datamodule, "num_classes", self.num_classes)
         if classes != self.num_classes:
-            raise UserError(f"the data has {classes} classes, the model {self.num_classes}: set num_classes to {classes}")
+            raise UserError(
+                f"the data has {classes} classes, the model {self.num_classes}: set num_classes to {classes}"
+            )
         super().setup(stage)
 
     def token_counts(self) -> Tensor | None:
@@ -142,7 +147,9 @@ class ImageClassification(MoETask):
                 break
         images_BCHW = torch.cat(batches)[:CALIBRATION_IMAGES].to(self.device)
         self.net.patch_ids.calibrate(images_BCHW, torch.Generator().manual_seed(0))
-        return torch.bincount(self.net.token_ids(images_BCHW), minlength=self.net.vocab_size)
+        ids = self.net.token_ids(images_BCHW)
+        assert ids is not None  # there are patch ids
+        return torch.bincount(ids, minlength=self.net.vocab_size or 0)
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Return the loss of a batch with its auxiliary losses."""

@@ -58,8 +58,8 @@ class MeanTextLoss(MeanMetric):
 class LanguageModeling(MoETask):
     """Language modelling: the task's loss is the mean cross-entropy of the next token, in nats.
 
-    Reports `loss` and what papers report of it: `bpb` (bits per byte), `bpc` (bits per character), both `loss / ln 2`, or
-    `ppl` (perplexity per token, `exp(loss)`).
+    Reports `loss` and what papers report of it: `bpb` (bits per byte), `bpc` (bits per character), both `loss / ln 2`,
+    or `ppl` (perplexity per token, `exp(loss)`).
 
     Args:
         vocab_size: number of token ids; by default 256. From the command line it is the data's.
@@ -88,6 +88,8 @@ class LanguageModeling(MoETask):
         temperature: sampling temperature of `predict`; 0 takes the most likely token.
         top_p: `predict` samples from the most likely tokens that hold this share of the probability.
     """
+
+    net: Decoder
 
     def __init__(
         self,
@@ -165,7 +167,9 @@ class LanguageModeling(MoETask):
     def _loss(self, batch: TextBatch) -> tuple[Tensor, RoutingContext]:
         padding = batch.targets_BS == IGNORED_TARGET if not self.training else None
         padding = padding if padding is not None and padding.any() else None
-        logits_BSV, context = self.net(batch.ids_BS, padding_mask_BS=padding, **(self.progress if self.training else {}))
+        logits_BSV, context = self.net(
+            batch.ids_BS, padding_mask_BS=padding, **(self.progress if self.training else {})
+        )
         loss = F.cross_entropy(logits_BSV.flatten(0, 1), batch.targets_BS.flatten(), ignore_index=IGNORED_TARGET)
         return loss, context
 

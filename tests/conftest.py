@@ -1,0 +1,53 @@
+import warnings
+from functools import partial
+
+import pytest
+import torch
+
+import routerzoo
+from routerzoo import LayerSpec, RoutingContext
+
+SPEC = LayerSpec(d_model=16, num_experts=8, vocab_size=40, num_positions=64)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def runs_go_into_a_folder_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(params=routerzoo.list_routers())
+def router_name(request):
+    return request.param
+
+
+@pytest.fixture
+def make_context():
+    """Build a context with every field, for sequences of 8 tokens."""
+
+    def build(num_tokens, vocab_size=40):
+        tokens = torch.arange(num_tokens)
+        return RoutingContext(
+            token_ids=torch.randint(vocab_size, (num_tokens,)),
+            positions=tokens % 8,
+            sequence_ids=tokens // 8,
+            step=0,
+            total_steps=100,
+        )
+
+    return build
+
+
+def build_router(name, spec=SPEC, **arguments):
+    return routerzoo.create_router(name, spec, **arguments)
+
+
+def router_factory(name, **arguments):
+    return partial(routerzoo.registry.router_class(name), **arguments)
+
+
+warnings.filterwarnings("ignore", message="No CUDA runtime is found")
