@@ -92,10 +92,11 @@ class Images(Dataset[tuple[Tensor, int]]):
     Args:
         split: images and labels.
         transform: makes a tensor of an image.
-        seed: seed of the augmentation, which depends on it, the epoch and the index alone.
+        seed: seed of the augmentation, which depends on it, the epoch and the index alone. None where the transform
+            has nothing random.
     """
 
-    def __init__(self, split: _Split, transform: v2.Transform, seed: int = 0) -> None:
+    def __init__(self, split: _Split, transform: v2.Transform, seed: int | None = None) -> None:
         self.split, self.transform, self.seed = split, transform, seed
 
     def __len__(self) -> int:
@@ -104,6 +105,8 @@ class Images(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, int]:
         """Return image and label, of an index, or of `(epoch, index)` in training."""
         epoch, index = index if isinstance(index, tuple) else (0, index)
+        if self.seed is None:
+            return self.transform(self.split.image(index)), int(self.split.labels[index])
         # The same however many workers there are, and after a resume.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(((self.seed * 1_000_003 + epoch) * 10_000_019 + index) % 2**63)
@@ -221,7 +224,7 @@ class ImageData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled, augmented images of the training split."""
-        images = Images(self._split("train"), self._transform(training=True), self.seed)
+        images = Images(self._split("train"), self._transform(training=True), self.seed if self.augment else None)
         if len(images) < self.batch_size:
             raise UserError(
                 f"the training split of {self.dataset} has {len(images)} images, "

@@ -76,8 +76,12 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return ids and targets of a window, int64 `[length]` each."""
+        epoch = None
         if isinstance(index, tuple):
             epoch, index = index
+        if not 0 <= index < self.num_windows:
+            raise IndexError(f"window {index} of {self.num_windows}")
+        if epoch is not None:
             slack = len(self.stream_N) - 1 - self.num_windows * self.length
             cut = int(np.random.default_rng((self.seed, epoch)).integers(0, slack + 1))
             start = cut + index * self.length
