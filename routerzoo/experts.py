@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal, final
+from typing import Any, Literal, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,11 @@ class Experts(nn.Module, ABC):
         super().__init__()
         self.spec = spec
         self.backend: Backend = "auto"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # As for routers: checkpoints made in Python name the class, and are read with weights_only=True.
+        torch.serialization.add_safe_globals([cls])
 
     @abstractmethod
     def forward(self, x_ND: Tensor, ends_E: Tensor) -> Tensor:
@@ -156,11 +161,9 @@ class SwiGLUExperts(Experts):
         return grouped_linear(hidden_NH, self.down, ends_E, self.down_bias, self.backend)
 
     def load_dense(self, dense: nn.Module) -> None:
-        """Copy `fc1_g`, `fc1_x`, `fc2` (timm's `SwiGLU`) or `gate_proj`, `up_proj`, `down_proj` into every expert."""
-        names = ("fc1_g", "fc1_x", "fc2") if hasattr(dense, "fc1_g") else ("gate_proj", "up_proj", "down_proj")
-        _require_layers(self, dense, *names)
+        """Copy timm's `SwiGLU` or `GluMlp`, or `gate_proj`, `up_proj` and `down_proj`, into every expert."""
+        gate, up, down = gate_up_down(dense)
         _require_same_function(self.activation, dense)
-        gate, up, down = (getattr(dense, name) for name in names)
         half = self.hidden_dim
         bias = self.gate_up_bias
         _copy_to_all(self.gate_up[:, :half], None if bias is None else bias[:, :half], gate)
@@ -170,6 +173,33 @@ class SwiGLUExperts(Experts):
     def extra_repr(self) -> str:
         """Show the sizes."""
         return f"num_experts={self.spec.num_experts}, hidden_dim={self.hidden_dim}, activation={self.activation}"
+
+
+class _LinearLayer(NamedTuple):
+    weight: Tensor
+    bias: Tensor | None
+
+
+def gate_up_down(dense: Any) -> tuple[_LinearLayer, _LinearLayer, _LinearLayer]:
+    """Return the three linear maps of a gated feed-forward network as timm or transformers writes it.
+
+    Raises:
+        NotImplementedError: it is not one.
+    """
+    for names in (("fc1_g", "fc1_x", "fc2"), ("gate_proj", "up_proj", "down_proj")):
+        layers = [getattr(dense, name, None) for name in names]
+        if all(isinstance(layer, nn.Linear) for layer in layers):
+            gate, up, down = (_LinearLayer(layer.weight, layer.bias) for layer in layers if layer is not None)
+            return gate, up, down
+    first, last = getattr(dense, "fc1", None), getattr(dense, "fc2", None)
+    if isinstance(first, nn.Linear) and isinstance(last, nn.Linear) and first.out_features == 2 * last.in_features:
+        # timm's GluMlp holds both maps in one layer, the gate in the second half unless told otherwise.
+        weights, biases = first.weight.chunk(2), (None, None) if first.bias is None else first.bias.chunk(2)
+        halves = [_LinearLayer(weights[0], biases[0]), _LinearLayer(weights[1], biases[1])]
+        up, gate = halves if getattr(dense, "gate_last", True) else halves[::-1]
+        return gate, up, _LinearLayer(last.weight, last.bias)
+    children = ", ".join(name for name, _ in dense.named_children()) or "none"
+    raise NotImplementedError(f"{type(dense).__name__} is no gated feed-forward network; it has the layers {children}")
 
 
 def _stacked_weight(num_experts: int, out_features: int, in_features: int) -> nn.Parameter:

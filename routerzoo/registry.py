@@ -12,8 +12,6 @@ from dataclasses import dataclass, fields
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
-import torch
-
 from routerzoo.router import Router
 from routerzoo.routing import LayerSpec
 
@@ -77,8 +75,6 @@ def register_router(cls: R) -> R:
             "unique, since configs use them; rename the new one"
         )
     _registry.routers[cls.__name__] = cls
-    # Checkpoints made in Python hold the class among their hyper-parameters, and are loaded with weights_only=True.
-    torch.serialization.add_safe_globals([cls])
     return cls
 
 

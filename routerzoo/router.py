@@ -77,6 +77,8 @@ class Router(nn.Module, ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        # A checkpoint made in Python names the class among its hyper-parameters, and is read with weights_only=True.
+        torch.serialization.add_safe_globals([cls])
         if unknown := frozenset(cls.requires) - CONTEXT_FIELDS:
             raise TypeError(
                 f"{cls.__name__}.requires names {', '.join(sorted(unknown))}; a context has {CONTEXT_FIELDS}"

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from routerzoo.experts import ACTIVATIONS, Activation, MLPExperts, SwiGLUExperts
+from routerzoo.experts import ACTIVATIONS, Activation, MLPExperts, SwiGLUExperts, gate_up_down
 from routerzoo.grouped import Backend
 from routerzoo.models.blocks import MoEBlocks, moe_block_indices
 from routerzoo.moe import ExpertsFactory, MoE, RouterFactory, moe_layers
@@ -136,14 +136,14 @@ def _widths(dense: nn.Module) -> tuple[int, int]:
 
 
 def _same_experts(dense: nn.Module) -> ExpertsFactory:
-    layers: Any = dense
-    gated = next((names for names in _GATED if all(hasattr(dense, name) for name in names)), None)
     function = getattr(dense, "act", getattr(dense, "act_fn", None))
-    if gated is not None:
-        bias = getattr(layers, gated[0]).bias is not None
-        return partial(SwiGLUExperts, activation=_activation(function, "silu"), bias=bias)
-    bias = hasattr(dense, "fc1") and layers.fc1.bias is not None
-    return partial(MLPExperts, activation=_activation(function, "gelu"), bias=bias)
+    try:
+        gate, _, _ = gate_up_down(dense)
+    except NotImplementedError:
+        first = getattr(dense, "fc1", None)
+        bias = first is None or first.bias is not None
+        return partial(MLPExperts, activation=_activation(function, "gelu"), bias=bias)
+    return partial(SwiGLUExperts, activation=_activation(function, "silu"), bias=gate.bias is not None)
 
 
 def _activation(function: Any, default: Activation) -> Activation:

@@ -1,0 +1,226 @@
+"""Tasks through Lightning's Trainer, in Python."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from lightning import Trainer
+from torch.testing import assert_close
+
+from routerzoo import ImageClassification, ImageData, LanguageModeling, TextData, moe_layers
+from routerzoo.callbacks import KSchedule
+from routerzoo.errors import UserError
+from routerzoo.tasks.optimization import WarmupCosine, parameter_groups
+from tests.conftest import router_factory
+
+QUIET = {
+    "accelerator": "cpu",
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "logger": False,
+    "num_sanity_val_steps": 0,
+}
+
+
+def language(router, **options):
+    sizes = {"d_model": 16, "num_blocks": 2, "num_heads": 2, "num_experts": 4, "max_length": 16}
+    return LanguageModeling(router=router_factory(router, top_k=2), **{**sizes, **options})
+
+
+def vision(router, **options):
+    arguments = {"patch_size": 14, "embed_dim": 12, "depth": 2, "num_heads": 2}
+    sizes = {"image_size": 28, "in_channels": 1, "num_experts": 4, "backbone_arguments": arguments, "patch_ids": "lsh"}
+    return ImageClassification(router=router_factory(router, top_k=2), **{**sizes, **options})
+
+
+def text_data(**options):
+    return TextData(**{"sequence_length": 16, "batch_size": 4, **options})
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_every_router_trains_on_text(router_name, precision):
+    task = language(router_name)
+    trainer = Trainer(**QUIET, max_steps=3, limit_val_batches=1, precision=precision, enable_checkpointing=False)
+    trainer.fit(task, text_data())
+    assert trainer.callback_metrics["train/loss"].isfinite()
+    assert_close(
+        trainer.callback_metrics["train/bpb"], trainer.callback_metrics["train/loss"] / torch.tensor(2.0).log()
+    )
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_every_router_trains_on_images(router_name, precision):
+    task = vision(router_name)
+    trainer = Trainer(**QUIET, max_steps=3, limit_val_batches=1, precision=precision, enable_checkpointing=False)
+    trainer.fit(task, ImageData(batch_size=8))
+    assert trainer.callback_metrics["train/loss"].isfinite()
+
+
+def test_evaluation_weighs_every_token_alike():
+    task, data = language("LinearRouter").eval(), text_data(batch_size=7)
+    trainer = Trainer(**QUIET)
+    trainer.validate(task, data, verbose=False)
+    total = tokens = 0.0
+    with torch.no_grad():
+        for ids, targets in data.val_dataloader():
+            logits, _ = task.net(ids)
+            total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+            tokens += (targets >= 0).sum()
+    assert tokens == len(data.stream("val")) - 1
+    assert_close(trainer.callback_metrics["val/loss"], total / tokens)
+
+
+def test_perplexity_is_the_exponential_of_the_mean_loss():
+    task = language("LinearRouter", metric="ppl")
+    trainer = Trainer(**QUIET, limit_test_batches=3)
+    trainer.test(task, text_data(), verbose=False)
+    assert_close(trainer.callback_metrics["test/ppl"], trainer.callback_metrics["test/loss"].exp())
+
+
+def test_loss_weights_are_applied_once_per_layer():
+    task, ids = language("LinearRouter", loss_weights={"balance": 0.5}), torch.randint(256, (2, 16))
+    _, context = task.net(ids)
+    losses = task.auxiliary_losses(context)
+    assert losses.keys() == {"balance"}
+    assert_close(losses["balance"], 0.5 * sum(context.routings[i].losses["balance"] for i in range(2)))
+    published = language("LinearRouter")
+    assert published.auxiliary_losses(published.net(ids)[1]).keys() == {"balance", "z"}
+    none = language("HyperRouter")
+    assert none.auxiliary_losses(none.net(ids)[1]) == {}
+    wanted = language("HyperRouter", loss_weights={"balance": 0.01})
+    assert wanted.auxiliary_losses(wanted.net(ids)[1]).keys() == {"balance"}
+    impossible = language("HashRouter", loss_weights={"balance": 0.01})
+    with pytest.raises(UserError, match="loss_weights of HashRouter: this router has no loss 'balance'; it has none"):
+        impossible.auxiliary_losses(impossible.net(ids)[1])
+
+
+def test_evaluation_may_use_another_k():
+    task = language("LinearRouter", eval_top_k=1)
+    seen = []
+    for layer in moe_layers(task):
+        layer.router.register_forward_hook(lambda module, args, routing: seen.append(routing.experts_TK.shape[1]))
+    Trainer(**QUIET, max_steps=1, limit_val_batches=1, val_check_interval=1, enable_checkpointing=False).fit(
+        task, text_data()
+    )
+    assert seen == [2, 2, 1, 1]
+    with pytest.raises(UserError, match="eval_top_k must be between 1 and 4, got 5"):
+        language("LinearRouter", eval_top_k=5)
+
+
+def test_k_grows_with_any_router(router_name):
+    task = language(router_name)
+    ks = []
+    layer = next(moe_layers(task))
+    layer.router.register_forward_hook(lambda module, args, routing: ks.append(routing.experts_TK.shape[1]))
+    trainer = Trainer(
+        **QUIET, max_steps=5, limit_val_batches=0, enable_checkpointing=False, callbacks=[KSchedule(1, 4)]
+    )
+    trainer.fit(task, text_data())
+    assert ks == [1, 2, 2, 3, 3]  # round(1 + 3 t / 5), halves to even
+    assert task.state_dict()["net.blocks.0.feed_forward.router._extra_state"]["top_k"] == 3
+
+
+def test_balanced_tables_are_calibrated_from_the_training_split():
+    task = language("HashRouter")
+    for layer in moe_layers(task):
+        layer.router.balanced = True
+    before = next(moe_layers(task)).router.table.clone()
+    Trainer(**QUIET, max_steps=1, limit_val_batches=0, enable_checkpointing=False).fit(task, text_data())
+    assert not torch.equal(next(moe_layers(task)).router.table, before)
+
+
+def test_patch_ids_are_fitted_to_the_training_split():
+    task = vision("HashRouter", patch_ids="codebook", num_patch_ids=16)
+    before = task.net.patch_ids.codebook.clone()
+    Trainer(**QUIET, max_steps=1, limit_val_batches=0, enable_checkpointing=False).fit(task, ImageData(batch_size=8))
+    assert not torch.equal(task.net.patch_ids.codebook, before)
+
+
+def test_a_model_with_other_classes_than_the_data_is_refused():
+    with pytest.raises(UserError, match="the data has 10 classes, the model 3: set num_classes to 10"):
+        Trainer(**QUIET, max_steps=1).fit(vision("LinearRouter", num_classes=3), ImageData(batch_size=8))
+
+
+def test_a_run_without_end_is_refused():
+    with pytest.raises(UserError, match=r"set trainer.max_steps or trainer.max_epochs"):
+        Trainer(**QUIET, max_epochs=-1).fit(language("LinearRouter"), text_data())
+
+
+def test_weight_decay_spares_norms_biases_and_embeddings():
+    task = vision("XMoERouter")
+    names = {id(parameter): name for name, parameter in task.net.named_parameters()}
+    decayed, spared = ({names[id(p)] for p in group["params"]} for group in parameter_groups(task.net))
+    assert decayed | spared == set(names.values())
+    assert not decayed & spared
+    assert {"vit.pos_embed", "vit.cls_token", "vit.norm.weight", "vit.blocks.0.attn.qkv.bias"} <= spared
+    assert "vit.blocks.1.mlp.experts.up_bias" in spared
+    assert "vit.blocks.1.mlp.router.expert_embedding" in spared
+    assert {"vit.blocks.0.attn.qkv.weight", "vit.blocks.1.mlp.experts.up", "vit.head.weight"} <= decayed
+    text = language("LinearRouter")
+    decayed, spared = (group["params"] for group in parameter_groups(text.net))
+    assert any(p is text.net.embedding.weight for p in spared)  # tied with the output layer
+
+
+def test_the_learning_rate_warms_up_and_falls():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = WarmupCosine(optimizer, 110, warmup_steps=10, final_share=0.1)
+    rates = []
+    for _ in range(111):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == pytest.approx(1.0)
+    assert rates[60] == pytest.approx(0.55)
+    assert rates[110] == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="warmup_steps must be at least 0"):
+        WarmupCosine(optimizer, 10, warmup_steps=-1)
+
+
+CHECKPOINT_MAKER = """
+from functools import partial
+import torch
+from lightning import Trainer
+from routerzoo import *
+from routerzoo import ImageClassification, LanguageModeling, TextData
+task = LanguageModeling(
+    router=partial(HashRouter, top_k=2, seed=5), experts=SwiGLUExperts, d_model=16, num_blocks=1, num_heads=2, num_experts=4,
+    max_length=16, optimizer=partial(torch.optim.AdamW, lr=0.1),
+)
+trainer = Trainer(accelerator="cpu", max_steps=1, limit_val_batches=0, logger=False, enable_progress_bar=False)
+trainer.fit(task, TextData(sequence_length=16, batch_size=2))
+trainer.save_checkpoint("made.ckpt")
+torch.save(task.eval().net(torch.arange(16)[None])[0], "logits.pt")
+"""
+
+
+def test_checkpoints_made_in_python_load_in_another_process(tmp_path):
+    subprocess.run([sys.executable, "-c", CHECKPOINT_MAKER], check=True, capture_output=True, cwd=tmp_path)
+    task = LanguageModeling.load_from_checkpoint(tmp_path / "made.ckpt", weights_only=True)
+    router = next(moe_layers(task)).router
+    assert (type(router).__name__, router.top_k) == ("HashRouter", 2)
+    expected = torch.load(tmp_path / "logits.pt", weights_only=True)
+    assert torch.equal(task.eval().net(torch.arange(16)[None])[0], expected)
+    trainer = Trainer(**QUIET, limit_val_batches=1)
+    trainer.validate(task, text_data(), ckpt_path=str(tmp_path / "made.ckpt"), verbose=False, weights_only=True)
+
+
+def test_accumulated_gradients_are_those_of_a_larger_batch():
+    def gradients(batch_size, accumulate):
+        torch.manual_seed(0)
+        task = language("HyperRouter")
+        kept = []
+        task.on_before_optimizer_step = lambda optimizer: kept.append([p.grad.clone() for p in task.net.parameters()])
+        trainer = Trainer(
+            **QUIET,
+            max_steps=1,
+            limit_val_batches=0,
+            accumulate_grad_batches=accumulate,
+            enable_checkpointing=False,
+        )
+        trainer.fit(task, text_data(batch_size=batch_size))
+        return kept[0]
+
+    for got, expected in zip(gradients(2, 4), gradients(8, 1), strict=True):
+        assert_close(got, expected)

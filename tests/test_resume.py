@@ -1,0 +1,83 @@
+"""A run that stops and resumes is the run that never stopped, bit for bit."""
+
+import csv
+
+import pytest
+import torch
+
+from routerzoo.cli import main
+
+LANGUAGE = """
+model:
+  class_path: LanguageModeling
+  init_args: {d_model: 16, num_blocks: 2, num_heads: 2, num_experts: 4, dropout: 0.1}
+data: {class_path: TextData, init_args: {sequence_length: 16, batch_size: 256}}
+"""
+VISION = """
+model:
+  class_path: ImageClassification
+  init_args:
+    {num_experts: 4, patch_ids: lsh, backbone_arguments: {patch_size: 14, embed_dim: 12, depth: 2, num_heads: 2}}
+data: {class_path: ImageData, init_args: {batch_size: 256}}
+"""
+TRAINER = """
+trainer:
+  accelerator: cpu
+  enable_progress_bar: false
+  limit_val_batches: 1
+  log_every_n_steps: 1
+  val_check_interval: 7
+  check_val_every_n_epoch: null
+  callbacks: [{class_path: routerzoo.KSchedule, init_args: {start: 1, end: 4}}]
+"""
+
+
+def losses(folder):
+    with (folder / "logs" / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+    steps = [int(row["step"]) for row in rows]
+    assert steps == sorted(set(steps)), "a step is logged twice"
+    return {int(row["step"]): row["train/loss"] for row in rows}
+
+
+def fit(folder, config, router, steps, *options):
+    # The schedules need the whole length from the start, so an interruption is a limit of another kind.
+    arguments = ["--trainer.max_steps", "30", "--checkpoint_every", "1", "--run_dir", str(folder), *options]
+    with pytest.MonkeyPatch.context() as patch:
+        if steps is not None:
+            stop_after(patch, steps)
+        main(["fit", "--config", str(config), "--model.router", router, "--model.router.top_k", "1", *arguments])
+
+
+def stop_after(patch, steps):
+    from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+
+    advance = _TrainingEpochLoop.advance
+
+    def stopping(self, data_fetcher):
+        advance(self, data_fetcher)
+        if self.trainer.global_step >= steps:
+            raise KeyboardInterrupt
+
+    patch.setattr(_TrainingEpochLoop, "advance", stopping)
+
+
+@pytest.mark.parametrize("domain", ["language", "vision"])
+def test_stop_and_resume(router_name, domain, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text((LANGUAGE if domain == "language" else VISION) + TRAINER)
+    fit(tmp_path / "whole", config, router_name, None)
+    # StableMoE switches at step 3, k changes at 5, 15 and 25; the vision split has 23 batches an epoch.
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(tmp_path / "resumed", config, router_name, 2)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(tmp_path / "resumed", config, router_name, 14, "--ckpt_path", "last")
+    fit(tmp_path / "resumed", config, router_name, None, "--ckpt_path", "last")
+    assert len(losses(tmp_path / "whole")) == 30
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")
+    ends = [
+        torch.load(tmp_path / run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for run in ("whole", "resumed")
+    ]
+    for name, value in ends[0].items():
+        assert torch.equal(value, ends[1][name]) if isinstance(value, torch.Tensor) else value == ends[1][name]
