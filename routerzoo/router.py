@@ -85,7 +85,7 @@ class Router(nn.Module, ABC):
             )
 
     @classmethod
-    def __subclasses__(cls) -> list[type]:  # type: ignore[override]
+    def __subclasses__(cls) -> list[type]:
         """List the direct subclasses, but none that has a registered router's name without being it.
 
         Configs name classes by their short names, which jsonargparse looks up here. A package that happens to define a

@@ -1,4 +1,3 @@
-import warnings
 from functools import partial
 
 import pytest
@@ -48,6 +47,3 @@ def build_router(name, spec=SPEC, **arguments):
 
 def router_factory(name, **arguments):
     return partial(routerzoo.registry.router_class(name), **arguments)
-
-
-warnings.filterwarnings("ignore", message="No CUDA runtime is found")

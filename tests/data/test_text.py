@@ -54,7 +54,7 @@ def test_a_download_is_whole_or_not_there(server, tmp_path):
 
 
 def test_a_download_that_cannot_be_had_says_where_to_put_the_file(tmp_path):
-    with pytest.raises(UserError, match="If you have the file, put it at .*corpus"):
+    with pytest.raises(UserError, match=r"If you have the file, put it at .*corpus"):
         download(["http://127.0.0.1:9/corpus"], tmp_path / "corpus", None)
 
 

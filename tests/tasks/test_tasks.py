@@ -185,8 +185,8 @@ from lightning import Trainer
 from routerzoo import *
 from routerzoo import ImageClassification, LanguageModeling, TextData
 task = LanguageModeling(
-    router=partial(HashRouter, top_k=2, seed=5), experts=SwiGLUExperts, d_model=16, num_blocks=1, num_heads=2, num_experts=4,
-    max_length=16, optimizer=partial(torch.optim.AdamW, lr=0.1),
+    router=partial(HashRouter, top_k=2, seed=5), experts=SwiGLUExperts, d_model=16, num_blocks=1, num_heads=2,
+    num_experts=4, max_length=16, optimizer=partial(torch.optim.AdamW, lr=0.1),
 )
 trainer = Trainer(accelerator="cpu", max_steps=1, limit_val_batches=0, logger=False, enable_progress_bar=False)
 trainer.fit(task, TextData(sequence_length=16, batch_size=2))
