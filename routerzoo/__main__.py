@@ -10,11 +10,11 @@ OVERVIEW = """usage: python -m routerzoo COMMAND [OPTIONS]
 Mixture-of-Experts routers, compared, used and invented.
 
 commands:
-  fit        train:            python -m routerzoo fit --config configs/language/HyperRouter.yaml
+  fit        train:                              python -m routerzoo fit --config configs/language/HyperRouter.yaml
   validate   evaluate on the validation split:   python -m routerzoo validate --ckpt_path last
   test       evaluate on the test split:         python -m routerzoo test --ckpt_path best
   predict    continue text, or classify images:  python -m routerzoo predict --ckpt_path best
-  routers    list the routers with their properties, parameters and papers
+  routers    list routers, sizes and papers:     python -m routerzoo routers
 
 python -m routerzoo COMMAND --help lists a command's options;
 python -m routerzoo fit --model LanguageModeling --model.router.help HyperRouter explains a router's.

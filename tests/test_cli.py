@@ -23,7 +23,14 @@ model:
     num_experts: 4
     router: {class_path: HyperRouter, init_args: {top_k: 2, hidden_dim: 8}}
 data: {class_path: TextData, init_args: {sequence_length: 16, batch_size: 8}}
-trainer: {accelerator: cpu, max_steps: 4, limit_val_batches: 2, limit_test_batches: 2, enable_progress_bar: false}
+trainer:
+  accelerator: cpu
+  max_steps: 4
+  log_every_n_steps: 1
+  val_check_interval: 2
+  limit_val_batches: 2
+  limit_test_batches: 2
+  enable_progress_bar: false
 """
 VISION = """
 model:

@@ -38,12 +38,29 @@ class RunCheckpoint(ModelCheckpoint):
             # The next checkpoint takes the name of the one before.
             enable_version_counter=False,
             auto_insert_metric_name=False,
+            # The metric is validation's.
+            save_on_train_epoch_end=False if monitor is not None else None,
         )
 
     @property
     def state_key(self) -> str:
         """Name of its state in checkpoints: the same however often it saves."""
         return self._generate_state_key(monitor=self.monitor)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the best score up, also where the run's folder has moved since."""
+
+        def here(path: str) -> str:
+            return str(Path(str(self.dirpath)) / Path(path).name) if path else path
+
+        paths = ("best_model_path", "kth_best_model_path", "last_model_path")
+        moved = {
+            **state_dict,
+            **{name: here(state_dict[name]) for name in paths},
+            "best_k_models": {here(path): score for path, score in state_dict["best_k_models"].items()},
+            "dirpath": self.dirpath,
+        }
+        super().load_state_dict(moved)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -119,7 +119,8 @@ class RoutingMonitor(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the validation split, and draw."""
         self._finish(pl_module, "val")
-        if trainer.is_global_zero and not trainer.sanity_checking and self.loads_R and self.picture is not None:
+        trying = trainer.sanity_checking or trainer.fast_dev_run  # type: ignore[attr-defined]
+        if trainer.is_global_zero and not trying and self.loads_R and self.picture is not None:
             self._draw(trainer)
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -134,16 +135,16 @@ class RoutingMonitor(Callback):
         figure = load_over_training(
             self.steps_R, torch.stack(self.loads_R).numpy(), "load of each expert over training"
         )
-        figure.savefig(self.picture_path(trainer), dpi=110)
+        path = self.picture_path(trainer)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_figure("routing/load", figure, trainer.global_step)
 
     def picture_path(self, trainer: Trainer) -> Path:
         """Return where the picture lies."""
-        folder = self.folder or Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / (self.picture or "")
+        return (self.folder or Path(trainer.default_root_dir)) / (self.picture or "")
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the history, so that a resumed run's picture is whole."""

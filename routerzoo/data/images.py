@@ -248,7 +248,9 @@ class ImageData(LightningDataModule):
 
     def _evaluation_loader(self, split: str) -> DataLoader[Any]:
         images = Images(self._split(split), self._transform(training=False))
-        return DataLoader(images, self.batch_size, collate_fn=collate, num_workers=self.num_workers, pin_memory=_pin())
+        return DataLoader(
+            images, batch_size=self.batch_size, collate_fn=collate, num_workers=self.num_workers, pin_memory=_pin()
+        )
 
 
 def collate(samples: Sequence[tuple[Tensor, int]]) -> ImageBatch:

@@ -280,7 +280,9 @@ class TextData(LightningDataModule):
     def _evaluation_loader(self, split: str) -> DataLoader[Any]:
         name = f"the {split} split of {self.dataset}"
         windows = Windows(self.stream(split), self.sequence_length, training=False, name=name)
-        return DataLoader(windows, self.batch_size, collate_fn=collate, num_workers=self.num_workers, pin_memory=_pin())
+        return DataLoader(
+            windows, batch_size=self.batch_size, collate_fn=collate, num_workers=self.num_workers, pin_memory=_pin()
+        )
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """The prompts, one a batch: token ids `[1, S]`."""
