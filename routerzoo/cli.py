@@ -67,14 +67,6 @@ class RouterZooCLI(LightningCLI):
     def __init__(self, args: Sequence[str]) -> None:
         self.run_dir: Path | None = None
         self._given_links: dict[str, Any] = {}
-        # Lightning warns of arguments beside those of the process, even where they are the same.
-        argv, sys.argv = sys.argv, sys.argv[:1]
-        try:
-            self._run(args)
-        finally:
-            sys.argv = argv
-
-    def _run(self, args: Sequence[str]) -> None:
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -87,6 +79,16 @@ class RouterZooCLI(LightningCLI):
             trainer_defaults={"num_sanity_val_steps": -1, "log_every_n_steps": 10, "enable_model_summary": False},
             args=list(args),
         )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the given arguments alone."""
+        # Lightning warns of arguments beside those of the process, even where they are the same. The process's must be
+        # back before training: other ranks are started with them.
+        argv, sys.argv = sys.argv, sys.argv[:1]
+        try:
+            super().parse_arguments(parser, args)
+        finally:
+            sys.argv = argv
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what concerns the run, and let the data decide the model's sizes."""

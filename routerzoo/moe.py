@@ -54,6 +54,7 @@ class MoE(nn.Module):
     Example:
         >>> import torch
         >>> from functools import partial
+        >>> from routerzoo import HyperRouter
         >>> layer = MoE(d_model=32, num_experts=8, router=partial(HyperRouter, top_k=2))
         >>> layer(torch.randn(2, 10, 32)).shape
         torch.Size([2, 10, 32])

@@ -1,3 +1,8 @@
+import os
+
+# Test processes share the machine: threads of several would wait for each other at every step.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from functools import partial
 
 import pytest

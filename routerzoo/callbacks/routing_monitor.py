@@ -85,15 +85,15 @@ class RoutingMonitor(Callback):
         for layer, load in self._load.items():
             statistics = {**load.compute(), **self._confidence[layer].compute()}
             known = {name: value for name, value in statistics.items() if not value.isnan()}
-            # Computed over all ranks already.
-            pl_module.log_dict({f"{stage}/moe{layer}/{n}": v for n, v in known.items()}, rank_zero_only=True)
+            # Computed over all ranks already; Lightning wants to be told to average them, equal as they are.
+            pl_module.log_dict({f"{stage}/moe{layer}/{n}": v for n, v in known.items()}, sync_dist=True)
             self.last_statistics.append({name: float(value) for name, value in known.items()})
         if stage == "train":
             extremes = {
                 "load_max": max(layer["load_max"] for layer in self.last_statistics),
                 "load_min": min(layer["load_min"] for layer in self.last_statistics),
             }
-            pl_module.log_dict(extremes, prog_bar=True, logger=False, rank_zero_only=True)
+            pl_module.log_dict(extremes, prog_bar=True, logger=False)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Record the batches that Lightning logs."""

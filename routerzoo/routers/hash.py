@@ -54,10 +54,9 @@ class HashRouter(Router):
             raise ValueError(f"table must be random or balanced, got {table!r}")
         self.balanced = table == "balanced"
         generator = torch.Generator(device="cpu").manual_seed(seed * 1_000_003 + spec.layer)
-        # A row is a whole permutation of the experts, so that k may grow. 16 bits keep the table of a large vocabulary
-        # at a fraction of its embedding.
+        # A row is a whole permutation of the experts, so that k may grow.
         order = torch.rand(spec.vocab_size, spec.num_experts, generator=generator, device="cpu").argsort(-1)
-        self.register_buffer("table", order.to(torch.int16 if spec.num_experts < 2**15 else torch.int32))
+        self.register_buffer("table", order.to(expert_dtype(spec.num_experts)))
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Look the tokens up."""
@@ -70,6 +69,14 @@ class HashRouter(Router):
         if self.balanced:
             balanced = balance_table(self.table.cpu().numpy(), token_counts_V.cpu().numpy(), self.top_k)
             self.table.copy_(torch.from_numpy(balanced))
+
+
+def expert_dtype(num_experts: int) -> torch.dtype:
+    """Return the type that a table of experts is kept in: one byte where that is enough.
+
+    Not 16 bits, which distributed backends do not move.
+    """
+    return torch.uint8 if num_experts <= 256 else torch.int32
 
 
 def balance_table(table_VE: np.ndarray, counts_V: np.ndarray, top_k: int) -> np.ndarray:

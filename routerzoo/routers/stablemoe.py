@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from routerzoo.losses import distillation_loss, stablemoe_balance_loss
 from routerzoo.registry import register_router
 from routerzoo.router import Router, UnmetRequirementError
+from routerzoo.routers.hash import expert_dtype
 from routerzoo.routing import LayerSpec, Routing, RoutingContext
 from routerzoo.selection import top_k_experts
 
@@ -79,8 +80,8 @@ class StableMoERouter(Router):
         nn.init.orthogonal_(self.expert_centroids, gain=0.1)
         self.routing_embedding = nn.Parameter(torch.randn(spec.vocab_size, routing_dim) * routing_dim**-0.5)
         self.distilled_centroids = nn.Parameter(torch.randn(spec.num_experts, routing_dim) * routing_dim**-0.5)
-        dtype = torch.int16 if spec.num_experts < 2**15 else torch.int32
-        self.register_buffer("frozen_choices", torch.zeros(spec.vocab_size, spec.num_experts, dtype=dtype))
+        choices = torch.zeros(spec.vocab_size, spec.num_experts, dtype=expert_dtype(spec.num_experts))
+        self.register_buffer("frozen_choices", choices)
         self._stage = 1
 
     @property
