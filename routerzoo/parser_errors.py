@@ -34,9 +34,11 @@ def explain(message: str) -> str:
         expected = re.sub(r"^Expected an? ", "expected ", expected)
         return f"{option}: {expected[0].lower()}{expected[1:]}, got {leaves[-1][1].strip()!r}"
     if message.startswith("Does not validate against any of the Union subtypes"):
-        # Raised while an object is built: the first attempt is the class that was asked for.
-        attempts = re.search(r"Errors:\s+- (.*?)\n\s+- Expected a <class 'NoneType'>", message, re.DOTALL)
-        message = attempts[1] if attempts is not None else message
+        # Raised while an object is built: the attempts are the class that was asked for, and None.
+        listed = message.partition("Errors:")[2].partition("\nGiven value type")[0]
+        attempts = [attempt.strip() for attempt in re.split(r"\n\s+- ", listed) if attempt.strip()]
+        meant = [attempt for attempt in attempts if "NoneType" not in attempt.partition("\n")[0]]
+        message = meant[0] if meant else message
     message = re.sub(r'^Parser key "([^"]+)":', r"\1:", message)
     return re.sub(r"\s*\n\s*", " ", message).strip()
 

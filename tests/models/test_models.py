@@ -173,7 +173,7 @@ def test_pretrained_weights_are_upcycled(tmp_path):
     small = {"patch_size": 7, "embed_dim": 24, "depth": 4, "num_heads": 3}
     dense = timm.create_model("vit_tiny_patch16_224", img_size=28, in_chans=1, num_classes=10, **small).eval()
     torch.save(dense.state_dict(), tmp_path / "dense.pth")
-    overlay = {"file": str(tmp_path / "dense.pth"), "num_classes": 10, "input_size": (1, 28, 28)}
+    overlay = {"file": str(tmp_path / "dense.pth"), "num_classes": 10, "input_size": (1, 28, 28), "custom_load": False}
     model = vit(pretrained=True, backbone_arguments={**small, "pretrained_cfg_overlay": overlay})
     images = torch.randn(2, 1, 28, 28)
     assert_close(model(images)[0], dense(images))
