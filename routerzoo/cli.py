@@ -243,9 +243,6 @@ class RouterZooCLI(LightningCLI):
         parser = self.parser if self.subcommand is None else self._parser(self.subcommand)
         return str(parser.dump(config, skip_link_targets=True, skip_check=True))
 
-    def after_instantiate_classes(self) -> None:
-        """Nothing more."""
-
 
 class _RunFolder(Callback):
     """Writes the config when training starts, and keeps the log of a resumed run free of steps that come again."""

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import importlib.resources
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -311,11 +310,6 @@ class TextData(LightningDataModule):
             return bytes(ids).decode("utf-8", errors="replace")
         words = self._words().words
         return " ".join(words[index] for index in ids).replace(" <eos> ", "\n")
-
-
-def bits(nats: float) -> float:
-    """Turn nats into bits."""
-    return nats / math.log(2)
 
 
 def _own_files(dataset: str) -> list[Path]:

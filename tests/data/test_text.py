@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from routerzoo.data import TextData
-from routerzoo.data import text as text_module
 from routerzoo.data.download import Checksum, download, extract_member
 from routerzoo.data.text import TEXT_SETS, TextSet
 from routerzoo.data.tokens import IGNORED_TARGET, Span, Windows, encode_words
@@ -235,4 +234,3 @@ def test_prompts_default_to_the_test_split():
     assert prompt.shape == (1, 64)
     prompts = [batch.tolist() for batch in TextData(prompts=["To be", "é"]).predict_dataloader()]
     assert prompts == [[list(b"To be")], [list("é".encode())]]
-    assert text_module.bits(np.log(2)) == pytest.approx(1)
