@@ -15,6 +15,7 @@ commands:
   test       evaluate on the test split:         python -m routerzoo test --ckpt_path best
   predict    continue text, or classify images:  python -m routerzoo predict --ckpt_path best
   routers    list routers, sizes and papers:     python -m routerzoo routers
+  check      prove what routers declare:         python -m routerzoo check HyperRouter
 
 python -m routerzoo COMMAND --help lists a command's options;
 python -m routerzoo fit --model LanguageModeling --model.router.help HyperRouter explains a router's.
@@ -34,6 +35,10 @@ def main(args: Sequence[str] | None = None) -> None:
         from routerzoo.router_table import main as list_routers
 
         list_routers(args[1:])
+    elif args[0] == "check":
+        from routerzoo.testing.command import main as check
+
+        check(args[1:])
     else:
         from routerzoo.cli import main as run
 

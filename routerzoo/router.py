@@ -34,7 +34,8 @@ class Router(nn.Module, ABC):
 
     A subclass implements `route`. It is called in float32 with autocast off, so that a near-tie is decided the same way
     at every precision; `forward` casts the weights back to the hidden dtype. A concrete router is final: variants
-    compose or wrap. What training changes and inference needs belongs into parameters and buffers.
+    compose or wrap. What training changes and inference needs belongs into parameters and buffers. A hidden state that
+    is NaN gives weights that are NaN, or an error; never a plausible choice.
 
     Class attributes declare the router's properties. `routerzoo.testing.check_router` proves them.
 
@@ -54,13 +55,19 @@ class Router(nn.Module, ABC):
     requires: frozenset[str] = frozenset()
     """The `RoutingContext` fields that `route` reads."""
     causal: bool = True
-    """A token's routing ignores later tokens."""
+    """A token's routing ignores later tokens. A property that looks at `self.training`, where evaluation differs."""
     batch_independent: bool = True
-    """A token's routing ignores other sequences of the batch."""
+    """A token's routing ignores other sequences of the batch. A property, where evaluation differs."""
+    tokenwise: bool = True
+    """A token is routed the same when it is routed alone, as generation does: it ignores all other tokens."""
     trainable: bool = True
     """The router has parameters that learn."""
+    adapted_buffers: frozenset[str] = frozenset()
+    """The buffers that training changes (running statistics, frozen copies). All others stay as they were drawn."""
     normalized: bool = False
     """A token's weights sum to 1."""
+    nonnegative: bool = True
+    """No weight is below 0."""
     trains_at_top_1: bool = True
     """The task's gradient reaches the router's parameters at top_k = 1 (it does not where one weight is always 1)."""
     compiles: bool = True

@@ -55,6 +55,7 @@ class StableMoERouter(Router):
 
     paper = "Dai et al., ACL 2022, arXiv:2204.08396"
     requires = frozenset({"token_ids"})
+    adapted_buffers = frozenset({"frozen_choices"})
     default_loss_weights: ClassVar[Mapping[str, float]] = {"balance": 0.3, "distillation": 0.3}
     frozen_choices: Tensor
 

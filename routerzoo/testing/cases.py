@@ -1,0 +1,255 @@
+"""What the checks of `routerzoo.testing` run on: routers of random sizes, with hidden states and a full context."""
+# Shape suffixes: T tokens, D model width, E experts, K choices per token, N assignments, V token ids,
+# G groups of tokens (sequences), S tokens of one group, P slots of one expert.
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from routerzoo.moe import RouterFactory
+from routerzoo.router import Router
+from routerzoo.routing import LayerSpec, Routing, RoutingContext
+
+VOCAB_SIZE = 13
+TOTAL_STEPS = 100
+
+
+class CheckFailure(AssertionError):
+    """A router does not do what it declares, or what every router must."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """One example's sizes; a failed check prints the smallest ones that fail.
+
+    Args:
+        num_experts: experts of the layer.
+        top_k: experts per token, where the router takes a k.
+        d_model: width of the hidden states.
+        num_sequences: sequences in the batch.
+        length: tokens of a sequence.
+        step: optimiser steps taken, of `TOTAL_STEPS`: stages of training are passed through.
+        seed: of weights and inputs.
+    """
+
+    num_experts: int = 8
+    top_k: int = 2
+    d_model: int = 8
+    num_sequences: int = 3
+    length: int = 6
+    step: int = 0
+    seed: int = 0
+
+
+class RefusedSizesError(ValueError):
+    """The router refuses these sizes with a ValueError, as it may."""
+
+
+def takes_top_k(factory: RouterFactory) -> bool:
+    """Whether a factory can be told k."""
+    return "top_k" in inspect.signature(factory).parameters
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw random numbers from a seed for a while, and leave the global random state as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+class Case:
+    """A router of given sizes, and inputs for it.
+
+    Args:
+        factory: builds the router.
+        sizes: of this example.
+        device: where it runs.
+    """
+
+    def __init__(self, factory: RouterFactory, sizes: Sizes, device: torch.device) -> None:
+        self.factory, self.sizes, self.device = factory, sizes, device
+        self.num_tokens = sizes.num_sequences * sizes.length
+        self.spec = LayerSpec(
+            sizes.d_model,
+            sizes.num_experts,
+            num_layers=2,
+            vocab_size=VOCAB_SIZE,
+            num_positions=max(sizes.length, 1),
+            hidden_dim=4 * sizes.d_model,
+        )
+
+    def build(self, spec: LayerSpec | None = None, *, top_k: int | None = None, seed: int = 0) -> Router:
+        """Build a router that has not trained yet.
+
+        Raises:
+            RefusedSizesError: it does not come in these sizes.
+        """
+        with seeded(self.sizes.seed + seed):
+            return self.build_here(spec, top_k=top_k)
+
+    def build_here(self, spec: LayerSpec | None = None, *, top_k: int | None = None) -> Router:
+        """Build a router from the global random state as it is."""
+        arguments: dict[str, Any] = {}
+        if takes_top_k(self.factory):
+            arguments["top_k"] = self.sizes.top_k if top_k is None else top_k
+        try:
+            router: Router = self.factory(self.spec if spec is None else spec, **arguments)
+        except ValueError as error:
+            raise RefusedSizesError(str(error)) from error
+        return router.to(self.device)
+
+    def router(self, *, training: bool = False, top_k: int | None = None, seed: int = 0) -> Router:
+        """Build a router, and take it to the example's step of training."""
+        router = self.build(top_k=top_k, seed=seed)
+        router.calibrate(torch.arange(1, VOCAB_SIZE + 1))
+        router.on_step_start(self.sizes.step, TOTAL_STEPS)
+        return router.train(training)
+
+    def hidden(self, seed: int = 1, scale: float = 1.0) -> Tensor:
+        """Return random hidden states, float32 `[T, D]`."""
+        with seeded(self.sizes.seed + seed):
+            return (torch.randn(self.num_tokens, self.sizes.d_model) * scale).to(self.device)
+
+    def context(self, *, ids_seed: int = 1, **changes: Any) -> RoutingContext:
+        """Return a context with every field, and an empty carry. There is no padding."""
+        tokens = torch.arange(self.num_tokens)
+        with seeded(self.sizes.seed + ids_seed):
+            token_ids = torch.randint(VOCAB_SIZE, (self.num_tokens,))
+        length = max(self.sizes.length, 1)
+        fields: dict[str, Any] = {
+            "token_ids": token_ids,
+            "positions": tokens % length,
+            "sequence_ids": tokens // length,
+            "padding_mask": torch.zeros(self.num_tokens, dtype=torch.bool),
+        }
+        fields = {name: value.to(self.device) for name, value in fields.items()}
+        return RoutingContext(**{**fields, "step": self.sizes.step, "total_steps": TOTAL_STEPS, **changes})
+
+    def route(self, router: Router, x_TD: Tensor, context: RoutingContext, seed: int = 2) -> Routing:
+        """Route with a random state of its own, so that a router's noise is the same every time."""
+        with seeded(self.sizes.seed + seed):
+            routing: Routing = router(x_TD, replace(context, carry={}, routings={}))
+        return routing
+
+    def effect(self, routing: Routing, x_TD: Tensor) -> Tensor:
+        """Return what a routing does to each token, `[T, ...]`: equal effects are equal outputs of any experts.
+
+        For assignments it is the weight of every expert and whether it was chosen; for slots, the output of experts
+        that are linear maps.
+        """
+        num_experts, num_tokens = self.sizes.num_experts, len(x_TD)
+        if routing.dispatch_GSEP is not None and routing.combine_GSEP is not None:
+            groups, length = routing.dispatch_GSEP.shape[:2]
+            with seeded(0):
+                maps_EDD = torch.randn(num_experts, self.sizes.d_model, self.sizes.d_model).to(x_TD)
+            x_GSD = x_TD.view(groups, length, -1)
+            slots_GEPD = torch.einsum("gsep,gsd->gepd", routing.dispatch_GSEP.to(x_TD), x_GSD)
+            slots_GEPF = torch.einsum("gepd,edf->gepf", slots_GEPD, maps_EDD)
+            return torch.einsum("gsep,gepf->gsf", routing.combine_GSEP.to(x_TD), slots_GEPF).reshape(num_tokens, -1)
+        pairs = routing.assignments()
+        bins = pairs.token_N * (num_experts + 1) + pairs.expert_N.remainder(num_experts + 1)
+        effect = pairs.weight_N.new_zeros(2, num_tokens * (num_experts + 1))
+        effect = effect.index_add(1, bins, torch.stack([pairs.weight_N, torch.ones_like(pairs.weight_N)]))
+        return effect.view(2, num_tokens, num_experts + 1)[:, :, :num_experts].permute(1, 0, 2).flatten(1)
+
+
+Law = Callable[[Case], None]
+
+
+class Cases:
+    """Examples of a router in many sizes.
+
+    Args:
+        factory: builds the router.
+        examples: how many random sizes each law is tried on.
+        device: where the router runs.
+    """
+
+    def __init__(self, factory: RouterFactory, examples: int = 20, device: str | torch.device = "cpu") -> None:
+        self.factory, self.examples, self.device = factory, examples, torch.device(device)
+
+    def case(self, sizes: Sizes) -> Case:
+        """Return the example of these sizes."""
+        return Case(self.factory, sizes, self.device)
+
+    def standard(self, **sizes: int) -> Case:
+        """Return an example of sizes that the router takes, near the usual ones.
+
+        Raises:
+            CheckFailure: it takes none.
+        """
+        for num_experts, top_k, d_model in ((8, 2, 8), (8, 1, 8), (16, 4, 16), (16, 8, 32), (64, 8, 64)):
+            usual = {"num_experts": num_experts, "top_k": top_k, "d_model": d_model, "num_sequences": 3, "length": 8}
+            case = self.case(Sizes(**{**usual, **sizes}))
+            try:
+                case.build()
+            except RefusedSizesError as error:
+                refusal = error
+            else:
+                return case
+        raise CheckFailure(f"refuses all sizes that were tried, at last with: {refusal}")
+
+    def each(self, law: Law) -> None:
+        """Try a law on random sizes, and report the smallest that break it.
+
+        Raises:
+            CheckFailure: the law does not hold, or the router takes no sizes at all.
+        """
+        import hypothesis
+        from hypothesis import strategies as st
+
+        sizes = st.builds(
+            Sizes,
+            num_experts=st.sampled_from((1, 2, 3, 4, 5, 8, 16)),
+            top_k=st.sampled_from((1, 2, 3, 4)),
+            d_model=st.sampled_from((4, 5, 8, 16)),
+            num_sequences=st.sampled_from((1, 2, 3, 4)),
+            length=st.sampled_from((1, 2, 3, 6)),
+            step=st.sampled_from((0, TOTAL_STEPS - 1)),
+            seed=st.integers(0, 99).map(lambda seed: 1000 * seed),
+        )
+        refused: list[str] = []
+        tried: list[Sizes] = []
+
+        def example(sizes: Sizes) -> None:
+            hypothesis.assume(sizes.top_k <= sizes.num_experts)
+            try:
+                law(self.case(sizes))
+            except RefusedSizesError as error:
+                refused.append(str(error))
+                hypothesis.reject()
+            except CheckFailure as error:
+                raise CheckFailure(f"{error} [{_shown(sizes)}]") from error
+            except Exception as error:
+                raise CheckFailure(f"raises {type(error).__name__}: {error} [{_shown(sizes)}]") from error
+            tried.append(sizes)
+
+        settings = hypothesis.settings(
+            max_examples=self.examples,
+            # Not `explain`, which traces every line: a failure would take ten times as long.
+            phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(hypothesis.HealthCheck),
+            report_multiple_bugs=False,
+            print_blob=False,
+        )
+        try:
+            settings(hypothesis.given(sizes)(example))()
+        except hypothesis.errors.Unsatisfiable:
+            if tried:
+                return
+            raise CheckFailure(f"refuses all sizes that were tried, at last with: {refused[-1]}") from None
+
+
+def _shown(sizes: Sizes) -> str:
+    return ", ".join(f"{name}={value}" for name, value in vars(sizes).items())

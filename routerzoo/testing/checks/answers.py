@@ -1,0 +1,218 @@
+"""Laws of what a router answers, and of what it asks for."""
+# Shape suffixes: T tokens, D model width, E experts, K choices per token.
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from routerzoo.losses import GENERIC_LOSSES
+from routerzoo.router import Router, UnmetRequirementError
+from routerzoo.routing import RoutingContext
+from routerzoo.testing.cases import Case, Cases, CheckFailure, RefusedSizesError, takes_top_k
+from routerzoo.testing.checks.common import (
+    MODES,
+    brief,
+    fail_unless,
+    law_of_routers,
+    mode,
+    require_same,
+    require_valid,
+)
+
+
+@law_of_routers
+def declaration(cases: Cases) -> None:
+    """The class says what it is.
+
+    A concrete subclass of `routerzoo.Router` with a docstring, a `paper`, and arguments `(spec, *, keywords)`, so that
+    configs can name each of them. Coefficients in `default_loss_weights` are for losses that it has.
+    """
+    router = cases.standard().router(training=True)
+    cls = type(router)
+    fail_unless(isinstance(router, Router), f"{cls.__name__} is not a subclass of routerzoo.Router")
+    fail_unless(bool(cls.__dict__.get("__doc__")), f"{cls.__name__} has no docstring")
+    fail_unless(bool(cls.paper), f"{cls.__name__}.paper is empty: say where the method was published, or whose it is")
+    parameters = list(inspect.signature(cls).parameters.values())
+    fail_unless(
+        bool(parameters) and parameters[0].name == "spec" and all(p.kind is p.KEYWORD_ONLY for p in parameters[1:]),
+        f"{cls.__name__}{inspect.signature(cls)}: the arguments must be (spec, *, keywords)",
+    )
+    case = cases.standard()
+    losses = case.route(router, case.hidden(), case.context()).losses
+    for name in cls.default_loss_weights:
+        fail_unless(
+            name in losses or name in GENERIC_LOSSES,
+            f"default_loss_weights has {name!r}, the routing has the losses {sorted(losses)}",
+        )
+    fail_unless(
+        not router.tokenwise or (router.causal and router.batch_independent),
+        "declares tokenwise, but not causal and batch_independent, which follow from it",
+    )
+
+
+@law_of_routers
+def answer(cases: Cases) -> None:
+    """Shapes, dtypes and devices are those of the contract.
+
+    Experts are int64 in -1..num_experts - 1, weights have the hidden states' dtype and device, logits are float32
+    `[T, E]` (float64 where the model is), losses are scalars. This holds for no token, one token, one expert and
+    k = E too.
+    """
+
+    def law(case: Case) -> None:
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            for training in MODES:
+                router = case.router(training=training)
+                router = router.double() if dtype == torch.float64 else router
+                x_TD = case.hidden().to(dtype)
+                require_valid(case, case.route(router, x_TD, case.context()), x_TD)
+
+    cases.each(law)
+    for sizes in ({"length": 0}, {"num_sequences": 1, "length": 1}, {"num_experts": 1, "top_k": 1}, {"top_k": 8}):
+        try:
+            case = cases.standard(**sizes)
+        except CheckFailure:
+            continue  # a ValueError refused these sizes by name, as it may
+        for training in MODES:
+            x_TD = case.hidden()
+            try:
+                require_valid(case, case.route(case.router(training=training), x_TD, case.context()), x_TD)
+            except CheckFailure as error:
+                raise CheckFailure(f"with {sizes}: {error}") from error
+            except Exception as error:
+                raise CheckFailure(f"with {sizes} in {mode(training)}: {type(error).__name__}: {error}") from error
+
+
+@law_of_routers
+def weights(cases: Cases) -> None:
+    """Weights are finite; not negative and summing to 1 where declared.
+
+    Declare `nonnegative = False` or `normalized = False` where the method is otherwise.
+    """
+
+    def law(case: Case) -> None:
+        for training in MODES:
+            router, x_TD = case.router(training=training), case.hidden()
+            routing = case.route(router, x_TD, case.context())
+            if routing.combine_GSEP is not None:
+                weight_TN = routing.combine_GSEP.flatten(2).flatten(0, 1)
+            else:
+                weight_TN = case.effect(routing, x_TD)[:, : case.sizes.num_experts]
+            fail_unless(weight_TN.isfinite().all(), f"weights are not finite: {brief(weight_TN)}")
+            if router.nonnegative:
+                fail_unless((weight_TN >= 0).all(), f"declares nonnegative, but has the weight {weight_TN.min():.4g}")
+            if router.normalized:
+                sums = weight_TN.sum(-1)
+                off = (sums - 1).abs().argmax() if len(sums) else 0
+                fail_unless(
+                    torch.isclose(sums, torch.ones_like(sums), atol=1e-5).all(),
+                    f"declares normalized, but the weights of token {int(off)} sum to {sums[off]:.6g}",
+                )
+
+    cases.each(law)
+
+
+@law_of_routers
+def choices(cases: Cases) -> None:
+    """No expert is chosen twice by a token, -1 stands for no expert and has weight 0, and `may_pad` tells of it.
+
+    `may_pad=False` lets the layer skip a pass over the hidden states; an expert of -1 would then be read as the last.
+    """
+
+    def law(case: Case) -> None:
+        for training in MODES:
+            router, x_TD = case.router(training=training), case.hidden()
+            routing = case.route(router, x_TD, case.context())
+            if routing.dense:
+                return
+            pairs = routing.assignments()
+            none_N = pairs.expert_N < 0
+            fail_unless(pairs.may_pad or not none_N.any(), "promises may_pad=False, but chooses expert -1")
+            fail_unless((pairs.weight_N[none_N] == 0).all(), "gives a choice of -1 (no expert) a weight other than 0")
+            chosen_TE = case.effect(routing, x_TD)[:, case.sizes.num_experts :]
+            twice = (chosen_TE > 1).nonzero()
+            if len(twice):
+                token, expert = twice[0].tolist()
+                raise CheckFailure(f"token {token} chooses expert {expert} {int(chosen_TE[token, expert])} times")
+
+    cases.each(law)
+
+
+@law_of_routers
+def requirements(cases: Cases) -> None:
+    """`requires` names exactly what the router reads of the context, and a model that lacks it is refused.
+
+    The rest may be missing, and changes nothing where it is there (the padding mask aside, see `padding`). Sizes that
+    the router needs of the spec are refused with `UnmetRequirementError` when it is built.
+    """
+    case = cases.standard()
+    router, x_TD, full = case.router(), case.hidden(), case.context()
+    fields = ("token_ids", "positions", "sequence_ids", "padding_mask", "step", "total_steps")
+    least = RoutingContext(**{name: getattr(full, name) for name in fields if name in router.requires})
+    try:
+        routing = case.route(router, x_TD, least)
+    except CheckFailure:
+        raise
+    except Exception as error:
+        raise CheckFailure(
+            f"fails with the required fields ({', '.join(sorted(router.requires)) or 'none'}) alone: "
+            f"{type(error).__name__}: {error}; name what it reads in requires"
+        ) from error
+    require_same(
+        case, routing, case.route(router, x_TD, full), x_TD, "reads fields of the context that it does not require"
+    )
+    for name in sorted(router.requires):
+        try:
+            case.route(router, x_TD, replace(full, **dict[str, Any]({name: None})))
+        except ValueError as error:
+            fail_unless(name in str(error), f"refuses a missing {name} without naming it: {error}")
+        else:
+            raise CheckFailure(f"requires {name}, but routes without it; leave it out of requires")
+        try:
+            case.build(replace(case.spec, provides=case.spec.provides - {name}))
+        except RefusedSizesError as error:
+            fail_unless(
+                isinstance(error.__cause__, UnmetRequirementError),
+                f"refuses a model without {name} by {type(error.__cause__).__name__}, not UnmetRequirementError",
+            )
+        else:
+            raise CheckFailure(f"requires {name}, but builds in a model that does not provide it")
+    try:
+        case.build(replace(case.spec, vocab_size=None, num_positions=None, hidden_dim=None))
+    except RefusedSizesError as error:
+        fail_unless(
+            isinstance(error.__cause__, UnmetRequirementError),
+            f"refuses a spec without sizes it needs by a {type(error.__cause__).__name__}, not UnmetRequirementError",
+        )
+
+
+@law_of_routers
+def top_k(cases: Cases) -> None:
+    """A k below 1 or above the number of experts is refused, when the router is built and later, with the value named.
+
+    k is not the router's alone: schedules set it in training, and evaluation at several k sets it on a trained router.
+    """
+    case = cases.standard()
+    if not takes_top_k(case.factory):
+        return
+    too_many = case.sizes.num_experts + 1
+    for bad in (0, too_many):
+        try:
+            case.build(top_k=bad)
+        except RefusedSizesError as error:
+            fail_unless(str(bad) in str(error), f"refuses top_k = {bad} without naming it: {error}")
+        else:
+            raise CheckFailure(f"takes top_k = {bad} with {case.sizes.num_experts} experts")
+    router = case.router()
+    for bad in (0, too_many):
+        try:
+            router.top_k = bad
+        except ValueError:
+            continue
+        raise CheckFailure(f"lets top_k be set to {bad} with {case.sizes.num_experts} experts")
+    router.top_k = 1
+    require_valid(case, case.route(router, case.hidden(), case.context()), case.hidden())

@@ -1,0 +1,226 @@
+"""Laws of what a routing may depend on."""
+# Shape suffixes: T tokens, D model width, E experts, K choices per token.
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from routerzoo.routing import RoutingContext
+from routerzoo.testing.cases import Case, Cases, CheckFailure
+from routerzoo.testing.checks.common import (
+    MODES,
+    fail_unless,
+    law_of_routers,
+    mode,
+    require_equal_effects,
+    require_same,
+)
+
+
+@law_of_routers
+def deterministic(cases: Cases) -> None:
+    """Evaluation gives the same answer every time, draws no random number, and keeps nothing of a call.
+
+    Noise belongs behind `if self.training`. What a call leaves behind (a cache, a counter) must not change the next.
+    """
+
+    def law(case: Case) -> None:
+        router, x_TD, context = case.router(), case.hidden(), case.context()
+        first = case.route(router, x_TD, context, seed=2)
+        again = case.route(router, x_TD, context, seed=3)
+        message = "answers otherwise when it is asked again in evaluation: it draws random numbers, or keeps something"
+        require_same(case, first, again, x_TD, message)
+        with torch.random.fork_rng():
+            before = torch.get_rng_state()
+            router(x_TD, replace(context, carry={}, routings={}))
+            fail_unless(torch.equal(torch.get_rng_state(), before), "advances the global random state in evaluation")
+        for changed in (case.context(ids_seed=9), context):
+            case.route(router, case.hidden(9, scale=10), changed)
+        require_same(
+            case, first, case.route(router, x_TD, context), x_TD, "answers otherwise after routing something else"
+        )
+
+    cases.each(law)
+
+
+@law_of_routers
+def isolated(cases: Cases) -> None:
+    """Two routers of one process know nothing of each other, and building one does not reseed the process.
+
+    Keep state on the instance: a class attribute, a module-level cache or `torch.manual_seed` is everybody's.
+    """
+
+    def law(case: Case) -> None:
+        drawn = []
+        for seed in (0, 1):
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                case.build_here()
+                drawn.append(torch.rand(4))
+        fail_unless(not torch.equal(*drawn), "reseeds the global random state when it is built")
+        for training in MODES:
+            x_TD, context = case.hidden(), case.context()
+            router = case.router(training=training)
+            alone = case.route(router, x_TD, context)
+            other = case.router(training=training, seed=7)
+            case.route(other, case.hidden(9), case.context(ids_seed=9))
+            require_same(
+                case,
+                alone,
+                case.route(router, x_TD, context),
+                x_TD,
+                f"answers otherwise in {mode(training)} after another router was built and used",
+            )
+
+    cases.each(law)
+
+
+@law_of_routers
+def causal(cases: Cases) -> None:
+    """`causal` says exactly whether later tokens of a sequence change a token's routing, in training and evaluation.
+
+    A decoder that routes by later tokens cannot generate as it was trained, and leaks what it is to predict. Make
+    `causal` a property that looks at `self.training` where the two modes differ.
+    """
+    _as_declared(cases, "causal", _later_tokens)
+
+
+@law_of_routers
+def batch_independent(cases: Cases) -> None:
+    """`batch_independent` says exactly whether other sequences of the batch change a token's routing, in both modes.
+
+    Without it one user's input changes another's output (Hayes et al. 2024, https://arxiv.org/abs/2402.05526). A
+    capacity that the batch shares, a balanced assignment and statistics over the batch all break it.
+    """
+    _as_declared(cases, "batch_independent", _other_sequences)
+
+
+def _later_tokens(case: Case, which: int) -> Tensor:
+    """Mark the tokens at and after some position of every sequence."""
+    positions = torch.arange(case.num_tokens) % case.sizes.length
+    return positions >= 1 + which % max(case.sizes.length - 1, 1)
+
+
+def _other_sequences(case: Case, which: int) -> Tensor:
+    """Mark all sequences but one."""
+    return torch.arange(case.num_tokens) // case.sizes.length != which % case.sizes.num_sequences
+
+
+def _as_declared(cases: Cases, name: str, others: Callable[[Case, int], Tensor]) -> None:
+    declared: dict[bool, bool] = {}
+    seen = {True: False, False: False}
+    told = {"causal": "later tokens", "batch_independent": "other sequences"}[name]
+
+    def law(case: Case) -> None:
+        for training in MODES:
+            router = case.router(training=training)
+            declared[training] = bool(getattr(router, name))
+            x_TD, context = case.hidden(), case.context()
+            assert context.token_ids is not None
+            before = case.effect(case.route(router, x_TD, context), x_TD)
+            for which in range(2):
+                changed_T = others(case, which).to(x_TD.device)
+                # Noise, extremes, and copies of the tokens that are looked at, which want the same experts.
+                copies_TD = x_TD[~changed_T].repeat(len(x_TD), 1)[: len(x_TD)] if (~changed_T).any() else x_TD
+                for new_TD in (case.hidden(5), case.hidden(6, scale=30.0), copies_TD):
+                    y_TD = torch.where(changed_T.unsqueeze(1), new_TD, x_TD)
+                    other_ids = case.context(ids_seed=which + 7).token_ids
+                    assert other_ids is not None
+                    ids = torch.where(changed_T, other_ids, context.token_ids)
+                    after = case.effect(case.route(router, y_TD, replace(context, token_ids=ids)), y_TD)
+                    kept_T = ~changed_T
+                    if torch.equal(before[kept_T], after[kept_T]):
+                        continue
+                    seen[training] = True
+                    if declared[training]:
+                        require_equal_effects(
+                            before[kept_T],
+                            after[kept_T],
+                            f"declares {name}, but in {mode(training)} {told} change a token's routing",
+                        )
+
+    cases.each(law)
+    if False in declared.values() and not any(seen[mode] for mode in MODES if not declared[mode]):
+        raise CheckFailure(f"declares {name} = False, but {told} changed no token's routing: declare {name} = True")
+
+
+@law_of_routers
+def tokenwise(cases: Cases) -> None:
+    """`tokenwise` says whether a token is routed the same alone; reordering what may be reordered reorders the answer.
+
+    Generation with a key-value cache routes one token at a time. A router that reads earlier tokens is not tokenwise,
+    and has to keep them itself. Any order of the tokens (of the sequences, where the router is not tokenwise but
+    batch independent) must give the answers in that order: positions and sequences are told by the context, never by
+    the place in the batch.
+    """
+
+    def law(case: Case) -> None:
+        router, x_TD, context = case.router(), case.hidden(), case.context()
+        before = case.effect(case.route(router, x_TD, context), x_TD)
+        if router.tokenwise:
+            for token in range(min(case.num_tokens, 4)):
+                place = torch.tensor([token], device=x_TD.device)
+                alone = case.route(router, x_TD[place], _taken(context, place))
+                require_equal_effects(
+                    case.effect(alone, x_TD[place]),
+                    before[place],
+                    f"declares tokenwise, but routes token {token} otherwise when it is alone",
+                    tolerance=1e-4,
+                )
+        elif not router.batch_independent:
+            return
+        with torch.random.fork_rng():
+            torch.manual_seed(case.sizes.seed + 4)
+            if router.tokenwise:
+                order = torch.randperm(case.num_tokens)
+            else:
+                sequences = torch.randperm(case.sizes.num_sequences)
+                order = torch.arange(case.num_tokens).view(case.sizes.num_sequences, -1)[sequences].flatten()
+        order = order.to(x_TD.device)
+        after = case.effect(case.route(router, x_TD[order], _taken(context, order)), x_TD[order])
+        what = "tokens" if router.tokenwise else "sequences"
+        require_equal_effects(before[order], after, f"another order of the {what} changes the routing", tolerance=1e-4)
+
+    cases.each(law)
+
+
+def _taken(context: RoutingContext, places: Tensor) -> RoutingContext:
+    """Return the context of these tokens."""
+    names = ("token_ids", "positions", "sequence_ids", "padding_mask")
+    return replace(context, **{name: getattr(context, name)[places] for name in names})
+
+
+@law_of_routers
+def padding(cases: Cases) -> None:
+    """What stands at padded places (`context.padding_mask`) changes neither the losses nor other tokens' routing.
+
+    Statistics and losses are taken over the tokens that are none; `routerzoo.losses` take the mask.
+    """
+
+    def law(case: Case) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(case.sizes.seed + 4)
+            mask_T = (torch.rand(case.num_tokens) < 0.4).to(case.device)
+        for training in MODES:
+            router, x_TD = case.router(training=training), case.hidden()
+            context = case.context(padding_mask=mask_T)
+            before = case.route(router, x_TD, context)
+            y_TD = torch.where(mask_T.unsqueeze(1), case.hidden(5, scale=10.0), x_TD)
+            after = case.route(router, y_TD, context)
+            for name, loss in before.losses.items():
+                fail_unless(
+                    torch.isclose(loss, after.losses[name], rtol=1e-5, atol=1e-6),
+                    f"the loss {name!r} depends on what stands at padded places: {loss:.6g} became "
+                    f"{after.losses[name]:.6g}",
+                )
+            require_equal_effects(
+                case.effect(before, x_TD)[~mask_T],
+                case.effect(after, y_TD)[~mask_T],
+                f"what stands at padded places changes other tokens' routing in {mode(training)}",
+            )
+
+    cases.each(law)

@@ -1,0 +1,163 @@
+"""Laws of precision, of broken numbers and of compilation."""
+# Shape suffixes: T tokens, D model width, E experts, K choices per token.
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+
+from routerzoo.testing.cases import Case, Cases, CheckFailure
+from routerzoo.testing.checks.common import (
+    MODES,
+    brief,
+    draws_random_numbers,
+    fail_unless,
+    law_of_routers,
+    mode,
+    require_equal_effects,
+    require_same,
+)
+
+
+@law_of_routers
+def float32_scores(cases: Cases) -> None:
+    """Scores are float32 under autocast, under bfloat16 hidden states and after `.bfloat16()`.
+
+    A gate rounded to 16 bits decides near-ties at random. Implement `route` and leave `forward` alone: it switches
+    autocast off and hands `route` float32.
+    """
+
+    def law(case: Case) -> None:
+        router, x_TD, context = case.router(), case.hidden(), case.context()
+        plain = case.route(router, x_TD, context)
+        with torch.autocast(case.device.type, torch.bfloat16):
+            mixed = case.route(router, x_TD, context)
+        require_same(case, plain, mixed, x_TD, "routes otherwise under bfloat16 autocast")
+        rounded_TD = x_TD.bfloat16()
+        expected = case.route(router, rounded_TD.float(), context)
+        rounded = case.route(copy.deepcopy(router).bfloat16(), rounded_TD, context)
+        for routing, where in ((mixed, "autocast"), (rounded, "bfloat16 hidden states")):
+            fail_unless(
+                routing.logits_TE is None or routing.logits_TE.dtype == torch.float32,
+                f"logits are {routing.logits_TE.dtype if routing.logits_TE is not None else ''} under {where}",
+            )
+        require_equal_effects(
+            case.effect(expected, x_TD),
+            case.effect(rounded, x_TD).float(),
+            "routes otherwise when model and hidden states are bfloat16",
+            tolerance=1e-2,
+        )
+
+    cases.each(law)
+
+
+@law_of_routers
+def extremes(cases: Cases) -> None:
+    """Huge, tiny and tied hidden states give finite weights and no expert twice.
+
+    Take softmax and logsumexp of logits rather than exponents of them, and bound what is divided by.
+    """
+
+    def law(case: Case) -> None:
+        num_tokens, width = case.num_tokens, case.sizes.d_model
+        inputs = {
+            "hidden states around 1e15": case.hidden(scale=1e15),
+            "hidden states around 1e-30": case.hidden(scale=1e-30),
+            "hidden states of 0": torch.zeros(num_tokens, width, device=case.device),
+            "equal hidden states": torch.ones(num_tokens, width, device=case.device),
+        }
+        for training in MODES:
+            router = case.router(training=training)
+            for what, x_TD in inputs.items():
+                routing = case.route(router, x_TD, case.context())
+                effect = case.effect(routing, x_TD)
+                fail_unless(
+                    effect.isfinite().all(), f"weights are not finite for {what} in {mode(training)}: {brief(effect)}"
+                )
+                if not routing.dense:
+                    chosen_TE = effect[:, case.sizes.num_experts :]
+                    fail_unless((chosen_TE <= 1).all(), f"a token chooses an expert twice for {what}")
+
+    cases.each(law)
+
+
+@law_of_routers
+def nan(cases: Cases) -> None:
+    """A NaN hidden state is refused with a ValueError or gives NaN weights; it is never silently routed.
+
+    A broken number must surface where it is, not as a plausible choice of experts. A router that ignores hidden states
+    (a table of token ids) cannot know. Chosen experts stay valid indices, and other tokens are unharmed in a tokenwise
+    router.
+    """
+
+    def law(case: Case) -> None:
+        if case.num_tokens == 0:
+            return
+        router, x_TD, context = case.router(), case.hidden(), case.context()
+        broken_TD = x_TD.clone()
+        broken_TD[0, 0] = torch.nan
+        try:
+            routing = case.route(router, broken_TD, context)
+        except ValueError:
+            return
+        except Exception as error:
+            raise CheckFailure(f"raises {type(error).__name__} for a NaN hidden state: {error}") from error
+        effect = case.effect(routing, broken_TD.nan_to_num())
+        if not routing.dense:
+            expert_N = routing.assignments().expert_N
+            fail_unless(
+                ((expert_N >= -1) & (expert_N < case.sizes.num_experts)).all(), "chooses experts that do not exist"
+            )
+        if not effect[0].isnan().any():
+            others = []
+            for seed in (5, 6, 7):
+                y_TD = x_TD.clone()
+                y_TD[0] = case.hidden(seed, scale=3.0)[0]
+                others.append(case.effect(case.route(router, y_TD, context), y_TD)[0])
+            fail_unless(
+                all(torch.equal(effect[0], other) for other in others),
+                f"routes a token whose hidden state is NaN as if nothing were wrong: {brief(effect[0])}",
+            )
+        if router.tokenwise:
+            sound = case.effect(case.route(router, x_TD, context), x_TD)
+            require_equal_effects(sound[1:], effect[1:], "a NaN in one token changes the routing of others")
+
+    cases.each(law)
+
+
+@law_of_routers
+def compiles(cases: Cases) -> None:
+    """`torch.compile(fullgraph=True)` takes the router where `compiles` is declared, and gives the same answers.
+
+    Branch on k, stage and `self.training` as you like; branching on values of tensors breaks the graph.
+    """
+    case = cases.standard()
+    if not case.router().compiles:
+        return
+    for training in MODES:
+        router, x_TD, context = case.router(training=training), case.hidden(), case.context()
+        noisy = training and draws_random_numbers(case, router)
+        expected = case.route(router, x_TD, context)
+        torch.compiler.reset()
+        try:
+            compiled = torch.compile(router, backend="eager", fullgraph=True)
+            with torch.random.fork_rng():
+                torch.manual_seed(case.sizes.seed + 2)
+                routing = compiled(x_TD, replace(context, carry={}, routings={}))
+        except Exception as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+            raise CheckFailure(
+                f"does not compile in {mode(training)} ({type(error).__name__}: {first}); mend it, or declare "
+                "compiles = False"
+            ) from error
+        finally:
+            torch.compiler.reset()
+        if not noisy:
+            require_equal_effects(
+                case.effect(expected, x_TD),
+                case.effect(routing, x_TD),
+                f"routes otherwise when compiled, in {mode(training)}",
+                tolerance=1e-5,
+            )

@@ -1,0 +1,52 @@
+"""`python -m routerzoo check`: the conformance kit from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from routerzoo.registry import UnknownRouterError, list_routers, router_class
+from routerzoo.testing import CHECKS, RouterCheckError, run_checks
+
+
+def main(args: Sequence[str]) -> None:
+    """Check routers, show what holds, and exit with 1 where anything does not."""
+    parser = argparse.ArgumentParser(
+        prog="python -m routerzoo check",
+        description="Prove that routers keep the contract and have the properties that they declare.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("routers", nargs="*", metavar="ROUTER", help="names of routers; all, where none is given")
+    parser.add_argument("--examples", type=int, default=20, help="random sizes that each law is tried on (default: 20)")
+    parser.add_argument("--device", default="cpu", help="where the routers run (default: cpu)")
+    options = parser.parse_args(args)
+    names = options.routers or list_routers()
+    try:
+        for name in names:
+            router_class(name)
+    except UnknownRouterError as error:
+        parser.exit(2, f"error: {error}\n")
+    console = Console(highlight=False, soft_wrap=True)
+    broken = [name for name in names if not _check(name, options.examples, options.device, console)]
+    if broken:
+        sys.exit(1)
+
+
+def _check(name: str, examples: int, device: str, console: Console) -> bool:
+    results = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(name, total=len(CHECKS))
+        for result in run_checks(name, examples=examples, device=device):
+            results.append(result)
+            progress.update(task, advance=1, description=f"{name}: {result.check}")
+    failures = [result for result in results if result.failure]
+    if failures:
+        console.print(str(RouterCheckError(name, failures)), style="red", markup=False)
+    else:
+        console.print(f"{name} keeps every law that it declares: {', '.join(CHECKS)}", markup=False)
+    return not failures

@@ -1,0 +1,494 @@
+"""The kit itself: each broken router is caught by the check that should catch it."""
+
+import sys
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from routerzoo import LinearRouter, Router, Routing
+from routerzoo.losses import balance_loss
+from routerzoo.selection import softmax_over_selected
+from routerzoo.testing import CHECKS, RouterCheckError, check_router
+
+
+class Sound(Router):
+    """A linear gate in which nothing is wrong; the broken ones below differ from it in one thing."""
+
+    paper = "none"
+    normalized = True
+    trains_at_top_1 = False
+
+    def __init__(self, spec, *, top_k: int = 2):
+        super().__init__(spec, top_k=top_k)
+        self.weight = nn.Parameter(torch.randn(spec.num_experts, spec.d_model))
+
+    def logits(self, x_TD, context):
+        return F.linear(x_TD, self.weight)
+
+    def chosen(self, logits_TE):
+        return softmax_over_selected(logits_TE, self.top_k)
+
+    def route(self, x_TD, context):
+        logits_TE = self.logits(x_TD, context)
+        weights_TK, experts_TK = self.chosen(logits_TE)
+        return Routing(experts_TK, weights_TK, logits_TE)
+
+
+class WithoutPaper(Sound):
+    """Says nothing of its origin."""
+
+    paper = ""
+
+
+class PositionalArguments(Sound):
+    """Its own argument has no name in configs."""
+
+    def __init__(self, spec, top_k: int = 2):
+        super().__init__(spec, top_k=top_k)
+
+
+class Float64Weights(Sound):
+    """Answers past the base class, in another dtype."""
+
+    def forward(self, x_TD, context=None):
+        routing = super().forward(x_TD, context)
+        return Routing(routing.experts_TK, routing.weights_TK.double(), routing.logits_TE)
+
+
+class FailsWithoutTokens(Sound):
+    """Takes a maximum over nothing."""
+
+    def route(self, x_TD, context):
+        x_TD.abs().max()
+        return super().route(x_TD, context)
+
+
+class SumsToTwo(Sound):
+    """Declares normalized, and doubles its weights."""
+
+    def chosen(self, logits_TE):
+        weights_TK, experts_TK = super().chosen(logits_TE)
+        return 2 * weights_TK, experts_TK
+
+
+class NegativeWeights(Sound):
+    """Weights of both signs, not declared."""
+
+    normalized = False
+    trains_at_top_1 = True
+
+    def chosen(self, logits_TE):
+        _, experts_TK = super().chosen(logits_TE)
+        return logits_TE.gather(1, experts_TK).tanh(), experts_TK
+
+
+class WeightOfNoExpert(Sound):
+    """Drops a choice, and keeps its weight."""
+
+    def chosen(self, logits_TE):
+        weights_TK, experts_TK = super().chosen(logits_TE)
+        return weights_TK, torch.where(weights_TK < 0.3, -1, experts_TK)
+
+
+class PromisesNoPadding(Sound):
+    """Drops a choice, and says that it never does."""
+
+    normalized = False
+
+    def route(self, x_TD, context):
+        routing = super().route(x_TD, context)
+        drop_TK = routing.weights_TK < 0.3
+        return Routing(
+            routing.experts_TK.masked_fill(drop_TK, -1),
+            routing.weights_TK.masked_fill(drop_TK, 0),
+            routing.logits_TE,
+            may_pad=False,
+        )
+
+
+class ChoosesTwice(Sound):
+    """Sends a token to the same expert twice."""
+
+    def chosen(self, logits_TE):
+        weights_TK, experts_TK = super().chosen(logits_TE)
+        return weights_TK, experts_TK[:, :1].expand_as(experts_TK).contiguous()
+
+
+class NoisyInEvaluation(Sound):
+    """Forgets to ask whether it is training."""
+
+    def logits(self, x_TD, context):
+        return super().logits(x_TD, context) + torch.randn(len(x_TD), self.spec.num_experts)
+
+
+class RemembersCalls(Sound):
+    """Writes in `forward` what later calls read."""
+
+    count = 0
+
+    def logits(self, x_TD, context):
+        self.count += 1
+        return super().logits(x_TD, context).roll(self.count, 1)
+
+
+class SharedState(Sound):
+    """Keeps on the class what belongs to the instance."""
+
+    def __init__(self, spec, *, top_k: int = 2):
+        super().__init__(spec, top_k=top_k)
+        type(self).shared = torch.randn(spec.num_experts)
+
+    def logits(self, x_TD, context):
+        return super().logits(x_TD, context) + type(self).shared
+
+
+class Reseeds(Sound):
+    """Makes itself reproducible at everybody's cost."""
+
+    def __init__(self, spec, *, top_k: int = 2):
+        torch.manual_seed(42)
+        super().__init__(spec, top_k=top_k)
+
+
+class LooksAhead(Sound):
+    """Mixes in the mean of its sequence."""
+
+    tokenwise = False
+
+    def logits(self, x_TD, context):
+        sums_TD = torch.zeros_like(x_TD).index_add(0, context.sequence_ids, x_TD)
+        return super().logits(x_TD + sums_TD[context.sequence_ids], context)
+
+    requires = frozenset({"sequence_ids"})
+
+
+class LooksAheadInTraining(LooksAhead):
+    """The same, in training alone, and declares nothing."""
+
+    def logits(self, x_TD, context):
+        return super().logits(x_TD, context) if self.training else Sound.logits(self, x_TD, context)
+
+
+class NeedlesslyNotCausal(Sound):
+    """Declares less than it is."""
+
+    causal = False
+    tokenwise = False
+
+
+class BatchStatistics(Sound):
+    """Centres its logits over the batch."""
+
+    causal = False
+    tokenwise = False
+
+    def logits(self, x_TD, context):
+        logits_TE = super().logits(x_TD, context)
+        return logits_TE - 2 * logits_TE.sum(0) / max(len(x_TD), 1)
+
+
+class PlaceInTheBatch(Sound):
+    """Hashes the place of a token in the batch (as CustomHashGate of several repositories)."""
+
+    def logits(self, x_TD, context):
+        place_T = torch.arange(len(x_TD)) % self.spec.num_experts
+        return super().logits(x_TD, context) + 100.0 * F.one_hot(place_T, self.spec.num_experts)
+
+
+class CountsPadding(Sound):
+    """Takes its loss over padded tokens too."""
+
+    def route(self, x_TD, context):
+        routing = super().route(x_TD, context)
+        loss = balance_loss(routing.logits_TE.softmax(-1), routing.experts_TK)
+        return Routing(routing.experts_TK, routing.weights_TK, routing.logits_TE, {"balance": loss})
+
+
+class TableOutsideTheState(Sound):
+    """Its random table is a plain attribute (as ParlAI's hash layer)."""
+
+    def __init__(self, spec, *, top_k: int = 2):
+        super().__init__(spec, top_k=top_k)
+        self.table = torch.randn(spec.num_experts)
+
+    def logits(self, x_TD, context):
+        return super().logits(x_TD, context) + self.table
+
+
+class StageOutsideTheState(Sound):
+    """Its stage is a plain attribute (as StableMoE's code)."""
+
+    late = False
+
+    def on_step_start(self, step, total_steps):
+        self.late = step > total_steps // 2
+
+    def logits(self, x_TD, context):
+        return super().logits(x_TD, context) * (-1 if self.late else 1)
+
+
+class LosesStateWhenCopied(Sound):
+    """A copy starts anew."""
+
+    def __getstate__(self):
+        state = dict(self.__dict__)
+        state["_parameters"] = {name: nn.Parameter(torch.zeros_like(p)) for name, p in self._parameters.items()}
+        return state
+
+
+class DriftingBuffer(Sound):
+    """Its buffer follows the batches, undeclared."""
+
+    def __init__(self, spec, *, top_k: int = 2):
+        super().__init__(spec, top_k=top_k)
+        self.register_buffer("mean", torch.zeros(spec.num_experts))
+
+    def before_optimizer_step(self):
+        self.mean += 1
+
+
+class MomentumMovesTheFrozen(Sound):
+    """Stops training a parameter, and leaves it to the optimiser's momentum."""
+
+    def __init__(self, spec, *, top_k: int = 2):
+        super().__init__(spec, top_k=top_k)
+        self.extra = nn.Parameter(torch.randn(spec.num_experts))
+        self.late = False
+
+    def on_step_start(self, step, total_steps):
+        self.late = step > total_steps // 2
+
+    def get_extra_state(self):
+        return {**super().get_extra_state(), "late": int(self.late)}
+
+    def set_extra_state(self, state):
+        super().set_extra_state(state)
+        self.late = bool(state["late"])
+
+    def logits(self, x_TD, context):
+        return super().logits(x_TD, context) + (self.extra.detach() if self.late else self.extra)
+
+
+class DeadParameter(Sound):
+    """Has a parameter that nothing trains."""
+
+    def __init__(self, spec, *, top_k: int = 2):
+        super().__init__(spec, top_k=top_k)
+        self.unused = nn.Parameter(torch.zeros(3))
+
+
+class LearnsUndeclared(Sound):
+    """Declares that it does not learn."""
+
+    trainable = False
+
+
+class DeclaresTop1(Sound):
+    """Says that it learns at k = 1, where its weight is always 1."""
+
+    trains_at_top_1 = True
+
+
+class RoutesInBfloat16(Sound):
+    """Overrides `forward`, so that autocast reaches its gate."""
+
+    def forward(self, x_TD, context=None):
+        routing = self.route(x_TD.to(self.weight.dtype), context)
+        return Routing(routing.experts_TK, routing.weights_TK.to(x_TD.dtype), routing.logits_TE)
+
+
+class Overflows(Sound):
+    """Takes exponents of logits as they are."""
+
+    def chosen(self, logits_TE):
+        scores_TE = logits_TE.exp()
+        scores_TK, experts_TK = (scores_TE / scores_TE.sum(-1, keepdim=True)).topk(self.top_k)
+        return scores_TK / scores_TK.sum(-1, keepdim=True), experts_TK
+
+
+class HidesNaN(Sound):
+    """Routes broken tokens as if they were 0."""
+
+    def logits(self, x_TD, context):
+        return super().logits(x_TD, context).nan_to_num()
+
+
+class ReadsUndeclared(Sound):
+    """Reads token ids, and does not say so."""
+
+    def logits(self, x_TD, context):
+        logits_TE = super().logits(x_TD, context)
+        return (
+            logits_TE
+            if context.token_ids is None
+            else logits_TE + context.token_ids.unsqueeze(1) % 3 * self.weight[:, 0]
+        )
+
+
+class RequiresNothingOfIt(Sound):
+    """Requires what it never reads, and takes its absence."""
+
+    requires = frozenset({"positions"})
+
+    def forward(self, x_TD, context=None):
+        self.__dict__["requires"] = frozenset()
+        try:
+            return super().forward(x_TD, context)
+        finally:
+            del self.__dict__["requires"]
+
+
+class TakesAnyK(Sound):
+    """Clips k instead of refusing it."""
+
+    def __init__(self, spec, *, top_k: int = 2):
+        super().__init__(spec, top_k=max(1, min(top_k, spec.num_experts)))
+
+
+class CountsCallsInTraining(Sound):
+    """Every call in training changes the next, so that recomputation gives other gradients."""
+
+    scale = 1.0
+
+    def logits(self, x_TD, context):
+        if self.training:
+            self.scale *= 1.5
+        return super().logits(x_TD, context) * self.scale
+
+
+class BreaksTheGraph(Sound):
+    """Branches on the value of a tensor."""
+
+    def logits(self, x_TD, context):
+        logits_TE = super().logits(x_TD, context)
+        return logits_TE * 2 if float(logits_TE.detach().sum()) == 0.5 else logits_TE
+
+
+BROKEN = {
+    WithoutPaper: ("declaration", "paper is empty"),
+    PositionalArguments: ("declaration", "(spec, *, keywords)"),
+    Float64Weights: ("answer", "weights are torch.float64 where the hidden states are torch.float32"),
+    FailsWithoutTokens: ("answer", "with {'length': 0} in training: RuntimeError"),
+    SumsToTwo: ("weights", "the weights of token 0 sum to 2"),
+    NegativeWeights: ("weights", "declares nonnegative, but has the weight -"),
+    WeightOfNoExpert: ("choices", "gives a choice of -1 (no expert) a weight other than 0"),
+    PromisesNoPadding: ("choices", "promises may_pad=False, but chooses expert -1"),
+    ChoosesTwice: ("choices", "chooses expert 0 2 times"),
+    NoisyInEvaluation: ("deterministic", "advances the global random state in evaluation"),
+    RemembersCalls: ("deterministic", "when it is asked again in evaluation"),
+    SharedState: ("isolated", "after another router was built and used"),
+    Reseeds: ("isolated", "reseeds the global random state"),
+    LooksAhead: ("causal", "declares causal, but in training later tokens change"),
+    LooksAheadInTraining: ("causal", "declares causal, but in training later tokens change"),
+    NeedlesslyNotCausal: ("causal", "declare causal = True"),
+    BatchStatistics: ("batch_independent", "declares batch_independent, but in training other sequences change"),
+    PlaceInTheBatch: ("tokenwise", "otherwise when it is alone"),
+    CountsPadding: ("padding", "the loss 'balance' depends on what stands at padded places"),
+    TableOutsideTheState: ("state_dict", "loaded into a router built with another seed, routes otherwise"),
+    StageOutsideTheState: ("state_dict", "loaded into a router built with another seed, routes otherwise"),
+    LosesStateWhenCopied: ("copies", "a copy routes otherwise"),
+    DriftingBuffer: ("frozen", "mean is frozen, but changed"),
+    MomentumMovesTheFrozen: (
+        "frozen",
+        "extra is no longer trained at the end of training, but the optimiser still moves it",
+    ),
+    DeadParameter: ("gradients", "no gradient reaches unused"),
+    LearnsUndeclared: ("gradients", "declares trainable = False, but weight require"),
+    DeclaresTop1: ("gradient_at_top_1", "the largest gradient at k = 1 is 0"),
+    RoutesInBfloat16: ("float32_scores", "logits are torch.bfloat16 under autocast"),
+    Overflows: ("extremes", "weights are not finite for hidden states around 1e15"),
+    HidesNaN: ("nan", "routes a token whose hidden state is NaN as if nothing were wrong"),
+    ReadsUndeclared: ("requirements", "reads fields of the context that it does not require"),
+    RequiresNothingOfIt: ("requirements", "requires positions, but routes without it"),
+    TakesAnyK: ("top_k", "takes top_k = 0"),
+    CountsCallsInTraining: ("recomputation", "the gradient of weight differs"),
+    BreaksTheGraph: ("compiles", "does not compile in training"),
+}
+
+
+def test_every_check_has_a_router_that_breaks_it():
+    assert {check for check, _ in BROKEN.values()} == set(CHECKS)
+
+
+def test_nothing_is_wrong_with_the_sound_one():
+    check_router(Sound)
+
+
+@pytest.mark.parametrize("router", BROKEN, ids=lambda router: router.__name__)
+def test_a_broken_router_is_caught_by_its_check(router):
+    check, told = BROKEN[router]
+    with pytest.raises(RouterCheckError) as caught:
+        check_router(router, only=[check])
+    (failure,) = caught.value.failures
+    assert failure.check == check
+    assert told in failure.failure
+    message = str(caught.value)
+    assert message.startswith(f"{router.__name__} fails 1 check.")
+    assert f"help(routerzoo.testing.CHECKS['{failure.check}'])" in message
+
+
+def test_a_failure_names_the_law_the_token_and_the_smallest_sizes():
+    with pytest.raises(RouterCheckError) as caught:
+        check_router(LooksAhead, only=["causal"])
+    message = str(caught.value)
+    assert "declares causal, but in training later tokens change a token's routing (first at token" in message
+    assert "[num_experts=2, top_k=1, d_model=4, num_sequences=1, length=2, " in message
+    assert "Make `causal` a property that looks at `self.training`" in message
+
+
+def test_all_failures_are_told_at_once():
+    class SumsToTwoWithoutPaper(SumsToTwo):
+        """Two things are wrong."""
+
+        paper = ""
+
+    with pytest.raises(RouterCheckError, match=f"fails 2 of {len(CHECKS)} checks") as caught:
+        check_router(SumsToTwoWithoutPaper, only=["declaration", "weights"])
+    assert [failure.check for failure in caught.value.failures] == ["declaration", "weights"]
+
+
+def test_factories_are_taken_as_classes_are():
+    check_router(partial(LinearRouter, score="sigmoid", bias=True), examples=3)
+    check_router(lambda spec: LinearRouter(spec, top_k=min(2, spec.num_experts), noisy=True), examples=3)
+
+
+def test_an_unknown_check_is_refused():
+    with pytest.raises(ValueError, match="no check is called caucal; there are declaration, answer"):
+        check_router(Sound, only=["caucal"])
+
+
+def test_without_hypothesis_the_way_out_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "hypothesis", None)
+    with pytest.raises(ImportError, match=r"pip install 'routerzoo\[testing\]'"):
+        check_router(Sound)
+
+
+def test_a_router_that_refuses_every_size_is_told_so():
+    class Choosy(Sound):
+        """Takes no sizes."""
+
+        def __init__(self, spec, *, top_k: int = 2):
+            raise ValueError(f"never {spec.num_experts} experts")
+
+    with pytest.raises(RouterCheckError, match="refuses all sizes that were tried, at last with: never"):
+        check_router(Choosy, only=["weights"])
+
+
+def test_the_command_shows_every_check_and_fails_where_one_fails(capsys, monkeypatch):
+    from routerzoo.__main__ import main
+
+    main(["check", "HashRouter"])
+    shown = capsys.readouterr().out
+    assert all(check in shown for check in CHECKS)
+    assert "HashRouter keeps every law that it declares" in shown
+    monkeypatch.setattr(LinearRouter, "paper", "")
+    with pytest.raises(SystemExit) as stopped:
+        main(["check", "LinearRouter"])
+    assert stopped.value.code == 1
+    assert "LinearRouter.paper is empty" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        main(["check", "LinearRuoter"])
+    assert "did you mean 'LinearRouter'?" in capsys.readouterr().err
