@@ -1,12 +1,15 @@
 """Auxiliary losses of routing: one normalisation of each, in one place.
 
-Each is a raw scalar, a mean over tokens. The task multiplies it with its coefficient.
+Each is a raw scalar that does not grow with the number of tokens. The task multiplies it with its coefficient. Losses
+that count or average experts take a `scope`: over all tokens of the micro-batch, or in each sequence by itself,
+averaged over sequences weighted by their length. The others are means over tokens, the same in either scope.
 """
-# Shape suffixes: T tokens, K choices per token, E experts, G sequences.
+# Shape suffixes: T tokens, K choices per token, E experts, G groups (sequences; or one, the whole batch).
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal, NamedTuple, TypedDict, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,47 +17,139 @@ from torch import Tensor
 
 from routerzoo.routing import Routing, RoutingContext
 
+Scope = Literal["batch", "sequence"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+
+
+def fields_of_scope(scope: Scope) -> frozenset[str]:
+    """Return the context fields that losses of a scope need.
+
+    Raises:
+        ValueError: an unknown scope.
+    """
+    if scope not in SCOPES:
+        raise ValueError(f"scope must be batch or sequence, got {scope!r}")
+    return frozenset({"sequence_ids"} if scope == "sequence" else ())
+
+
+class ScopeArguments(TypedDict):
+    """What the losses that count or average experts take to know over which tokens."""
+
+    scope: Scope
+    sequence_ids: Tensor | None
+    padding_mask: Tensor | None
+
+
+def scope_of(scope: Scope, context: RoutingContext) -> ScopeArguments:
+    """Return the arguments of a loss of that scope."""
+    return {"scope": scope, "sequence_ids": context.sequence_ids, "padding_mask": context.padding_mask}
+
 
 def balance_loss(
-    probs_TE: Tensor, experts_TK: Tensor, *, padding_mask: Tensor | None = None, sequence_ids: Tensor | None = None
+    probs_TE: Tensor,
+    experts_TK: Tensor,
+    *,
+    scope: Scope = "batch",
+    sequence_ids: Tensor | None = None,
+    padding_mask: Tensor | None = None,
 ) -> Tensor:
     """Return Switch's load-balancing loss, `E * sum_e f_e * P_e` (Fedus et al. 2022, equations 4 to 6).
 
     `f_e` is the share of all assignments that expert e gets (choices of -1 aside), so that the value is 1 at perfect
     balance and E at collapse, whatever k is. (Implementations that divide by tokens instead have a minimum of k.)
-    `P_e` is the mean probability of expert e. The gradient flows through `P_e` alone.
+    `P_e` is the mean probability of expert e. The gradient flows through `P_e` alone. In the scope of a sequence it is
+    DeepSeek-V3's sequence-wise loss.
 
     Args:
         probs_TE: scores of each token; each row is normalised to sum to 1 here, as sigmoid scores need.
         experts_TK: chosen experts, -1 for none.
+        scope: `batch` or `sequence`.
+        sequence_ids: [tokens] int64, below the number of tokens; needed in the scope of a sequence.
         padding_mask: [tokens] bool, True for tokens to leave out.
-        sequence_ids: [tokens] int64 from 0. Where given, the loss is taken in each sequence and averaged over
-            sequences, weighted by their length (DeepSeek-V3's sequence-wise balance loss); otherwise over all tokens.
 
     Returns:
         A scalar; 0 where there is no token.
+
+    Raises:
+        ValueError: an unknown scope, or no `sequence_ids` where they are needed.
     """
-    num_tokens, num_experts = probs_TE.shape
-    if num_tokens == 0:
-        return probs_TE.sum()
+    num_experts = probs_TE.shape[1]
     probs_TE = probs_TE / probs_TE.sum(-1, keepdim=True).clamp_min(torch.finfo(probs_TE.dtype).tiny)
-    chosen_TE = probs_TE.new_zeros(num_tokens, num_experts + 1)
+    chosen_TE = probs_TE.new_zeros(len(probs_TE), num_experts + 1)
     chosen_TE = chosen_TE.scatter(1, experts_TK.remainder(num_experts + 1), 1.0)[:, :num_experts]
-    if padding_mask is not None:
-        keep_T1 = (~padding_mask).unsqueeze(1).to(probs_TE.dtype)
-        probs_TE, chosen_TE = probs_TE * keep_T1, chosen_TE * keep_T1
-        tokens_T = keep_T1.squeeze(1)
-    else:
-        tokens_T = probs_TE.new_ones(num_tokens)
-    if sequence_ids is None:
-        f_E = chosen_TE.sum(0) / chosen_TE.sum().clamp_min(1)
-        return num_experts * (f_E * probs_TE.sum(0)).sum() / tokens_T.sum().clamp_min(1)
-    # A sequence's id may be any number below the number of tokens; sequences without a token count nothing.
-    groups_GE = probs_TE.new_zeros(num_tokens, num_experts)
-    f_GE = groups_GE.index_add(0, sequence_ids, chosen_TE)
-    f_GE = f_GE / f_GE.sum(1, keepdim=True).clamp_min(1)
-    probs_GE = groups_GE.index_add(0, sequence_ids, probs_TE)
-    return num_experts * (f_GE * probs_GE).sum() / tokens_T.sum().clamp_min(1)
+    groups = _groups(probs_TE, scope, sequence_ids, padding_mask)
+    chosen_GE = groups.sum(chosen_TE)
+    f_GE = chosen_GE / chosen_GE.sum(1, keepdim=True).clamp_min(1)
+    P_GE = groups.mean(probs_TE)
+    return groups.average(num_experts * (f_GE * P_GE).sum(1))
+
+
+def importance_loss(
+    gates_TE: Tensor,
+    *,
+    scope: Scope = "batch",
+    sequence_ids: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+) -> Tensor:
+    """Return the squared coefficient of variation of the experts' importance.
+
+    The importance of an expert is the sum of its gates over tokens. 0 at balance, E - 1 at collapse.
+
+    Args:
+        gates_TE: the combine weights, 0 where an expert is not chosen (Shazeer et al. 2017, equations 6 and 7;
+            coefficient 0.1), or the softmax over all experts without noise, before any selection (V-MoE, Riquelme et
+            al. 2021, https://arxiv.org/abs/2106.05974; coefficient 0.005).
+        scope: see `balance_loss`; likewise the other arguments, the result and the errors.
+        sequence_ids: see `balance_loss`.
+        padding_mask: see `balance_loss`.
+    """
+    groups = _groups(gates_TE, scope, sequence_ids, padding_mask)
+    return groups.average(_squared_variation(groups.mean(gates_TE)))
+
+
+def load_loss(
+    logits_TE: Tensor,
+    top_k: int,
+    *,
+    noisy_logits_TE: Tensor | None = None,
+    noise_std: float | Tensor | None = None,
+    exclude_itself: bool = False,
+    scope: Scope = "batch",
+    sequence_ids: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+) -> Tensor:
+    """Return the squared coefficient of variation of the experts' load, a smooth estimate of how many tokens each gets.
+
+    The load of expert e is the sum over tokens of `1 - Phi((threshold_t - z_te) / std)`: the probability that it is
+    among the k largest if its noise were drawn anew. V-MoE (Riquelme et al. 2021): threshold is the k-th
+    largest noisy logit, std is 1 / E. Shazeer et al. 2017 (equations 8 to 11): the k-th largest noisy logit of the
+    *other* experts, std learned. V-MoE's coefficient is 0.005, Shazeer's 0.1. The gradient flows through the threshold
+    as well, as in V-MoE's code.
+
+    Args:
+        logits_TE: logits without noise.
+        top_k: experts per token.
+        noisy_logits_TE: the logits that experts were chosen by; by default those without noise.
+        noise_std: standard deviation of the noise, a number or `[T, E]`; by default 1 / E.
+        exclude_itself: leave an expert's own noisy logit out of its threshold, as Shazeer.
+        scope: see `balance_loss`; likewise the arguments that follow, the result and the errors.
+        sequence_ids: see `balance_loss`.
+        padding_mask: see `balance_loss`.
+    """
+    num_experts = logits_TE.shape[1]
+    noisy_logits_TE = logits_TE if noisy_logits_TE is None else noisy_logits_TE
+    noise_std = 1 / num_experts if noise_std is None else noise_std
+    groups = _groups(logits_TE, scope, sequence_ids, padding_mask)
+    if exclude_itself and top_k == num_experts:
+        # Every expert is chosen whatever the noise.
+        return groups.average(_squared_variation(groups.mean(torch.ones_like(logits_TE)))) + 0.0 * logits_TE.sum()
+    largest_TK = noisy_logits_TE.topk(min(top_k + exclude_itself, num_experts), dim=-1).values
+    threshold_TE = largest_TK[:, top_k - 1 : top_k].expand_as(logits_TE)
+    if exclude_itself:
+        among_TE = noisy_logits_TE > largest_TK[:, top_k:]
+        threshold_TE = torch.where(among_TE, largest_TK[:, top_k:], threshold_TE)
+    chance_TE = torch.special.ndtr((logits_TE - threshold_TE) / noise_std)
+    return groups.average(_squared_variation(groups.mean(chance_TE)))
 
 
 def z_loss(logits_TE: Tensor, *, padding_mask: Tensor | None = None) -> Tensor:
@@ -62,7 +157,15 @@ def z_loss(logits_TE: Tensor, *, padding_mask: Tensor | None = None) -> Tensor:
     return _masked_mean(torch.logsumexp(logits_TE, dim=-1).square(), padding_mask)
 
 
-def stablemoe_balance_loss(gates_T: Tensor, experts_T: Tensor, num_experts: int) -> Tensor:
+def stablemoe_balance_loss(
+    gates_T: Tensor,
+    experts_T: Tensor,
+    num_experts: int,
+    *,
+    scope: Scope = "batch",
+    sequence_ids: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+) -> Tensor:
     """Return StableMoE's balance loss (Dai et al. 2022, equation 8) as a mean over tokens, without its factor alpha.
 
     `sum_i (|A_i| - n) / n * sum_{t in A_i} sigmoid(s_ti)`, where `A_i` are the tokens of expert i and `n = T / E`. The
@@ -72,15 +175,16 @@ def stablemoe_balance_loss(gates_T: Tensor, experts_T: Tensor, num_experts: int)
         gates_T: sigmoid of each token's score for its expert.
         experts_T: the expert of each token; -1 leaves a token out.
         num_experts: number of experts.
+        scope: see `balance_loss`; likewise the arguments that follow, the result and the errors.
+        sequence_ids: see `balance_loss`.
+        padding_mask: see `balance_loss`.
     """
-    if gates_T.numel() == 0:
-        return gates_T.sum()
-    bins = experts_T.remainder(num_experts + 1)
-    counts_E = gates_T.new_zeros(num_experts + 1).index_add(0, bins, torch.ones_like(gates_T))[:num_experts]
-    gates_E = gates_T.new_zeros(num_experts + 1).index_add(0, bins, gates_T)[:num_experts]
-    total = counts_E.sum().clamp_min(1)
-    mean = total / num_experts
-    return ((counts_E - mean) / mean * gates_E).sum() / total
+    padding_mask = experts_T < 0 if padding_mask is None else padding_mask | (experts_T < 0)
+    chosen_TE = F.one_hot(experts_T.clamp_min(0), num_experts).to(gates_T.dtype)
+    groups = _groups(gates_T, scope, sequence_ids, padding_mask)
+    share_GE = groups.mean(chosen_TE)
+    gates_GE = groups.mean(chosen_TE * gates_T.unsqueeze(1))
+    return groups.average(((share_GE * num_experts - 1) * gates_GE).sum(1))
 
 
 def distillation_loss(student_TE: Tensor, teacher_T: Tensor, *, padding_mask: Tensor | None = None) -> Tensor:
@@ -94,17 +198,92 @@ def _masked_mean(values_T: Tensor, padding_mask: Tensor | None) -> Tensor:
     return values_T.masked_fill(padding_mask, 0.0).sum() / (~padding_mask).sum().clamp_min(1)
 
 
-def _balance_of(routing: Routing, context: RoutingContext) -> Tensor | None:
+class _Groups(NamedTuple):
+    """The tokens that a loss looks at together.
+
+    Args:
+        group_T: group of each token; None where all tokens are one.
+        keep_T1: 1 for tokens that count, 0 for padding.
+        tokens_G1: how many tokens of each group count.
+    """
+
+    group_T: Tensor | None
+    keep_T1: Tensor
+    tokens_G1: Tensor
+
+    def sum(self, values_TE: Tensor) -> Tensor:
+        """Add up over the tokens of each group, `[G, E]`."""
+        return _sum_by_group(values_TE * self.keep_T1, self.group_T)
+
+    def mean(self, values_TE: Tensor) -> Tensor:
+        """Average over the tokens of each group, `[G, E]`; 0 where there are none."""
+        return self.sum(values_TE) / self.tokens_G1.clamp_min(1)
+
+    def average(self, losses_G: Tensor) -> Tensor:
+        """Average over groups, weighted by their number of tokens."""
+        tokens_G = self.tokens_G1.squeeze(1)
+        return (losses_G * tokens_G).sum() / tokens_G.sum().clamp_min(1)
+
+
+def _groups(like: Tensor, scope: Scope, sequence_ids: Tensor | None, padding_mask: Tensor | None) -> _Groups:
+    num_tokens = len(like)
+    if "sequence_ids" in fields_of_scope(scope) and sequence_ids is None:
+        raise ValueError("a loss in the scope of a sequence needs sequence_ids; the context has none")
+    keep_T1 = like.new_ones(num_tokens, 1) if padding_mask is None else (~padding_mask).unsqueeze(1).to(like.dtype)
+    group_T = sequence_ids if scope == "sequence" else None
+    return _Groups(group_T, keep_T1, _sum_by_group(keep_T1, group_T))
+
+
+def _sum_by_group(values_TE: Tensor, group_T: Tensor | None) -> Tensor:
+    if group_T is None:
+        return values_TE.sum(0, keepdim=True)
+    # As many groups as there are tokens, so that no number is read back from the device; groups without a token
+    # count nothing.
+    return values_TE.new_zeros(values_TE.shape).index_add(0, group_T, values_TE)
+
+
+def _squared_variation(means_GE: Tensor) -> Tensor:
+    """Return the squared coefficient of variation of each row, over the whole population as in V-MoE's code."""
+    mean_G1 = means_GE.mean(1, keepdim=True)
+    return ((means_GE / mean_G1.clamp_min(torch.finfo(means_GE.dtype).tiny) - 1).square()).mean(1) * (mean_G1[:, 0] > 0)
+
+
+def _balance_in(scope: Scope) -> GenericLoss:
+    def balance(routing: Routing, context: RoutingContext) -> Tensor | None:
+        if routing.logits_TE is None or routing.experts_TK is None:
+            return None
+        return balance_loss(_probs(routing), routing.experts_TK, **scope_of(scope, context))
+
+    return balance
+
+
+def _importance_of(routing: Routing, context: RoutingContext) -> Tensor | None:
+    return None if routing.logits_TE is None else importance_loss(_probs(routing), **scope_of("batch", context))
+
+
+def _load_of(routing: Routing, context: RoutingContext) -> Tensor | None:
     if routing.logits_TE is None or routing.experts_TK is None:
         return None
-    return balance_loss(routing.logits_TE.softmax(-1), routing.experts_TK, padding_mask=context.padding_mask)
+    return load_loss(routing.logits_TE, routing.experts_TK.shape[1], **scope_of("batch", context))
 
 
 def _z_of(routing: Routing, context: RoutingContext) -> Tensor | None:
     return None if routing.logits_TE is None else z_loss(routing.logits_TE, padding_mask=context.padding_mask)
 
 
-GENERIC_LOSSES: dict[str, Callable[[Routing, RoutingContext], Tensor | None]] = {"balance": _balance_of, "z": _z_of}
+def _probs(routing: Routing) -> Tensor:
+    assert routing.logits_TE is not None
+    return routing.logits_TE.softmax(-1) if routing.balance_probs_TE is None else routing.balance_probs_TE
+
+
+GenericLoss = Callable[[Routing, RoutingContext], Tensor | None]
+GENERIC_LOSSES: dict[str, GenericLoss] = {
+    "balance": _balance_in("batch"),
+    "sequence_balance": _balance_in("sequence"),
+    "importance": _importance_of,
+    "load": _load_of,
+    "z": _z_of,
+}
 """Losses that can be had of any router with logits, by the name that a task's `loss_weights` uses."""
 
 

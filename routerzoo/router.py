@@ -77,10 +77,20 @@ class Router(nn.Module, ABC):
 
     def __init__(self, spec: LayerSpec, *, top_k: int = 2) -> None:
         super().__init__()
-        if missing := self.requires - spec.provides:
-            raise UnmetRequirementError(type(self).__name__, missing)
         self.spec = spec
+        self.also_require()
         self._top_k = _checked_top_k(top_k, spec.num_experts)
+
+    def also_require(self, *names: str) -> None:
+        """Require further context fields, where an argument makes them necessary.
+
+        Raises:
+            UnmetRequirementError: the model does not provide one.
+        """
+        if names:
+            self.requires = self.requires | frozenset(names)
+        if missing := self.requires - self.spec.provides:
+            raise UnmetRequirementError(type(self).__name__, missing)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

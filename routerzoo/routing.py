@@ -111,6 +111,7 @@ class Routing:
         weights_TK: what each chosen expert's output is multiplied with, in the hidden dtype; 0 for none.
         logits_TE: float32, scores before any normalisation; None for a router that has none.
         losses: raw scalar losses by name. The task multiplies them with its coefficients; nobody else does.
+        balance_probs_TE: float32, the scores that balance losses are taken on; None for the softmax of `logits_TE`.
         may_pad: False promises that `experts_TK` holds no -1, which saves a pass over the hidden states.
         token_N: int64, the token of each assignment.
         expert_N: int64, the expert of each assignment; -1 for none.
@@ -123,6 +124,7 @@ class Routing:
     weights_TK: Tensor | None = None
     logits_TE: Tensor | None = None
     losses: Mapping[str, Tensor] = field(default_factory=dict)
+    balance_probs_TE: Tensor | None = None
     may_pad: bool = True
     token_N: Tensor | None = None
     expert_N: Tensor | None = None

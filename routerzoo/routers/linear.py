@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from routerzoo.losses import balance_loss, z_loss
+from routerzoo.losses import Scope, balance_loss, fields_of_scope, importance_loss, load_loss, scope_of, z_loss
 from routerzoo.registry import register_router
 from routerzoo.router import Router
 from routerzoo.routing import LayerSpec, Routing, RoutingContext
@@ -32,7 +32,8 @@ class LinearRouter(Router):
 
     Training gives the losses `balance` (Switch, equation 4; at its minimum 1 for any k) and `z` (ST-MoE, equation 5).
     `noisy=True` adds Shazeer's learned noise in training (equation 4), `N(0, 1) * (softplus(x W_n^T) + 0.01)`; the
-    offset 0.01 is FastMoE's.
+    offset 0.01 is FastMoE's. It then gives Shazeer's losses `importance` and `load` (equations 6 to 11) too, for a task
+    that is given `loss_weights: {importance: 0.1, load: 0.1}`, as they used them.
 
     Args:
         spec: sizes of the layer the router sits in.
@@ -41,6 +42,7 @@ class LinearRouter(Router):
         renormalize: divide the selected weights by their sum. By default so where `top_k` at construction is above 1.
         bias: give the gate a bias.
         noisy: choose with learned noise in training.
+        balance_scope: take balance, importance and load over the micro-batch, or in each sequence.
         init_std: standard deviation of the gate's initial weights.
     """
 
@@ -56,9 +58,12 @@ class LinearRouter(Router):
         renormalize: bool | None = None,
         bias: bool = False,
         noisy: bool = False,
+        balance_scope: Scope = "batch",
         init_std: float = 0.02,
     ) -> None:
         super().__init__(spec, top_k=top_k)
+        self.also_require(*fields_of_scope(balance_scope))
+        self.balance_scope: Scope = balance_scope
         self.score_function: ScoreFunction = score
         self.renormalize = top_k > 1 if renormalize is None else renormalize
         self.normalized = self.renormalize
@@ -69,20 +74,29 @@ class LinearRouter(Router):
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Take the k largest logits of the gate."""
-        logits_TE = F.linear(x_TD, self.weight, self.bias)
+        clean_TE = logits_TE = F.linear(x_TD, self.weight, self.bias)
+        std_TE = None
         if self.noise_weight is not None and self.training:
             std_TE = F.softplus(F.linear(x_TD, self.noise_weight)) + 0.01
-            logits_TE = logits_TE + torch.randn_like(logits_TE) * std_TE
+            logits_TE = clean_TE + torch.randn_like(clean_TE) * std_TE
         if self.score_function == "softmax" and self.renormalize:
             weights_TK, experts_TK = softmax_over_selected(logits_TE, self.top_k)
         else:
             weights_TK, experts_TK = top_k_experts(score(logits_TE, self.score_function), self.top_k)
             if self.renormalize:
                 weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(1e-20)
-        losses = {}
-        if self.training:
-            losses["balance"] = balance_loss(
-                score(logits_TE, self.score_function), experts_TK, padding_mask=context.padding_mask
+        if not self.training:
+            return Routing(experts_TK, weights_TK, logits_TE, may_pad=False)
+        probs_TE = score(logits_TE, self.score_function)
+        scoped = scope_of(self.balance_scope, context)
+        losses = {
+            "balance": balance_loss(probs_TE, experts_TK, **scoped),
+            "z": z_loss(logits_TE, padding_mask=context.padding_mask),
+        }
+        if std_TE is not None:
+            gates_TE = torch.zeros_like(logits_TE).scatter(1, experts_TK, weights_TK)
+            losses["importance"] = importance_loss(gates_TE, **scoped)
+            losses["load"] = load_loss(
+                clean_TE, self.top_k, noisy_logits_TE=logits_TE, noise_std=std_TE, exclude_itself=True, **scoped
             )
-            losses["z"] = z_loss(logits_TE, padding_mask=context.padding_mask)
-        return Routing(experts_TK, weights_TK, logits_TE, losses, may_pad=False)
+        return Routing(experts_TK, weights_TK, logits_TE, losses, probs_TE, may_pad=False)

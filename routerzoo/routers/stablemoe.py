@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from routerzoo.losses import distillation_loss, stablemoe_balance_loss
+from routerzoo.losses import Scope, distillation_loss, fields_of_scope, scope_of, stablemoe_balance_loss
 from routerzoo.registry import register_router
 from routerzoo.router import Router, UnmetRequirementError
 from routerzoo.routers.hash import expert_dtype
@@ -51,6 +51,7 @@ class StableMoERouter(Router):
         stage1_fraction: share of training spent in stage 1; the published runs take 6,000 of 60,000 steps.
         stage1_steps: length of stage 1 in optimiser steps, instead of `stage1_fraction`.
         evaluate: the router that evaluation in stage 1 uses.
+        balance_scope: take the balance loss over the micro-batch, as published, or in each sequence.
     """
 
     paper = "Dai et al., ACL 2022, arXiv:2204.08396"
@@ -68,8 +69,11 @@ class StableMoERouter(Router):
         stage1_fraction: float = 0.1,
         stage1_steps: int | None = None,
         evaluate: Literal["distilled", "stage"] = "distilled",
+        balance_scope: Scope = "batch",
     ) -> None:
         super().__init__(spec, top_k=top_k)
+        self.also_require(*fields_of_scope(balance_scope))
+        self.balance_scope: Scope = balance_scope
         if spec.vocab_size is None:
             raise UnmetRequirementError(type(self).__name__, frozenset({"vocab_size"}))
         if not 0 <= stage1_fraction <= 1:
@@ -136,8 +140,9 @@ class StableMoERouter(Router):
         if distil:
             # What the frozen router is taught is the policy alone: neither the gate nor the model gets its gradient.
             first_T = experts_TK[:, 0]
-            counted_T = first_T if context.padding_mask is None else first_T.masked_fill(context.padding_mask, -1)
-            losses["balance"] = stablemoe_balance_loss(gates_TK[:, 0], counted_T, self.spec.num_experts)
+            losses["balance"] = stablemoe_balance_loss(
+                gates_TK[:, 0], first_T, self.spec.num_experts, **scope_of(self.balance_scope, context)
+            )
             losses["distillation"] = distillation_loss(
                 self._distilled_logits(token_ids), first_T, padding_mask=context.padding_mask
             )

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from routerzoo.losses import balance_loss
+from routerzoo.losses import Scope, balance_loss, fields_of_scope, scope_of
 from routerzoo.registry import register_router
 from routerzoo.router import Router
 from routerzoo.routing import LayerSpec, Routing, RoutingContext
@@ -42,6 +42,7 @@ class XMoERouter(Router):
         routing_dim: dimension R of the hypersphere; by default half the number of experts, as published.
         score: how logits become weights.
         temperature: initial value of tau; by default tau0.
+        balance_scope: take the balance loss over the micro-batch, as published, or in each sequence.
     """
 
     paper = "Chi et al., NeurIPS 2022, arXiv:2204.09179"
@@ -55,8 +56,11 @@ class XMoERouter(Router):
         routing_dim: int | None = None,
         score: ScoreFunction = "softmax",
         temperature: float | None = None,
+        balance_scope: Scope = "batch",
     ) -> None:
         super().__init__(spec, top_k=top_k)
+        self.also_require(*fields_of_scope(balance_scope))
+        self.balance_scope: Scope = balance_scope
         if score not in BALANCE_TEMPERATURE:
             raise ValueError(f"score must be softmax or sigmoid, got {score!r}")
         if routing_dim is None:
@@ -80,8 +84,8 @@ class XMoERouter(Router):
         cosine_TE = F.linear(token_TR, F.normalize(self.expert_embedding, dim=-1))
         logits_TE = cosine_TE * self.temperature.clamp_min(MIN_TEMPERATURE).reciprocal()
         weights_TK, experts_TK = top_k_experts(score(logits_TE, self.score_function), self.top_k)
+        probs_TE = (cosine_TE / self.balance_temperature).softmax(-1)
         losses = {}
         if self.training:
-            probs_TE = (cosine_TE / self.balance_temperature).softmax(-1)
-            losses["balance"] = balance_loss(probs_TE, experts_TK, padding_mask=context.padding_mask)
-        return Routing(experts_TK, weights_TK, logits_TE, losses, may_pad=False)
+            losses["balance"] = balance_loss(probs_TE, experts_TK, **scope_of(self.balance_scope, context))
+        return Routing(experts_TK, weights_TK, logits_TE, losses, probs_TE, may_pad=False)
