@@ -42,9 +42,10 @@ class Router(nn.Module, ABC):
     Args:
         spec: sizes of the layer that the router sits in.
         top_k: experts per token.
+        max_top_k: the largest k that the router can do; by default the number of experts.
 
     Raises:
-        ValueError: `top_k` outside 1..num_experts.
+        ValueError: `top_k` below 1 or above `max_top_k`.
         UnmetRequirementError: the model does not provide what the router requires.
     """
 
@@ -75,11 +76,12 @@ class Router(nn.Module, ABC):
     default_loss_weights: ClassVar[Mapping[str, float]] = {}
     """The published coefficient of each auxiliary loss, used where the task is given none."""
 
-    def __init__(self, spec: LayerSpec, *, top_k: int = 2) -> None:
+    def __init__(self, spec: LayerSpec, *, top_k: int = 2, max_top_k: int | None = None) -> None:
         super().__init__()
         self.spec = spec
         self.also_require()
-        self._top_k = _checked_top_k(top_k, spec.num_experts)
+        self.max_top_k = spec.num_experts if max_top_k is None else max_top_k
+        self.top_k = top_k
 
     def also_require(self, *names: str) -> None:
         """Require further context fields, where an argument makes them necessary.
@@ -119,7 +121,10 @@ class Router(nn.Module, ABC):
 
     @top_k.setter
     def top_k(self, value: int) -> None:
-        self._top_k = _checked_top_k(value, self.spec.num_experts)
+        if not 1 <= value <= self.max_top_k:
+            bound = "num_experts" if self.max_top_k == self.spec.num_experts else "the largest k of this router"
+            raise ValueError(f"top_k must be between 1 and {bound} = {self.max_top_k}, got {value}")
+        self._top_k = value
 
     @abstractmethod
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
@@ -199,12 +204,6 @@ class Router(nn.Module, ABC):
     def extra_repr(self) -> str:
         """Show the sizes."""
         return f"d_model={self.spec.d_model}, num_experts={self.spec.num_experts}, top_k={self.top_k}"
-
-
-def _checked_top_k(top_k: int, num_experts: int) -> int:
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"top_k must be between 1 and num_experts = {num_experts}, got {top_k}")
-    return top_k
 
 
 def _with_weights_like(x_TD: Tensor, routing: Routing) -> Routing:

@@ -205,7 +205,7 @@ def test_a_checkpoint_that_carries_code_is_refused_and_nothing_runs(tmp_path, co
     [
         (
             ["--model.router", "HyperRoute"],
-            "unknown router 'HyperRoute'; did you mean 'HyperRouter'? Known routers: Hash",
+            "unknown router 'HyperRoute'; did you mean 'HyperRouter'? Known routers: ",
         ),
         (
             ["--model.router.topk", "3"],
@@ -233,7 +233,10 @@ def test_bad_options_are_explained_in_a_sentence(config, capsys, options, messag
         (["--model.router.top_k", "9"], "error: top_k must be between 1 and num_experts = 4, got 9"),
         (["--model.num_experts", "0"], "error: num_experts must be at least 1, got 0"),
         (["--model.moe_blocks", "[7]"], "error: moe_blocks names block 7; the model has 2, from 0 to 1"),
-        (["--model.loss_weights", "{importance: 1.0}"], "this router has no loss 'importance'; it has balance, z"),
+        (
+            ["--model.loss_weights", "{entropy: 1.0}"],
+            "this router has no loss 'entropy'; it has balance, importance, load",
+        ),
         (["--model.vocab_size", "3"], "error: model.vocab_size is 3, but the data decides it: TextData has 256"),
         (["--data.dataset", "enwik9"], "error: no data set or file is called 'enwik9'"),
         (["--data.sequence_length", "0"], "error: sequence_length must be at least 1, got 0"),

@@ -80,6 +80,7 @@ def check_router(
         >>> from routerzoo import HyperRouter
         >>> check_router(HyperRouter, examples=3)
     """
+    __tracebackhide__ = True  # pytest shows the caller and the message
     name = router if isinstance(router, str) else _name(router)
     failures = [r for r in run_checks(router, examples=examples, only=only, device=device) if r.failure]
     if failures:
