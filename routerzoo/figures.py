@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -20,15 +20,77 @@ LARGEST_SHOWN = 3.0
 
 def load_bars(counts_E: Tensor, ax: Axes | None = None) -> tuple[Figure, Axes]:
     """Draw each expert's load relative to the mean load."""
-    if ax is None:
-        own = Figure(figsize=(6, 3), layout="constrained")
-        FigureCanvasAgg(own)
-        ax = own.subplots()
+    ax = _axes(ax, (6, 3))
     relative_E = _relative(counts_E.double().cpu().numpy())
     ax.bar(range(len(relative_E)), relative_E, color="tab:blue")
     ax.axhline(1, color="black", linewidth=1, linestyle="--")
     ax.set(xlabel="expert", ylabel="load / mean load")
     return cast(Figure, ax.figure), ax
+
+
+def bars(values: Mapping[str, Tensor | float], ax: Axes | None = None, *, ylabel: str) -> tuple[Figure, Axes]:
+    """Draw named numbers as bars."""
+    ax = _axes(ax, (4, 3))
+    drawn = ax.bar(list(values), [float(value) for value in values.values()], color="tab:blue", width=0.6)
+    ax.bar_label(drawn, fmt="%.3g")
+    ax.set(ylabel=ylabel)
+    ax.margins(y=0.1)
+    return cast(Figure, ax.figure), ax
+
+
+def curves(
+    x_R: Tensor | Sequence[float],
+    y_R: Mapping[str, Tensor | Sequence[float]],
+    ax: Axes | None = None,
+    *,
+    xlabel: str,
+    ylabel: str,
+) -> tuple[Figure, Axes]:
+    """Draw named curves over the same x."""
+    ax = _axes(ax, (6, 3.5))
+    for name, values in y_R.items():
+        ax.plot(_array(x_R), _array(values), marker=".", label=name)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.grid(alpha=0.3)
+    if len(y_R) > 1:
+        ax.legend()
+    return cast(Figure, ax.figure), ax
+
+
+def heat_map(
+    values: Tensor,
+    ax: Axes | None = None,
+    *,
+    xlabel: str,
+    ylabel: str,
+    low: float = 0.0,
+    row_names: Sequence[str] | None = None,
+) -> tuple[Figure, Axes]:
+    """Draw a matrix, from `low` to its largest entry; entries that are NaN stay white."""
+    shown = np.atleast_2d(values.float().cpu().numpy())
+    ax = _axes(ax, (1.5 + 0.25 * max(shown.shape[1], 12), 1.0 + 0.25 * max(shown.shape[0], 8)))
+    high = max(float(np.nanmax(shown)), low + 1e-6) if shown.size and not np.isnan(shown).all() else low + 1
+    image = ax.imshow(shown, vmin=low, vmax=high, cmap="viridis", aspect="auto", interpolation="nearest")
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    if row_names is not None:
+        ax.set_yticks(range(len(row_names)), labels=list(row_names))
+    figure = cast(Figure, ax.figure)
+    figure.colorbar(image, ax=ax)
+    return figure, ax
+
+
+def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
+    """Return the axes given, or those of a new figure. Not pyplot's, which keeps every figure alive."""
+    if ax is not None:
+        return ax
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure.subplots()
+
+
+def _array(values: Tensor | Sequence[float]) -> np.ndarray:
+    # torchmetrics makes scalars of what has one entry.
+    return np.atleast_1d(values.double().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values, float))
 
 
 def load_over_training(steps_R: Sequence[int], loads_RLE: np.ndarray, title: str) -> Figure:

@@ -18,8 +18,8 @@ def load_statistics(counts_E: Tensor) -> dict[str, Tensor]:
 
     With n_e the assignments of expert e and n their mean:
 
-    - `load_max`, `load_min`: largest and smallest n_e / n; both 1 at perfect balance. (`load_max - 1` is MaxVio, Wang
-      et al. 2024, arXiv:2408.15664.)
+    - `load_max`, `load_min`: largest and smallest n_e / n; both 1 at perfect balance.
+    - `load_max_violation`: `load_max - 1`, the MaxVio of Wang et al. 2024, arXiv:2408.15664.
     - `load_cv`: standard deviation of n_e over n (Shazeer et al. 2017).
     - `load_entropy`: entropy of the shares n_e / sum over its maximum log E; 1 is balanced, 0 collapsed.
     - `dead_experts`: experts without assignment.
@@ -39,6 +39,7 @@ def load_statistics(counts_E: Tensor) -> dict[str, Tensor]:
     statistics = {
         "load_max": relative_E.max(),
         "load_min": relative_E.min(),
+        "load_max_violation": relative_E.max() - 1,
         "load_cv": relative_E.std(correction=0),
         "load_entropy": entropy,
         "dead_experts": (counts_E == 0).sum(),
@@ -76,6 +77,11 @@ class ExpertLoad(Metric):
     def update(self, routing: Routing) -> None:
         """Count a routing's assignments."""
         self.counts_E += routing.load_E(self.num_experts)
+
+    @property
+    def shares_E(self) -> Tensor:
+        """Each expert's share of all assignments; NaN without any."""
+        return (self.counts_E / self.counts_E.sum()).float()
 
     def compute(self) -> dict[str, Tensor]:
         """Return `load_statistics`."""

@@ -13,7 +13,14 @@ from routerzoo.schedules import k_at
 def test_load_statistics_by_hand():
     # Mean 2, so relative loads 2, 1, 1, 0; shares 1/2, 1/4, 1/4, 0: entropy 1.5 bits of 2.
     statistics = load_statistics(torch.tensor([4, 2, 2, 0]))
-    expected = {"load_max": 2, "load_min": 0, "load_cv": 0.5**0.5, "load_entropy": 0.75, "dead_experts": 1}
+    expected = {
+        "load_max": 2,
+        "load_min": 0,
+        "load_max_violation": 1,
+        "load_cv": 0.5**0.5,
+        "load_entropy": 0.75,
+        "dead_experts": 1,
+    }
     assert {name: pytest.approx(float(value)) for name, value in statistics.items()} == expected
 
 
@@ -27,6 +34,7 @@ def test_expert_load_adds_up_over_updates_and_plots():
     for chosen in ([[0, 1]], [[0, -1]], [[2, 0]]):
         metric.update(Routing(torch.tensor(chosen), torch.ones(1, 2)))
     assert metric.counts_E.tolist() == [3, 1, 1]
+    assert metric.shares_E.tolist() == pytest.approx([0.6, 0.2, 0.2])
     figure, axes = metric.plot()
     assert isinstance(figure, Figure)
     assert [bar.get_height() for bar in axes.patches] == pytest.approx([1.8, 0.6, 0.6])

@@ -1,0 +1,62 @@
+"""`CoActivation`: which experts are chosen together."""
+# Shape suffixes: T tokens, E experts.
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from routerzoo.metrics.sets import expert_sets
+from routerzoo.routing import Routing
+
+
+@final
+class CoActivation(Metric):
+    """Entry (i, j) is the share of expert i's tokens that expert j sees too, `N_ij / N_i` (OLMoE, equation 6).
+
+    It is not symmetric: a rare expert may always come with a frequent one. The diagonal is 1; rows of experts without a
+    token are 0. By chance an entry is about `(k - 1) / (E - 1)`. (https://arxiv.org/abs/2409.02060)
+
+    Args:
+        num_experts: experts of the layer.
+        options: further arguments of `torchmetrics.Metric`.
+
+    Example:
+        >>> import torch
+        >>> metric = CoActivation(num_experts=3)
+        >>> metric.update(Routing(torch.tensor([[0, 1], [0, 2]]), torch.full((2, 2), 0.5)))
+        >>> metric.compute()
+        tensor([[1.0000, 0.5000, 0.5000],
+                [1.0000, 1.0000, 0.0000],
+                [1.0000, 0.0000, 1.0000]])
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+    pairs_EE: Tensor
+
+    def __init__(self, num_experts: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.num_experts = num_experts
+        self.add_state("pairs_EE", torch.zeros(num_experts, num_experts, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, routing: Routing) -> None:
+        """Count a routing's pairs."""
+        chosen_TE = expert_sets(routing, self.num_experts).double()
+        self.pairs_EE += chosen_TE.T @ chosen_TE
+
+    def compute(self) -> Tensor:
+        """Return the shares, `[E, E]`."""
+        return (self.pairs_EE / self.pairs_EE.diagonal().unsqueeze(1).clamp_min(1)).float()
+
+    def plot(self, val: Tensor | None = None, ax: Any = None) -> Any:
+        """Draw the matrix without its diagonal; `val` instead of what was computed. Returns figure and axes."""
+        from routerzoo.figures import heat_map
+
+        shares_EE = (self.compute() if val is None else val).clone()
+        shares_EE.fill_diagonal_(torch.nan)
+        return heat_map(shares_EE, ax, xlabel="is seen by expert", ylabel="of the tokens of expert")

@@ -1,0 +1,82 @@
+"""`RepresentationCollapse`: whether hidden states of one class have become alike."""
+# Shape suffixes: T tokens, D model width, C classes.
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+@final
+class RepresentationCollapse(Metric):
+    """Spread within classes relative to the spread between them, `Tr(S_W pinv(S_B))` (X-MoE, equation 10).
+
+    **Smaller is more collapsed.** S_W and S_B are the covariances within and between classes of a router's inputs; they
+    add up to the covariance of all. Classes count by their number of tokens: the paper does not say, and where classes
+    are equally large it is no choice. The value depends on what the classes are (X-MoE: the experts that tokens are
+    routed to), and on the width. (https://arxiv.org/abs/2204.09179; neural collapse: Papyan et al. 2020.)
+
+    Args:
+        num_classes: number of classes.
+        d_model: width of the hidden states.
+        options: further arguments of `torchmetrics.Metric`.
+
+    Example:
+        >>> import torch
+        >>> metric = RepresentationCollapse(num_classes=2, d_model=1)
+        >>> metric.update(torch.tensor([[0.0], [2.0], [10.0], [12.0]]), torch.tensor([0, 0, 1, 1]))
+        >>> metric.compute()  # 1 within, 25 between
+        tensor(0.0400)
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+    tokens_C: Tensor
+    sums_CD: Tensor
+    products_DD: Tensor
+
+    def __init__(self, num_classes: int, d_model: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.num_classes, self.d_model = num_classes, d_model
+        for name, shape in (("tokens_C", [num_classes]), ("sums_CD", [num_classes, d_model])):
+            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("products_DD", torch.zeros(d_model, d_model, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, x_TD: Tensor, classes_T: Tensor) -> None:
+        """Add hidden states. Classes below 0 do not count.
+
+        Raises:
+            ValueError: another width, or as many classes as tokens are needed.
+        """
+        if x_TD.ndim != 2 or x_TD.shape[1] != self.d_model or classes_T.shape != x_TD.shape[:1]:
+            raise ValueError(
+                f"expected hidden states [tokens, {self.d_model}] and a class for each, got {list(x_TD.shape)} and "
+                f"{list(classes_T.shape)}"
+            )
+        x_TD, classes_T = x_TD[classes_T >= 0].detach().double(), classes_T[classes_T >= 0]
+        self.tokens_C.index_add_(0, classes_T, torch.ones_like(classes_T, dtype=torch.float64))
+        self.sums_CD.index_add_(0, classes_T, x_TD)
+        self.products_DD += x_TD.T @ x_TD
+
+    def compute(self) -> Tensor:
+        """Return the ratio; NaN without any token."""
+        total = self.tokens_C.sum()
+        mean_CD = self.sums_CD / self.tokens_C.unsqueeze(1).clamp_min(1)
+        mean_D = self.sums_CD.sum(0) / total
+        centred_CD = (mean_CD - mean_D) * (self.tokens_C / total).sqrt().unsqueeze(1)
+        between_DD = centred_CD.T @ centred_CD
+        within_DD = self.products_DD / total - torch.outer(mean_D, mean_D) - between_DD
+        if total == 0:
+            return torch.tensor(torch.nan)
+        return torch.trace(within_DD @ torch.linalg.pinv(between_DD, rtol=1e-10, hermitian=True)).float()
+
+    def plot(self, val: Tensor | None = None, ax: Any = None) -> Any:
+        """Draw the value as a bar; `val` instead of what was computed. Returns figure and axes."""
+        from routerzoo.figures import bars
+
+        value = self.compute() if val is None else val
+        return bars({"within / between": value}, ax, ylabel="smaller is more collapsed")
