@@ -93,6 +93,28 @@ def _array(values: Tensor | Sequence[float]) -> np.ndarray:
     return np.atleast_1d(values.double().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values, float))
 
 
+def quality_by_cost(rows: Sequence[Mapping[str, float]], metric: str, title: str) -> Figure:
+    """Draw a metric against what it costs, for one checkpoint at several k.
+
+    Args:
+        rows: `k`, the metric, `FLOPs per token` and `active parameters` of each.
+        metric: its name.
+        title: what is shown.
+    """
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    panels: Any = figure.subplots(1, 2, sharey=True)
+    for panel, cost in zip(panels, ("FLOPs per token", "active parameters"), strict=True):
+        panel.plot([row[cost] for row in rows], [row[metric] for row in rows], marker="o", color="tab:blue")
+        for row in rows:
+            panel.annotate(f"k = {row['k']:.0f}", (row[cost], row[metric]), xytext=(4, 4), textcoords="offset points")
+        panel.set(xlabel=cost)
+        panel.grid(alpha=0.3)
+    panels[0].set(ylabel=metric)
+    return figure
+
+
 def load_over_training(steps_R: Sequence[int], loads_RLE: np.ndarray, title: str) -> Figure:
     """Draw every expert's load over training, one panel per MoE layer, with its load at the end beside it.
 

@@ -4,6 +4,7 @@ runs/<name>/<number>/config.yaml
 checkpoints/last.ckpt, best.ckpt
 logs/metrics.csv and TensorBoard's files
 routing.png
+results.json
 """
 
 from __future__ import annotations

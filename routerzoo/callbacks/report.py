@@ -2,40 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, final
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
+from routerzoo.accounting import Costs, short
 from routerzoo.callbacks.routing_monitor import RoutingMonitor
+from routerzoo.figures import quality_by_cost
 from routerzoo.moe import moe_layers
 from routerzoo.tasks.base import MoETask
 
+RESULTS = "results.json"
 LOWER_IS_BETTER = frozenset({"loss", "bpb", "bpc", "ppl"})
-
-
-def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """Count a model's numbers.
-
-    Returns:
-        `trainable` parameters; `frozen` parameters and floating-point buffers; `total`, their sum; `active`, the total
-        less what the experts that a token does not choose hold.
-    """
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    frozen += sum(b.numel() for b in model.buffers() if b.is_floating_point())
-    idle = 0
-    for layer in moe_layers(model):
-        size = sum(p.numel() for p in layer.experts.parameters())
-        chosen = min(layer.router.top_k, layer.spec.num_experts)
-        idle += size * (layer.spec.num_experts - chosen) // layer.spec.num_experts
-    total = trainable + frozen
-    return {"trainable": trainable, "frozen": frozen, "total": total, "active": total - idle}
 
 
 @final
@@ -43,9 +28,12 @@ class RunReport(Callback):
     """Says before training what is trained, and after it what came of it.
 
     Afterwards it shows the headline metric of the validation split at step 0, now and at its best beside a baseline
-    (for text, predicting each token by its frequency), the routing of every MoE layer, and where everything lies. The
-    value at step 0 comes from Lightning's check before training, where that is over the whole split
-    (`trainer.num_sanity_val_steps: -1`).
+    (for text, predicting each token by its frequency), what the model costs, the routing of every MoE layer, and where
+    everything lies. The value at step 0 comes from Lightning's check before training, where that is over the whole
+    split (`trainer.num_sanity_val_steps: -1`).
+
+    After an evaluation at several k (`eval_top_k`) it shows quality against cost, and draws it. The same numbers go
+    into `results.json` in the run's folder.
 
     Args:
         folder: of the run.
@@ -59,17 +47,29 @@ class RunReport(Callback):
         self._last_step = 0
         self._started = 0.0
         self._console = Console(soft_wrap=True, highlight=False)
+        self._costs: list[Costs] = []
 
     def _headline(self, pl_module: LightningModule) -> str | None:
         return pl_module.headline_metric if isinstance(pl_module, MoETask) else None
 
+    def _count(self, pl_module: LightningModule) -> None:
+        places = range(len(pl_module.eval_top_ks)) if isinstance(pl_module, MoETask) else ()
+        self._costs = [pl_module.costs(place) for place in places]  # type: ignore[operator]
+
+    def _sizes(self, pl_module: LightningModule) -> str:
+        if not self._costs:
+            return f"{short(sum(p.numel() for p in pl_module.parameters()))} parameters"
+        costs = self._costs[0]
+        return f"{short(costs.total)} parameters, {short(costs.active)} active per token"
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what is trained."""
         self._started = time.monotonic()
+        # On every rank: where parameters are sharded, all must take part in the forward pass that is counted.
+        self._count(pl_module)
         if not trainer.is_global_zero:
             return
         layers = list(moe_layers(pl_module))
-        counts = parameter_counts(pl_module)
         what = "dense: no MoE layer"
         if layers:
             first = layers[0]
@@ -77,8 +77,7 @@ class RunReport(Callback):
                 f"{type(first.router).__name__} · {len(layers)} MoE layers of {first.spec.num_experts} "
                 f"{type(first.experts).__name__}, top {first.router.top_k}"
             )
-        sizes = f"{_short(counts['total'])} parameters, {_short(counts['active'])} active per token"
-        self._console.print(f"[bold]{what}[/bold]; {sizes}")
+        self._console.print(f"[bold]{what}[/bold]; {self._sizes(pl_module)}")
         if self.folder is not None:
             self._console.print(f"run folder: {self.folder}")
 
@@ -116,7 +115,15 @@ class RunReport(Callback):
             table.add_column(label, justify="right")
         table.add_row(*("-" if value is None else f"{value:.4f}" for _, value in rows))
         print_(table)
+        self._print_costs(pl_module)
         self._print_routing(trainer)
+        results = {
+            "step": trainer.global_step,
+            "seconds": round(seconds, 1),
+            name: self._last,
+            f"best {name}": self.best,
+        }
+        self._save("fit", trainer, pl_module, {**results, f"step 0 {name}": self.metric_at_start})
         for label, path in self._files(trainer).items():
             print_(f"{label}: {path}")
 
@@ -153,20 +160,95 @@ class RunReport(Callback):
             files["picture of the routing"] = monitor.picture_path(trainer)
         return files
 
-    def _print_results(self, trainer: Trainer, split: str) -> None:
+    def _print_results(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
         if not trainer.is_global_zero:
             return
-        table = Table(title=f"{split} split", title_justify="left", title_style="bold")
         shown = {
             name.partition("/")[2]: float(value)
             for name, value in trainer.callback_metrics.items()
             if name.startswith(f"{split}/") and name.count("/") == 1
         }
+        table = Table(title=f"{split} split", title_justify="left", title_style="bold")
         for name in shown:
             table.add_column(name, justify="right")
         table.add_row(*(f"{value:.4f}" for value in shown.values()))
         self._console.print(table)
+        self._print_costs(pl_module)
         self._print_routing(trainer)
+        by_k = self._by_k(trainer, pl_module, split)
+        self._save(split, trainer, pl_module, {**shown, **({"by k": by_k} if by_k else {})})
+        if by_k:
+            self._show_by_k(pl_module, split, by_k)
+
+    def _by_k(self, trainer: Trainer, pl_module: LightningModule, split: str) -> list[dict[str, float]]:
+        if not isinstance(pl_module, MoETask) or len(pl_module.eval_top_ks) == 1:
+            return []
+        rows = []
+        for top_k, costs in zip(pl_module.eval_top_ks, self._costs, strict=True):
+            prefix = f"{split}/k{top_k}/"
+            metrics = {n[len(prefix) :]: float(v) for n, v in trainer.callback_metrics.items() if n.startswith(prefix)}
+            rows.append({"k": float(top_k or 0), **metrics, **_numbers(costs)})
+        return rows
+
+    def _show_by_k(self, pl_module: LightningModule, split: str, rows: list[dict[str, float]]) -> None:
+        headline = str(self._headline(pl_module))
+        table = Table(title=f"{split} split, one checkpoint at several k", title_justify="left", title_style="bold")
+        for column in ("k", headline, "active parameters", "FLOPs per token", "of the first", "router FLOPs"):
+            table.add_column(column, justify="right")
+        for row in rows:
+            table.add_row(
+                f"{row['k']:.0f}",
+                f"{row[headline]:.4f}",
+                short(row["active parameters"]),
+                short(row["FLOPs per token"]),
+                f"{row['FLOPs per token'] / rows[0]['FLOPs per token']:.2f}x",
+                short(row["router FLOPs per token"]),
+            )
+        self._console.print(table)
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / f"{split}_by_k.png"
+            quality_by_cost(rows, headline, f"{split} split, one checkpoint").savefig(path, dpi=110)
+            self._console.print(f"picture: {path}")
+
+    def _print_costs(self, pl_module: LightningModule) -> None:
+        if not self._costs:
+            return
+        costs = self._costs[0]
+        table = Table(title="costs", title_justify="left", title_style="bold")
+        row = {
+            "parameters": short(costs.total),
+            "trainable": short(costs.trainable),
+            "active per token": short(costs.active),
+            "FLOPs per token": short(costs.flops),
+            "of these the routers'": short(costs.router_flops),
+        }
+        for column in row:
+            table.add_column(column, justify="right")
+        table.add_row(*row.values())
+        self._console.print(table)
+
+    def _save(self, stage: str, trainer: Trainer, pl_module: LightningModule, results: dict[str, Any]) -> None:
+        """Add a stage's results to `results.json` in the run's folder."""
+        if self.folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        path = self.folder / RESULTS
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        layers = list(moe_layers(pl_module))
+        router = {"router": type(layers[0].router).__name__, "k": layers[0].router.top_k} if layers else {}
+        costs = _numbers(self._costs[0]) if self._costs else {}
+        known[stage] = {**router, **results, **costs}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count what is evaluated."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._count(pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count what is evaluated."""
+        self._count(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Say what came of it, when the progress bar has gone."""
@@ -175,7 +257,7 @@ class RunReport(Callback):
         if stage == "fit":
             self._print_training(trainer, pl_module)
         elif stage in ("validate", "test"):
-            self._print_results(trainer, "val" if stage == "validate" else "test")
+            self._print_results(trainer, pl_module, "val" if stage == "validate" else "test")
 
     def state_dict(self) -> dict[str, Any]:
         """Keep what a resumed run cannot measure again."""
@@ -191,8 +273,11 @@ def _monitor(trainer: Trainer) -> RoutingMonitor | None:
     return next(found, None)
 
 
-def _short(count: int) -> str:
-    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return str(count)
+def _numbers(costs: Costs) -> dict[str, float]:
+    return {
+        "total parameters": costs.total,
+        "trainable parameters": costs.trainable,
+        "active parameters": costs.active,
+        "FLOPs per token": costs.flops,
+        "router FLOPs per token": costs.router_flops,
+    }

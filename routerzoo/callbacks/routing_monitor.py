@@ -43,6 +43,7 @@ class RoutingMonitor(Callback):
         self._load: dict[int, ExpertLoad] = {}
         self._confidence: dict[int, GateConfidence] = {}
         self._recording = False
+        self._top_ks: dict[int, int] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Hook into the routers."""
@@ -60,7 +61,8 @@ class RoutingMonitor(Callback):
 
     def _recorder(self, layer: int) -> Any:
         def record(router: Any, arguments: tuple[Any, ...], routing: Routing) -> None:
-            if self._recording:
+            # Of several k of an evaluation, the first is recorded.
+            if self._recording and self._top_ks.setdefault(layer, router.top_k) == router.top_k:
                 self._load[layer].update(_without_padding(routing, arguments))
                 self._confidence[layer].update(_without_padding(routing, arguments))
 
@@ -74,6 +76,7 @@ class RoutingMonitor(Callback):
             layer.spec.layer: GateConfidence(layer.spec.num_experts).to(pl_module.device)
             for layer in moe_layers(pl_module)
         }
+        self._top_ks = {}
         self._recording = bool(self._load)
 
     def _finish(self, pl_module: LightningModule, stage: str) -> None:

@@ -77,6 +77,7 @@ class ViTMoE(nn.Module):
         self.vit: Any = _create_vit(backbone, pretrained, arguments)
         patch_embed = self.vit.patch_embed
         self.grid_size: tuple[int, int] = tuple(patch_embed.grid_size)
+        self.in_channels = in_channels
         self.image_size: tuple[int, int] = tuple(patch_embed.img_size)
         patch_size: tuple[int, int] = tuple(patch_embed.patch_size)
         if any(image % patch for image, patch in zip(self.image_size, patch_size, strict=True)):

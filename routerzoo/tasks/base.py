@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,9 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import Metric
 
+from routerzoo.accounting import Costs, count_costs
 from routerzoo.errors import UserError
 from routerzoo.losses import auxiliary_loss
 from routerzoo.moe import moe_layers
@@ -39,7 +41,9 @@ class MoETask(LightningModule, ABC):
         lr_scheduler: builds the learning-rate schedule from the optimiser and the number of steps.
         loss_weights: coefficient by auxiliary loss, instead of those that the router's authors use. `balance` and `z`
             can be had of any router with logits.
-        eval_top_k: experts per token in validation, test and prediction; by default as in training.
+        eval_top_k: experts per token in validation, test and prediction; by default as in training. Several are
+            evaluated one after the other: metrics are those of the first, and those of each by its name.
+        evaluation_metrics: builds the metrics of an evaluation. The progress bar shows `loss` and the headline.
     """
 
     def __init__(
@@ -48,16 +52,32 @@ class MoETask(LightningModule, ABC):
         optimizer: OptimizerCallable,
         lr_scheduler: SchedulerFactory,
         loss_weights: dict[str, float] | None,
-        eval_top_k: int | None,
+        eval_top_k: int | list[int] | None,
+        evaluation_metrics: Callable[[], dict[str, Metric]],
     ) -> None:
         super().__init__()
         self.net = net
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.loss_weights, self.eval_top_k = loss_weights, eval_top_k
+        self.eval_top_ks: list[int | None] = [*(eval_top_k if isinstance(eval_top_k, list) else [eval_top_k])]
+        if not self.eval_top_ks or len(set(self.eval_top_ks)) < len(self.eval_top_ks):
+            raise UserError(f"eval_top_k must name at least one k, and none twice, got {eval_top_k}")
+        if len(self.eval_top_ks) > 1 and not list(moe_layers(net)):
+            raise UserError(f"eval_top_k is {eval_top_k}, but the model has no MoE layer")
         for layer in moe_layers(net):
-            if eval_top_k is not None and not 1 <= eval_top_k <= layer.spec.num_experts:
-                raise UserError(f"eval_top_k must be between 1 and {layer.spec.num_experts}, got {eval_top_k}")
+            for top_k in self.eval_top_ks:
+                if top_k is not None and not 1 <= top_k <= layer.router.max_top_k:
+                    raise UserError(f"eval_top_k must be between 1 and {layer.router.max_top_k}, got {top_k}")
+        self.evaluated = nn.ModuleList([nn.ModuleDict(evaluation_metrics()) for _ in self.eval_top_ks])
         self._random_state: Tensor | None = None
+
+    @abstractmethod
+    def evaluate(self, batch: Any, metrics: Mapping[str, Metric]) -> None:
+        """Add a batch to an evaluation's metrics."""
+
+    @abstractmethod
+    def example(self) -> int:
+        """Run the model on one example, and return of how many tokens."""
 
     @abstractmethod
     def token_counts(self) -> Tensor | None:
@@ -143,18 +163,46 @@ class MoETask(LightningModule, ABC):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @contextmanager
-    def evaluation_top_k(self) -> Iterator[None]:
-        """Route with `eval_top_k` for a while."""
+    def evaluation_top_k(self, place: int = 0) -> Iterator[None]:
+        """Route with one of the k of `eval_top_k` for a while."""
         layers = list(moe_layers(self.net))
         trained = [layer.router.top_k for layer in layers]
+        top_k = self.eval_top_ks[place]
         try:
-            for layer in layers if self.eval_top_k is not None else ():
-                assert self.eval_top_k is not None
-                layer.router.top_k = self.eval_top_k
+            for layer in layers if top_k is not None else ():
+                assert top_k is not None
+                layer.router.top_k = top_k
             yield
         finally:
-            for layer, top_k in zip(layers, trained, strict=True):
-                layer.router.top_k = top_k
+            for layer, before in zip(layers, trained, strict=True):
+                layer.router.top_k = before
+
+    def _evaluation_step(self, stage: str, batch: Any) -> None:
+        for place, top_k in enumerate(self.eval_top_ks):
+            metrics = _metrics(self.evaluated[place])
+            with self.evaluation_top_k(place):
+                self.evaluate(batch, metrics)
+            if place == 0:
+                shown = ("loss", self.headline_metric)
+                self.log_dict({f"{stage}/{n}": metrics[n] for n in shown}, on_step=False, on_epoch=True, prog_bar=True)
+                rest = {f"{stage}/{name}": metric for name, metric in metrics.items() if name not in shown}
+                self.log_dict(rest, on_step=False, on_epoch=True)
+            if len(self.eval_top_ks) > 1:
+                each = {f"{stage}/k{top_k}/{name}": metric for name, metric in metrics.items()}
+                self.log_dict(each, on_step=False, on_epoch=True)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Add a batch to the validation split's report."""
+        self._evaluation_step("val", batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Add a batch to the test split's report."""
+        self._evaluation_step("test", batch)
+
+    def costs(self, place: int = 0) -> Costs:
+        """Count parameters and operations at one of the k of `eval_top_k`."""
+        with self.evaluation_top_k(place):
+            return count_costs(self.net, self.example)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the random state: dropout goes on as it would have."""
@@ -169,6 +217,10 @@ class MoETask(LightningModule, ABC):
         if self._random_state is not None:
             torch.set_rng_state(self._random_state.cpu())
             self._random_state = None
+
+
+def _metrics(module: Any) -> Mapping[str, Metric]:
+    return dict(module.items())
 
 
 def make_loadable(*factories: Any) -> None:

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from routerzoo.data.images import ImageBatch, ImageData
@@ -57,7 +58,8 @@ class ImageClassification(MoETask):
         activation_checkpointing: keep only the blocks' inputs and compute the rest again in the backward pass.
         backend: how the experts' products are computed; see `routerzoo.grouped_linear`.
         loss_weights: coefficient by auxiliary loss, instead of those that the router's authors use.
-        eval_top_k: experts per token in validation, test and prediction; by default as in training.
+        eval_top_k: experts per token in validation, test and prediction; by default as in training. A list is
+            evaluated one by one: from one checkpoint, quality against cost.
         optimizer: the optimiser.
         lr_scheduler: the learning-rate schedule; it is given the optimiser and the number of steps.
     """
@@ -84,7 +86,7 @@ class ImageClassification(MoETask):
         activation_checkpointing: bool = False,
         backend: Backend = "auto",
         loss_weights: dict[str, float] | None = None,
-        eval_top_k: int | None = None,
+        eval_top_k: int | list[int] | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: SchedulerFactory = WarmupCosine,
     ) -> None:
@@ -106,13 +108,15 @@ class ImageClassification(MoETask):
             activation_checkpointing=activation_checkpointing,
             backend=backend,
         )
-        super().__init__(net, optimizer, lr_scheduler, loss_weights, eval_top_k)
+
+        def evaluation_metrics() -> dict[str, Metric]:
+            top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes))
+            return {"loss": MeanMetric(), "accuracy": MulticlassAccuracy(num_classes, average="micro"), "top5": top5}
+
+        super().__init__(net, optimizer, lr_scheduler, loss_weights, eval_top_k, evaluation_metrics)
         make_loadable(router, experts, optimizer, lr_scheduler)
         self.save_hyperparameters()
         self.num_classes, self.label_smoothing = num_classes, label_smoothing
-        self.mean_loss = MeanMetric()
-        self.accuracy = MulticlassAccuracy(num_classes, average="micro")
-        self.top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes))
 
     @property
     def headline_metric(self) -> str:
@@ -159,23 +163,22 @@ class ImageClassification(MoETask):
         self.log_dict({"train/loss": loss.detach(), "train/accuracy": accuracy}, prog_bar=True)
         return self.combined_loss(loss, context)
 
-    def _evaluate(self, stage: str, batch: ImageBatch) -> None:
-        with self.evaluation_top_k():
-            logits_BL, _ = self.net(batch.images_BCHW)
-        self.mean_loss.update(F.cross_entropy(logits_BL, batch.labels_B), len(batch.labels_B))
-        self.accuracy.update(logits_BL, batch.labels_B)
-        self.top5.update(logits_BL, batch.labels_B)
-        shown = {f"{stage}/loss": self.mean_loss, f"{stage}/accuracy": self.accuracy}
-        self.log_dict(shown, on_step=False, on_epoch=True, prog_bar=True)
-        self.log(f"{stage}/top5", self.top5, on_step=False, on_epoch=True)
+    def evaluate(self, batch: ImageBatch, metrics: Mapping[str, Metric]) -> None:
+        """Add a batch's images."""
+        logits_BL, _ = self.net(batch.images_BCHW)
+        for name, metric in metrics.items():
+            if name == "loss":
+                metric.update(F.cross_entropy(logits_BL, batch.labels_B), len(batch.labels_B))
+            else:
+                metric.update(logits_BL, batch.labels_B)
 
-    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        """Add a batch to the validation split's report."""
-        self._evaluate("val", batch)
-
-    def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        """Add a batch to the test split's report."""
-        self._evaluate("test", batch)
+    def example(self) -> int:
+        """Run the model on one image."""
+        generator = torch.Generator().manual_seed(0)
+        images_BCHW = torch.randn(1, self.net.in_channels, *self.net.image_size, generator=generator)
+        _, context = self.net(images_BCHW.to(self.device))
+        assert context.positions is not None  # the net fills them in
+        return len(context.positions)
 
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> ImagePredictions:
         """Return the class probabilities of a batch."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 
 from routerzoo.data.text import TextData, TextMetric
 from routerzoo.data.tokens import IGNORED_TARGET, TextBatch
@@ -81,7 +82,8 @@ class LanguageModeling(MoETask):
         backend: how the experts' products are computed; see `routerzoo.grouped_linear`.
         allow_non_causal: accept routers that look at later tokens.
         loss_weights: coefficient by auxiliary loss, instead of those that the router's authors use.
-        eval_top_k: experts per token in validation, test and prediction; by default as in training.
+        eval_top_k: experts per token in validation, test and prediction; by default as in training. A list is
+            evaluated one by one: from one checkpoint, quality against cost.
         optimizer: the optimiser.
         lr_scheduler: the learning-rate schedule; it is given the optimiser and the number of steps.
         predict_tokens: tokens that `predict` samples after a prompt.
@@ -113,7 +115,7 @@ class LanguageModeling(MoETask):
         backend: Backend = "auto",
         allow_non_causal: bool = False,
         loss_weights: dict[str, float] | None = None,
-        eval_top_k: int | None = None,
+        eval_top_k: int | list[int] | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: SchedulerFactory = WarmupCosine,
         predict_tokens: int = 200,
@@ -121,8 +123,9 @@ class LanguageModeling(MoETask):
         top_p: float = 0.95,
     ) -> None:
         metric = metric or "bpb"
+        vocab_size = vocab_size if vocab_size is not None else 256
         net = Decoder(
-            vocab_size if vocab_size is not None else 256,
+            vocab_size,
             router or LinearRouter,
             experts or MLPExperts,
             num_experts=num_experts,
@@ -140,13 +143,16 @@ class LanguageModeling(MoETask):
             backend=backend,
             allow_non_causal=allow_non_causal,
         )
-        super().__init__(net, optimizer, lr_scheduler, loss_weights, eval_top_k)
+
+        def evaluation_metrics() -> dict[str, Metric]:
+            return {"loss": MeanMetric(), metric: MeanTextLoss(metric)}
+
+        super().__init__(net, optimizer, lr_scheduler, loss_weights, eval_top_k, evaluation_metrics)
         make_loadable(router, experts, optimizer, lr_scheduler)
         self.save_hyperparameters()
         self.metric: TextMetric = metric
+        self.vocab_size = vocab_size
         self.predict_tokens, self.temperature, self.top_p = predict_tokens, temperature, top_p
-        self.mean_loss = MeanMetric()
-        self.mean_reported = MeanTextLoss(metric)
 
     @property
     def headline_metric(self) -> str:
@@ -180,22 +186,19 @@ class LanguageModeling(MoETask):
         self.log_dict({"train/loss": detached, f"train/{self.metric}": reported(detached, self.metric)}, prog_bar=True)
         return self.combined_loss(loss, context)
 
-    def _evaluate(self, stage: str, batch: TextBatch) -> None:
-        with self.evaluation_top_k():
-            loss, _ = self._loss(batch)
+    def evaluate(self, batch: TextBatch, metrics: Mapping[str, Metric]) -> None:
+        """Add a batch's tokens."""
+        loss, _ = self._loss(batch)
         num_targets = (batch.targets_BS != IGNORED_TARGET).sum()
-        self.mean_loss.update(loss, num_targets)
-        self.mean_reported.update(loss, num_targets)
-        metrics = {f"{stage}/loss": self.mean_loss, f"{stage}/{self.metric}": self.mean_reported}
-        self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True)
+        for metric in metrics.values():
+            metric.update(loss, num_targets)
 
-    def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
-        """Add a batch to the validation split's report."""
-        self._evaluate("val", batch)
-
-    def test_step(self, batch: TextBatch, batch_idx: int) -> None:
-        """Add a batch to the test split's report."""
-        self._evaluate("test", batch)
+    def example(self) -> int:
+        """Run the model on a sequence of full length."""
+        length = int(self.net.max_length)
+        ids_S = torch.randint(0, self.vocab_size, [length], generator=torch.Generator().manual_seed(0))
+        self.net(ids_S.unsqueeze(0).to(self.device))
+        return length
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> list[Continuation]:
         """Sample a continuation of each prompt. The same seed gives the same text."""
