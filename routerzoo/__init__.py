@@ -27,11 +27,13 @@ __version__ = "0.1.0"
 
 # These import Lightning, which takes seconds; they are loaded on first use.
 _LAZY = {
+    "FineTune": "routerzoo.callbacks",
     "ImageClassification": "routerzoo.tasks",
     "ImageData": "routerzoo.data",
     "KSchedule": "routerzoo.callbacks",
     "LanguageModeling": "routerzoo.tasks",
     "RoutingMonitor": "routerzoo.callbacks",
+    "StabilityMonitor": "routerzoo.callbacks",
     "TextData": "routerzoo.data",
 }
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import sys
 import warnings
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor
@@ -25,6 +22,7 @@ from routerzoo import registry, runs
 from routerzoo.callbacks import PredictionWriter, RoutingMonitor, RunReport
 from routerzoo.callbacks.checkpoint import RunCheckpoint
 from routerzoo.callbacks.report import LOWER_IS_BETTER
+from routerzoo.checkpoints import read_checkpoint
 from routerzoo.errors import UserError
 from routerzoo.loggers import AppendingCSVLogger
 from routerzoo.parser_errors import explain
@@ -35,7 +33,16 @@ LINKED = ("vocab_size", "metric", "max_length", "num_classes", "image_size", "in
 # What may differ between a checkpoint and the command that uses it. All else decides what its numbers mean.
 FREE = frozenset(
     {
-        *("optimizer", "lr_scheduler", "loss_weights", "eval_top_k", "dropout", "label_smoothing", "backend"),
+        *(
+            "optimizer",
+            "lr_scheduler",
+            "loss_weights",
+            "eval_top_k",
+            "initial_logit_std",
+            "dropout",
+            "label_smoothing",
+            "backend",
+        ),
         *("activation_checkpointing", "predict_tokens", "temperature", "top_p", "pretrained"),
     }
 )
@@ -260,24 +267,6 @@ class _RunFolder(Callback):
             for logger in trainer.loggers:
                 if isinstance(logger, AppendingCSVLogger):
                     logger.forget_after(trainer.global_step)
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's content without letting it run code.
-
-    Raises:
-        UserError: not a checkpoint, broken, or one that needs code to be read.
-    """
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"{path} is not a checkpoint, or a broken one: it is not an archive as torch.save writes it")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is not a checkpoint that can be read: {first}") from error
-    if not isinstance(content, dict) or "state_dict" not in content:
-        raise UserError(f"{path} is not a checkpoint of a Lightning module: it holds no state_dict")
-    return content
 
 
 def _init_arg(config: Any, name: str) -> Any:

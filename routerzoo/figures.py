@@ -115,6 +115,33 @@ def quality_by_cost(rows: Sequence[Mapping[str, float]], metric: str, title: str
     return figure
 
 
+def stability_over_training(curves_by_layer: Mapping[int, Mapping[str, Sequence[float]]]) -> Figure:
+    """Draw how each layer's routing of the same tokens changes over training.
+
+    Args:
+        curves_by_layer: `steps`, and at each `fluctuation`, `saturation`, `chance` and `settled`.
+    """
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels: Any = figure.subplots(1, 3)
+    titles = {
+        "fluctuation": "experts that differ from the last record",
+        "saturation": "final experts chosen already",
+        "settled": "tokens with their final experts since",
+    }
+    for panel, (name, title) in zip(panels, titles.items(), strict=True):
+        for layer, curve in curves_by_layer.items():
+            first = 1 if name == "fluctuation" else 0  # the first record has none before it
+            panel.plot(curve["steps"][first:], curve[name][first:], marker=".", label=f"MoE layer {layer}")
+            if name == "saturation":
+                panel.plot(curve["steps"], curve["chance"], color="black", linewidth=1, linestyle=":")
+        panel.set(title=title, xlabel="training step", ylim=(-0.03, 1.03))
+        panel.grid(alpha=0.3)
+    panels[1].plot([], [], color="black", linewidth=1, linestyle=":", label="by chance")
+    panels[1].legend(fontsize="small")
+    return figure
+
+
 def load_over_training(steps_R: Sequence[int], loads_RLE: np.ndarray, title: str) -> Figure:
     """Draw every expert's load over training, one panel per MoE layer, with its load at the end beside it.
 

@@ -80,6 +80,7 @@ class Router(nn.Module, ABC):
         super().__init__()
         self.spec = spec
         self.also_require()
+        self.is_frozen = False
         self.max_top_k = spec.num_experts if max_top_k is None else max_top_k
         self.top_k = top_k
 
@@ -180,6 +181,24 @@ class Router(nn.Module, ABC):
 
     def before_optimizer_step(self) -> None:
         """Adjust gradients or buffers once they are complete (accumulated, reduced) before the optimiser reads them."""
+
+    def freeze(self) -> None:
+        """Learn no more: parameters get no gradient, and nothing is adapted. For fine-tuning with a fixed routing.
+
+        Gradients still pass through to the hidden states, and the losses are as before.
+        """
+        self.requires_grad_(False)
+        self.is_frozen = True
+
+    def scale_initial_logits(self, factor: float) -> None:
+        """Multiply the logits' scale by a factor, before training. Nothing to do in a router without logits.
+
+        So that routers can be compared from the same initial scale; see `routerzoo.logit_scale`.
+
+        Raises:
+            NotImplementedError: this router cannot.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not implement scale_initial_logits")
 
     def get_extra_state(self) -> dict[str, int]:
         """Return what the `state_dict` holds beside parameters and buffers."""

@@ -1,8 +1,10 @@
 """What happens over training, beside the training itself."""
 
+from routerzoo.callbacks.fine_tune import FineTune
 from routerzoo.callbacks.k_schedule import KSchedule
 from routerzoo.callbacks.predictions import PredictionWriter
 from routerzoo.callbacks.report import RunReport
 from routerzoo.callbacks.routing_monitor import RoutingMonitor
+from routerzoo.callbacks.stability import StabilityMonitor
 
-__all__ = ["KSchedule", "PredictionWriter", "RoutingMonitor", "RunReport"]
+__all__ = ["FineTune", "KSchedule", "PredictionWriter", "RoutingMonitor", "RunReport", "StabilityMonitor"]

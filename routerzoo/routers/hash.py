@@ -58,6 +58,9 @@ class HashRouter(Router):
         order = torch.rand(spec.vocab_size, spec.num_experts, generator=generator, device="cpu").argsort(-1)
         self.register_buffer("table", order.to(expert_dtype(spec.num_experts)))
 
+    def scale_initial_logits(self, factor: float) -> None:
+        """Do nothing: there are no logits."""
+
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Look the tokens up."""
         assert context.token_ids is not None  # `forward` checked what `requires` names.

@@ -89,6 +89,10 @@ class HyperRouter(Router):
         hidden_1H = F.relu(F.linear(self.embedding, self.hypernet_w1, self.hypernet_b1))
         return F.linear(hidden_1H, self.hypernet_w2, self.hypernet_b2).view(self.spec.num_experts, -1)
 
+    def scale_initial_logits(self, factor: float) -> None:
+        """Scale the hypernetwork's last layer, so the whole generated gate."""
+        self.hypernet_w2 *= factor
+
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Take the k largest logits of the generated gate."""
         gate_EG = self.gate()

@@ -72,6 +72,11 @@ class LinearRouter(Router):
         self.bias = nn.Parameter(torch.zeros(spec.num_experts)) if bias else None
         self.noise_weight = nn.Parameter(torch.zeros(spec.num_experts, spec.d_model)) if noisy else None
 
+    @torch.no_grad()
+    def scale_initial_logits(self, factor: float) -> None:
+        """Scale the gate."""
+        self.weight.mul_(factor)
+
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Take the k largest logits of the gate."""
         clean_TE = logits_TE = F.linear(x_TD, self.weight, self.bias)

@@ -45,6 +45,10 @@ class RandomFrozenRouter(Router):
         self.register_buffer("weight", torch.randn(spec.num_experts, spec.d_model) * init_std)
         self.register_buffer("bias", torch.zeros(spec.num_experts))
 
+    def scale_initial_logits(self, factor: float) -> None:
+        """Scale the gate."""
+        self.weight *= factor
+
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Take the k largest logits of the frozen gate."""
         logits_TE = F.linear(x_TD, self.weight, self.bias)

@@ -123,6 +123,11 @@ class StableMoERouter(Router):
         if self.stage == 2:
             self.routing_embedding.grad = self.distilled_centroids.grad = None
 
+    @torch.no_grad()
+    def scale_initial_logits(self, factor: float) -> None:
+        """Scale the gate; the distilled router learns from choices alone."""
+        self.expert_centroids.mul_(factor)
+
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Route by the gate in stage 1, by the frozen choices in stage 2."""
         token_ids = context.token_ids

@@ -34,6 +34,8 @@ class XMoERouter(Router):
     bound tau >= 0.01 is Tutel's. The paper is silent on initial values: here tau starts at tau0, the expert embeddings
     are orthogonal (torchscale) and P is drawn as in `torch.nn.Linear`.
 
+    The paper freezes router and experts when it fine-tunes; see `routerzoo.callbacks.FineTune`.
+
     Extension of the paper, which is top-1: k > 1 keeps the k largest weights as they are.
 
     Args:
@@ -77,6 +79,14 @@ class XMoERouter(Router):
         self.expert_embedding = nn.Parameter(torch.empty(spec.num_experts, routing_dim))
         nn.init.orthogonal_(self.expert_embedding)
         self.temperature = nn.Parameter(torch.tensor(float(temperature)))
+
+    @torch.no_grad()
+    def scale_initial_logits(self, factor: float) -> None:
+        """Scale the learned temperature; the one of the balance loss stays."""
+        temperature = float(self.temperature) / factor
+        if temperature < MIN_TEMPERATURE:
+            raise ValueError(f"the temperature would have to be {temperature:.3g}; it is at least {MIN_TEMPERATURE}")
+        self.temperature.fill_(temperature)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Take the k most similar experts."""

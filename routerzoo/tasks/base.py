@@ -19,6 +19,7 @@ from torchmetrics import Metric
 
 from routerzoo.accounting import Costs, count_costs
 from routerzoo.errors import UserError
+from routerzoo.logit_scale import match_logit_std
 from routerzoo.losses import auxiliary_loss
 from routerzoo.moe import moe_layers
 from routerzoo.routing import RoutingContext
@@ -43,6 +44,7 @@ class MoETask(LightningModule, ABC):
             can be had of any router with logits.
         eval_top_k: experts per token in validation, test and prediction; by default as in training. Several are
             evaluated one after the other: metrics are those of the first, and those of each by its name.
+        initial_logit_std: scale each router so that its logits start with this standard deviation.
         evaluation_metrics: builds the metrics of an evaluation. The progress bar shows `loss` and the headline.
     """
 
@@ -53,6 +55,7 @@ class MoETask(LightningModule, ABC):
         lr_scheduler: SchedulerFactory,
         loss_weights: dict[str, float] | None,
         eval_top_k: int | list[int] | None,
+        initial_logit_std: float | None,
         evaluation_metrics: Callable[[], dict[str, Metric]],
     ) -> None:
         super().__init__()
@@ -68,6 +71,8 @@ class MoETask(LightningModule, ABC):
             for top_k in self.eval_top_ks:
                 if top_k is not None and not 1 <= top_k <= layer.router.max_top_k:
                     raise UserError(f"eval_top_k must be between 1 and {layer.router.max_top_k}, got {top_k}")
+            if initial_logit_std is not None:
+                match_logit_std(layer.router, initial_logit_std)
         self.evaluated = nn.ModuleList([nn.ModuleDict(evaluation_metrics()) for _ in self.eval_top_ks])
         self._random_state: Tensor | None = None
 
@@ -109,7 +114,7 @@ class MoETask(LightningModule, ABC):
         if stage == "fit" and any("token_ids" in layer.router.requires for layer in moe_layers(self.net)):
             counts_V = self.token_counts()
             for layer in moe_layers(self.net):
-                if counts_V is not None:
+                if counts_V is not None and not layer.router.is_frozen:
                     layer.router.calibrate(counts_V)
 
     def auxiliary_losses(self, context: RoutingContext) -> dict[str, Tensor]:
@@ -149,12 +154,14 @@ class MoETask(LightningModule, ABC):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Tell the routers that a step starts."""
         for layer in moe_layers(self.net):
-            layer.router.on_step_start(self.global_step, self.total_steps)
+            if not layer.router.is_frozen:
+                layer.router.on_step_start(self.global_step, self.total_steps)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Tell the routers that the gradients are complete."""
         for layer in moe_layers(self.net):
-            layer.router.before_optimizer_step()
+            if not layer.router.is_frozen:
+                layer.router.before_optimizer_step()
 
     def configure_optimizers(self) -> Any:
         """Build optimiser and schedule, which advances by the step."""

@@ -60,6 +60,8 @@ class ImageClassification(MoETask):
         loss_weights: coefficient by auxiliary loss, instead of those that the router's authors use.
         eval_top_k: experts per token in validation, test and prediction; by default as in training. A list is
             evaluated one by one: from one checkpoint, quality against cost.
+        initial_logit_std: scale each router so that its logits start with this standard deviation; for comparisons, in
+            which a router whose logits start larger would look more certain.
         optimizer: the optimiser.
         lr_scheduler: the learning-rate schedule; it is given the optimiser and the number of steps.
     """
@@ -87,6 +89,7 @@ class ImageClassification(MoETask):
         backend: Backend = "auto",
         loss_weights: dict[str, float] | None = None,
         eval_top_k: int | list[int] | None = None,
+        initial_logit_std: float | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: SchedulerFactory = WarmupCosine,
     ) -> None:
@@ -113,7 +116,7 @@ class ImageClassification(MoETask):
             top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes))
             return {"loss": MeanMetric(), "accuracy": MulticlassAccuracy(num_classes, average="micro"), "top5": top5}
 
-        super().__init__(net, optimizer, lr_scheduler, loss_weights, eval_top_k, evaluation_metrics)
+        super().__init__(net, optimizer, lr_scheduler, loss_weights, eval_top_k, initial_logit_std, evaluation_metrics)
         make_loadable(router, experts, optimizer, lr_scheduler)
         self.save_hyperparameters()
         self.num_classes, self.label_smoothing = num_classes, label_smoothing

@@ -84,6 +84,8 @@ class LanguageModeling(MoETask):
         loss_weights: coefficient by auxiliary loss, instead of those that the router's authors use.
         eval_top_k: experts per token in validation, test and prediction; by default as in training. A list is
             evaluated one by one: from one checkpoint, quality against cost.
+        initial_logit_std: scale each router so that its logits start with this standard deviation; for comparisons, in
+            which a router whose logits start larger would look more certain.
         optimizer: the optimiser.
         lr_scheduler: the learning-rate schedule; it is given the optimiser and the number of steps.
         predict_tokens: tokens that `predict` samples after a prompt.
@@ -116,6 +118,7 @@ class LanguageModeling(MoETask):
         allow_non_causal: bool = False,
         loss_weights: dict[str, float] | None = None,
         eval_top_k: int | list[int] | None = None,
+        initial_logit_std: float | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: SchedulerFactory = WarmupCosine,
         predict_tokens: int = 200,
@@ -147,7 +150,7 @@ class LanguageModeling(MoETask):
         def evaluation_metrics() -> dict[str, Metric]:
             return {"loss": MeanMetric(), metric: MeanTextLoss(metric)}
 
-        super().__init__(net, optimizer, lr_scheduler, loss_weights, eval_top_k, evaluation_metrics)
+        super().__init__(net, optimizer, lr_scheduler, loss_weights, eval_top_k, initial_logit_std, evaluation_metrics)
         make_loadable(router, experts, optimizer, lr_scheduler)
         self.save_hyperparameters()
         self.metric: TextMetric = metric

@@ -97,6 +97,11 @@ class TopKRouter(Router):
         # Of the optimiser step that is under way; nothing to keep.
         self.register_buffer("load_E", torch.zeros(spec.num_experts), persistent=False)
 
+    @torch.no_grad()
+    def scale_initial_logits(self, factor: float) -> None:
+        """Scale the gate."""
+        self.weight.mul_(factor)
+
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Take the k best experts of the best groups."""
         logits_TE = F.linear(x_TD, self.weight, self.bias)
