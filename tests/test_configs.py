@@ -51,6 +51,23 @@ def test_parts_compose(trainer, experts, capsys):
     assert config["trainer"]["callbacks"][0]["class_path"] == "routerzoo.KSchedule"
 
 
+@pytest.mark.parametrize("domain", ["language", "vision"])
+@pytest.mark.parametrize("comparison", ["fixed-k", "grown-k"])
+@pytest.mark.parametrize("name", SIX)
+def test_every_router_is_crossed_with_fixed_and_grown_k(domain, comparison, name, capsys):
+    config = resolved(capsys, f"{domain}/{name}.yaml", f"comparison/{comparison}.yaml")
+    arguments = config["model"]["init_args"]
+    assert arguments["router"]["class_path"].endswith(name)
+    assert (arguments["router"]["init_args"]["top_k"], arguments["eval_top_k"]) == (2, 2)
+    assert arguments["initial_logit_std"] == 0.3
+    assert bool(config["trainer"]["callbacks"]) == (comparison == "grown-k")
+
+
+def test_fine_tuning_with_frozen_routing_resolves(capsys):
+    config = resolved(capsys, "language/XMoERouter.yaml", "schedules/fine-tune-frozen-routing.yaml")
+    assert config["trainer"]["callbacks"][0]["class_path"] == "routerzoo.FineTune"
+
+
 def test_every_config_says_what_it_is():
     for path in CONFIGS.rglob("*.yaml"):
         assert path.read_text().startswith("# "), path

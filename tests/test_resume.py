@@ -30,7 +30,9 @@ trainer:
   log_every_n_steps: 1
   val_check_interval: 7
   check_val_every_n_epoch: null
-  callbacks: [{class_path: routerzoo.KSchedule, init_args: {start: 1, end: 4}}]
+  callbacks:
+    - {class_path: routerzoo.KSchedule, init_args: {start: 1, end: 4}}
+    - {class_path: routerzoo.StabilityMonitor, init_args: {every_n_steps: 9}}
 """
 
 
@@ -44,7 +46,7 @@ def losses(folder):
 
 def fit(folder, config, router, steps, *options):
     # The schedules need the whole length from the start, so an interruption is a limit of another kind.
-    arguments = ["--trainer.max_steps", "30", "--checkpoint_every", "2", "--run_dir", str(folder), *options]
+    arguments = ["--trainer.max_steps", "66", "--checkpoint_every", "2", "--run_dir", str(folder), *options]
     with pytest.MonkeyPatch.context() as patch:
         if steps is not None:
             stop_after(patch, steps)
@@ -69,17 +71,21 @@ def test_stop_and_resume(router_name, domain, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text((LANGUAGE if domain == "language" else VISION) + TRAINER)
     fit(tmp_path / "whole", config, router_name, None)
-    # StableMoE switches at step 3, k changes at 5, 15 and 25; an epoch has 8 batches.
+    # StableMoE switches at step 7, k changes at 11, 33 and 55; an epoch has 8 batches. The first resumed part is of 54
+    # steps across all of it.
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        fit(tmp_path / "resumed", config, router_name, 2)
+        fit(tmp_path / "resumed", config, router_name, 4)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        fit(tmp_path / "resumed", config, router_name, 14, "--ckpt_path", "last")
+        fit(tmp_path / "resumed", config, router_name, 58, "--ckpt_path", "last")
     fit(tmp_path / "resumed", config, router_name, None, "--ckpt_path", "last")
-    assert len(losses(tmp_path / "whole")) == 30
+    assert len(losses(tmp_path / "whole")) == 66
     assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")
-    ends = [
-        torch.load(tmp_path / run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-        for run in ("whole", "resumed")
-    ]
-    for name, value in ends[0].items():
-        assert torch.equal(value, ends[1][name]) if isinstance(value, torch.Tensor) else value == ends[1][name]
+    whole, resumed = (
+        torch.load(tmp_path / run / "checkpoints" / "last.ckpt", weights_only=True) for run in ("whole", "resumed")
+    )
+    for name, value in whole["state_dict"].items():
+        other = resumed["state_dict"][name]
+        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
+    records = [checkpoint["callbacks"]["StabilityMonitor"] for checkpoint in (whole, resumed)]
+    assert records[0]["steps"] == records[1]["steps"] == [*range(0, 64, 9), 66][: len(records[0]["steps"])]
+    assert all(torch.equal(a, records[1]["experts"][layer]) for layer, a in records[0]["experts"].items())

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from routerzoo.accounting import Costs, short
 from routerzoo.callbacks.routing_monitor import RoutingMonitor
+from routerzoo.callbacks.stability import StabilityMonitor
 from routerzoo.figures import quality_by_cost
 from routerzoo.moe import moe_layers
 from routerzoo.tasks.base import MoETask
@@ -158,6 +159,9 @@ class RunReport(Callback):
         monitor = _monitor(trainer)
         if monitor is not None and monitor.picture is not None and monitor.picture_path(trainer).exists():
             files["picture of the routing"] = monitor.picture_path(trainer)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, StabilityMonitor) and callback.picture is not None:
+                files["picture of its stability"] = Path(trainer.default_root_dir) / callback.picture
         return files
 
     def _print_results(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:

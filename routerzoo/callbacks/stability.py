@@ -61,7 +61,8 @@ class StabilityMonitor(Callback):
             self.top_k = layers[0].router.top_k
         loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
         self._batch = pl_module.transfer_batch_to_device(next(iter(loader)), pl_module.device, 0)
-        self._record(trainer.global_step, pl_module)
+        if not self.steps_R:  # a resumed run has its start already
+            self._record(trainer.global_step, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -72,14 +73,14 @@ class StabilityMonitor(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the end, and draw."""
-        self._record(trainer.global_step, pl_module)
+        self._record(trainer.global_step, pl_module, log=False)  # Lightning logs no more
         if self.picture is None or not trainer.is_global_zero or trainer.fast_dev_run or len(self.steps_R) < 2:  # type: ignore[attr-defined]
             return
         path = Path(trainer.default_root_dir) / self.picture
         path.parent.mkdir(parents=True, exist_ok=True)
         stability_over_training(self.curves()).savefig(path, dpi=110)
 
-    def _record(self, step: int, pl_module: LightningModule) -> None:
+    def _record(self, step: int, pl_module: LightningModule, log: bool = True) -> None:
         if self.steps_R and self.steps_R[-1] >= step:
             return
         assert isinstance(pl_module, MoETask)
@@ -115,7 +116,7 @@ class StabilityMonitor(Callback):
             index = layer.spec.layer
             records = self.experts_R.setdefault(index, [])
             self.num_experts[index] = layer.spec.num_experts
-            if records and seen[index].shape == records[-1].shape:
+            if log and records and seen[index].shape == records[-1].shape:
                 metric = RoutingFluctuation(layer.spec.num_experts)
                 metric.update(_routing(records[-1]), _routing(seen[index]))
                 pl_module.log(f"stability/moe{index}/fluctuation", metric.compute()["fluctuation"].to(pl_module.device))

@@ -224,3 +224,32 @@ def test_accumulated_gradients_are_those_of_a_larger_batch():
 
     for got, expected in zip(gradients(2, 4), gradients(8, 1), strict=True):
         assert_close(got, expected)
+
+
+@pytest.mark.parametrize("make", [language, vision])
+def test_one_checkpoint_is_evaluated_at_several_k(make):
+    data = text_data() if make is language else ImageData(batch_size=8)
+    task = make("LinearRouter", eval_top_k=[2, 1, 4])
+    trainer = Trainer(**QUIET, limit_test_batches=3, enable_checkpointing=False)
+    (results,) = trainer.test(task, data, verbose=False)
+    name = task.headline_metric
+    assert results[f"test/{name}"] == results[f"test/k2/{name}"]
+    for top_k in (1, 2, 4):
+        torch.manual_seed(0)
+        alone = make("LinearRouter", eval_top_k=top_k)
+        alone.load_state_dict(task.state_dict(), strict=False)
+        (single,) = Trainer(**QUIET, limit_test_batches=3, enable_checkpointing=False).test(alone, data, verbose=False)
+        assert results[f"test/k{top_k}/loss"] == pytest.approx(single["test/loss"], rel=1e-6)
+        assert not any("/k" in key for key in single)
+    assert [layer.router.top_k for layer in moe_layers(task)] == [2] * len(list(moe_layers(task)))
+
+
+@pytest.mark.parametrize(
+    ("top_ks", "message"),
+    [([], "at least one k"), ([2, 2], "none twice"), ([1, 5], "eval_top_k must be between 1 and 4, got 5")],
+)
+def test_bad_lists_of_k_are_refused(top_ks, message):
+    with pytest.raises(UserError, match=message):
+        language("LinearRouter", eval_top_k=top_ks)
+    with pytest.raises(UserError, match="has no MoE layer"):
+        language("LinearRouter", eval_top_k=[1, 2], moe_blocks="none")
