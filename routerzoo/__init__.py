@@ -32,6 +32,7 @@ _LAZY = {
     "ImageData": "routerzoo.data",
     "KSchedule": "routerzoo.callbacks",
     "LanguageModeling": "routerzoo.tasks",
+    "RoutingAnatomy": "routerzoo.callbacks",
     "RoutingMonitor": "routerzoo.callbacks",
     "StabilityMonitor": "routerzoo.callbacks",
     "TextData": "routerzoo.data",

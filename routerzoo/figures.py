@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import TwoSlopeNorm
@@ -139,6 +140,32 @@ def stability_over_training(curves_by_layer: Mapping[int, Mapping[str, Sequence[
         panel.grid(alpha=0.3)
     panels[1].plot([], [], color="black", linewidth=1, linestyle=":", label="by chance")
     panels[1].legend(fontsize="small")
+    return figure
+
+
+def anatomy(layers: Sequence[tuple[int, Tensor, Tensor | None]], names: Sequence[str] | None) -> Figure:
+    """Draw who is chosen with whom, and what the most specialised labels choose, a row for each MoE layer.
+
+    Args:
+        layers: index, co-activation `[E, E]`, and share of each label's tokens by expert `[V, E]`, or None.
+        names: of the labels.
+    """
+    most = 16
+    figure = Figure(figsize=(11, 1 + 3.6 * len(layers)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels: Any = figure.subplots(len(layers), 2, squeeze=False)
+    for (left, right), (layer, together_EE, share_VE) in zip(panels, layers, strict=True):
+        without_EE = together_EE.clone().fill_diagonal_(torch.nan)
+        heat_map(without_EE, left, xlabel="is seen by expert", ylabel=f"MoE layer {layer}\nof the tokens of expert")
+        left.set(title="chosen together")
+        if share_VE is None:
+            right.set_axis_off()
+            continue
+        largest_V = share_VE.nan_to_num(-1).max(1).values
+        shown = [label for label in largest_V.argsort(descending=True, stable=True).tolist() if largest_V[label] >= 0]
+        rows = [str(label) if names is None else names[label] for label in shown[:most]]
+        heat_map(share_VE[shown[:most]], right, xlabel="expert", ylabel="label", row_names=rows)
+        right.set(title="most specialised labels")
     return figure
 
 

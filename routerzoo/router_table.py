@@ -67,15 +67,28 @@ def main(args: Sequence[str]) -> None:
 
 
 def _declared(router: Router) -> str:
-    flags = {
-        "causal": router.causal,
-        "batch independent": router.batch_independent,
-        "weights sum to 1": router.normalized,
-    }
-    declared = [name if value else f"not {name}" for name, value in flags.items() if value or "sum" not in name]
+    parts = []
+    for name in ("causal", "batch_independent"):
+        router.train()
+        training = getattr(router, name)
+        evaluation = getattr(router.eval(), name)
+        told = {(True, True): "", (False, False): "not ", (True, False): "in evaluation not ", (False, True): ""}
+        only = " in evaluation only" if evaluation and not training else ""
+        parts.append(f"{told[training, evaluation]}{name.replace('_', ' ')}{only}")
+    parts.append(f"{'' if router.tokenwise else 'not '}tokenwise")
+    if not router.trainable:
+        parts.append("does not learn")
+    elif not router.trains_at_top_1:
+        parts.append("does not learn at k = 1")
+    if router.normalized:
+        parts.append("weights sum to 1")
+    if not router.nonnegative:
+        parts.append("weights of both signs")
+    if not router.compiles:
+        parts.append("does not compile")
     if router.requires:
-        declared.append(f"requires {', '.join(sorted(router.requires))}")
+        parts.append(f"requires {', '.join(sorted(router.requires))}")
     if router.default_loss_weights:
         losses = ", ".join(f"{name} {weight:g}" for name, weight in router.default_loss_weights.items())
-        declared.append(f"losses {losses}")
-    return "; ".join(declared)
+        parts.append(f"losses {losses}")
+    return "; ".join(parts)

@@ -1,5 +1,6 @@
 """What happens over training, beside the training itself."""
 
+from routerzoo.callbacks.anatomy import RoutingAnatomy
 from routerzoo.callbacks.fine_tune import FineTune
 from routerzoo.callbacks.k_schedule import KSchedule
 from routerzoo.callbacks.predictions import PredictionWriter
@@ -7,4 +8,12 @@ from routerzoo.callbacks.report import RunReport
 from routerzoo.callbacks.routing_monitor import RoutingMonitor
 from routerzoo.callbacks.stability import StabilityMonitor
 
-__all__ = ["FineTune", "KSchedule", "PredictionWriter", "RoutingMonitor", "RunReport", "StabilityMonitor"]
+__all__ = [
+    "FineTune",
+    "KSchedule",
+    "PredictionWriter",
+    "RoutingAnatomy",
+    "RoutingMonitor",
+    "RunReport",
+    "StabilityMonitor",
+]

@@ -1,4 +1,7 @@
-"""Routers against numbers recorded from reference implementations; `tests/golden/README.md` says which."""
+"""Routers against numbers recorded from reference implementations; `tests/golden/README.md` says which.
+
+`pytest -rP tests/routers/test_golden.py` shows the largest error of each comparison.
+"""
 
 from functools import partial
 from pathlib import Path
@@ -24,10 +27,17 @@ from routerzoo import (
 )
 
 FOLDER = Path(__file__).parents[1] / "golden"
-close = partial(assert_close, rtol=1e-5, atol=1e-6)
+
+
+def close(ours, theirs):
+    """Compare, and print the largest difference relative to the largest value."""
+    assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    error = (ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12)
+    print(f"largest relative error {error:.1e}, shape {list(theirs.shape)}")
 
 
 def load(name):
+    print(f"golden {name}")
     with np.load(FOLDER / f"{name}.npz") as file:
         return {key: torch.from_numpy(value.copy(order="C")) for key, value in file.items()}
 

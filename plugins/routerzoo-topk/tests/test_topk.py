@@ -12,7 +12,14 @@ from torch.testing import assert_close
 from routerzoo import LayerSpec, MoE, RoutingContext, SwiGLUExperts
 from routerzoo.testing import CHECKS, check_router
 
-close = partial(assert_close, rtol=1e-5, atol=1e-6)
+
+def close(ours, theirs):
+    """Compare, and print the largest difference relative to the largest value."""
+    assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    error = (ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12)
+    print(f"largest relative error {error:.1e}, shape {list(theirs.shape)}")
+
+
 VARIANTS = {
     "softmax": partial(TopKRouter),
     "DeepSeek-V3": partial(TopKRouter, score="sigmoid", bias_speed=1e-3, num_groups=4, top_groups=2, scale=2.5),
@@ -27,6 +34,7 @@ def test_variant(variant, check):
 
 
 def test_deepseek_v3_block():
+    print("golden deepseek_v3_moe_E16_k4")
     with np.load(Path(__file__).parent / "golden" / "deepseek_v3_moe_E16_k4.npz") as file:
         golden = {key: torch.from_numpy(value) for key, value in file.items()}
     num_experts, d_model = golden["gate_weight"].shape

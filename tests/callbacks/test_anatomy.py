@@ -1,0 +1,29 @@
+"""What experts are chosen for, over a whole split."""
+
+import pytest
+from lightning import Trainer
+
+from routerzoo import ImageData, RoutingAnatomy
+from tests.tasks.test_tasks import QUIET, language, text_data, vision
+
+
+def evaluated(tmp_path, task, data, method="test"):
+    options = {**QUIET, "logger": True, "default_root_dir": tmp_path, "enable_checkpointing": False}
+    trainer = Trainer(**options, limit_test_batches=3, limit_val_batches=3, callbacks=[RoutingAnatomy(min_count=2)])
+    (results,) = getattr(trainer, method)(task, data, verbose=False)
+    return results
+
+
+def test_a_hash_is_perfectly_specialised_in_token_ids(tmp_path):
+    results = evaluated(tmp_path, language("HashRouter", eval_top_k=[1, 2]), text_data())
+    assert results["test/moe0/specialization"] == 1
+    assert results["test/moe0/specialization_chance"] == pytest.approx(1 / 4)
+    assert results["test/moe1/collapse"] > 0
+    assert (tmp_path / "test_anatomy.png").stat().st_size > 20_000
+
+
+def test_images_are_described_by_class(tmp_path):
+    results = evaluated(tmp_path, vision("LinearRouter"), ImageData(batch_size=8), "validate")
+    assert 0.5 <= results["val/moe0/specialization"] <= 1
+    assert results["val/moe0/specialization_chance"] == pytest.approx(2 / 4)
+    assert (tmp_path / "val_anatomy.png").is_file()
