@@ -60,7 +60,7 @@ class Router(nn.Module, ABC):
     batch_independent: bool = True
     """A token's routing ignores other sequences of the batch. A property, where evaluation differs."""
     tokenwise: bool = True
-    """A token is routed the same when it is routed alone, as generation does: it ignores all other tokens."""
+    """In evaluation a token is routed the same when it is routed alone, as generation does."""
     trainable: bool = True
     """The router has parameters that learn."""
     adapted_buffers: frozenset[str] = frozenset()

@@ -153,6 +153,28 @@ class Reseeds(Sound):
         super().__init__(spec, top_k=top_k)
 
 
+class WritesIntoItsInput(Sound):
+    """Normalises the hidden states in place, for the experts too."""
+
+    def logits(self, x_TD, context):
+        return super().logits(x_TD.detach().mul_(0.5), context)
+
+
+class BatchOrderCapacity(Sound):
+    """Lets each expert take a third of the batch's choices, in the order of the batch: causal, and not independent."""
+
+    tokenwise = False
+
+    def route(self, x_TD, context):
+        routing = super().route(x_TD, context)
+        chosen = F.one_hot(routing.experts_TK, self.spec.num_experts).flatten(0, 1)
+        place = (chosen.cumsum(0) * chosen).sum(-1).view_as(routing.experts_TK)
+        drop = place > max(len(x_TD) * self.top_k // 3, 1)
+        return Routing(routing.experts_TK.masked_fill(drop, -1), routing.weights_TK.masked_fill(drop, 0))
+
+    normalized = False
+
+
 class LooksAhead(Sound):
     """Mixes in the mean of its sequence."""
 
@@ -381,6 +403,8 @@ BROKEN = {
     RemembersCalls: ("deterministic", "when it is asked again in evaluation"),
     SharedState: ("isolated", "after another router was built and used"),
     Reseeds: ("isolated", "reseeds the global random state"),
+    WritesIntoItsInput: ("isolated", "writes into the hidden states that it is given"),
+    BatchOrderCapacity: ("batch_independent", "declares batch_independent, but in training other sequences change"),
     LooksAhead: ("causal", "declares causal, but in training later tokens change"),
     LooksAheadInTraining: ("causal", "declares causal, but in training later tokens change"),
     NeedlesslyNotCausal: ("causal", "declare causal = True"),
@@ -428,6 +452,10 @@ def test_a_broken_router_is_caught_by_its_check(router):
     message = str(caught.value)
     assert message.startswith(f"{router.__name__} fails 1 check.")
     assert f"help(routerzoo.testing.CHECKS['{failure.check}'])" in message
+
+
+def test_capacity_in_the_order_of_the_batch_is_causal_all_the_same():
+    check_router(BatchOrderCapacity, only=["causal"])
 
 
 def test_a_failure_names_the_law_the_token_and_the_smallest_sizes():

@@ -48,6 +48,7 @@ def declaration(cases: Cases) -> None:
             name in losses or name in GENERIC_LOSSES,
             f"default_loss_weights has {name!r}, the routing has the losses {sorted(losses)}",
         )
+    router.eval()
     fail_unless(
         not router.tokenwise or (router.causal and router.batch_independent),
         "declares tokenwise, but not causal and batch_independent, which follow from it",

@@ -49,9 +49,10 @@ def deterministic(cases: Cases) -> None:
 
 @law_of_routers
 def isolated(cases: Cases) -> None:
-    """Two routers of one process know nothing of each other, and building one does not reseed the process.
+    """A router changes nothing but itself: not another router, not the process's random state, not its input.
 
-    Keep state on the instance: a class attribute, a module-level cache or `torch.manual_seed` is everybody's.
+    Keep state on the instance: a class attribute, a module-level cache or `torch.manual_seed` is everybody's. Hidden
+    states are the experts' input too; `x_TD.mul_(2)` changes them for all.
     """
 
     def law(case: Case) -> None:
@@ -65,7 +66,10 @@ def isolated(cases: Cases) -> None:
         for training in MODES:
             x_TD, context = case.hidden(), case.context()
             router = case.router(training=training)
+            given = {"hidden states": x_TD.clone(), **_tensors(context)}
             alone = case.route(router, x_TD, context)
+            for name, value in {"hidden states": x_TD, **_tensors(context, copied=False)}.items():
+                fail_unless(torch.equal(value, given[name]), f"writes into the {name} that it is given")
             other = case.router(training=training, seed=7)
             case.route(other, case.hidden(9), case.context(ids_seed=9))
             require_same(
@@ -77,6 +81,11 @@ def isolated(cases: Cases) -> None:
             )
 
     cases.each(law)
+
+
+def _tensors(context: RoutingContext, copied: bool = True) -> dict[str, Tensor]:
+    values = {name: value for name, value in vars(context).items() if isinstance(value, Tensor)}
+    return {name: value.clone() for name, value in values.items()} if copied else values
 
 
 @law_of_routers
@@ -99,18 +108,22 @@ def batch_independent(cases: Cases) -> None:
     _as_declared(cases, "batch_independent", _other_sequences)
 
 
-def _later_tokens(case: Case, which: int) -> Tensor:
-    """Mark the tokens at and after some position of every sequence."""
-    positions = torch.arange(case.num_tokens) % case.sizes.length
-    return positions >= 1 + which % max(case.sizes.length - 1, 1)
+def _later_tokens(case: Case, which: int) -> tuple[Tensor, Tensor]:
+    """Mark the tokens of a sequence at and after some position, and those before it."""
+    tokens = torch.arange(case.num_tokens)
+    sequence_T, position_T = tokens // case.sizes.length, tokens % case.sizes.length
+    own_T = sequence_T == which % case.sizes.num_sequences
+    late_T = position_T >= 1 + which % max(case.sizes.length - 1, 1)
+    return own_T & late_T, own_T & ~late_T
 
 
-def _other_sequences(case: Case, which: int) -> Tensor:
-    """Mark all sequences but one."""
-    return torch.arange(case.num_tokens) // case.sizes.length != which % case.sizes.num_sequences
+def _other_sequences(case: Case, which: int) -> tuple[Tensor, Tensor]:
+    """Mark all sequences but one, and that one."""
+    own_T = torch.arange(case.num_tokens) // case.sizes.length == which % case.sizes.num_sequences
+    return ~own_T, own_T
 
 
-def _as_declared(cases: Cases, name: str, others: Callable[[Case, int], Tensor]) -> None:
+def _as_declared(cases: Cases, name: str, others: Callable[[Case, int], tuple[Tensor, Tensor]]) -> None:
     declared: dict[bool, bool] = {}
     seen = {True: False, False: False}
     told = {"causal": "later tokens", "batch_independent": "other sequences"}[name]
@@ -123,16 +136,15 @@ def _as_declared(cases: Cases, name: str, others: Callable[[Case, int], Tensor])
             assert context.token_ids is not None
             before = case.effect(case.route(router, x_TD, context), x_TD)
             for which in range(2):
-                changed_T = others(case, which).to(x_TD.device)
+                changed_T, kept_T = (mask_T.to(x_TD.device) for mask_T in others(case, which))
                 # Noise, extremes, and copies of the tokens that are looked at, which want the same experts.
-                copies_TD = x_TD[~changed_T].repeat(len(x_TD), 1)[: len(x_TD)] if (~changed_T).any() else x_TD
+                copies_TD = x_TD[kept_T].repeat(len(x_TD), 1)[: len(x_TD)] if kept_T.any() else x_TD
                 for new_TD in (case.hidden(5), case.hidden(6, scale=30.0), copies_TD):
                     y_TD = torch.where(changed_T.unsqueeze(1), new_TD, x_TD)
                     other_ids = case.context(ids_seed=which + 7).token_ids
                     assert other_ids is not None
                     ids = torch.where(changed_T, other_ids, context.token_ids)
                     after = case.effect(case.route(router, y_TD, replace(context, token_ids=ids)), y_TD)
-                    kept_T = ~changed_T
                     if torch.equal(before[kept_T], after[kept_T]):
                         continue
                     seen[training] = True
@@ -150,7 +162,7 @@ def _as_declared(cases: Cases, name: str, others: Callable[[Case, int], Tensor])
 
 @law_of_routers
 def tokenwise(cases: Cases) -> None:
-    """`tokenwise` says whether a token is routed the same alone; reordering what may be reordered reorders the answer.
+    """`tokenwise` says whether evaluation routes a token the same alone; another order gives the answers in that order.
 
     Generation with a key-value cache routes one token at a time. A router that reads earlier tokens is not tokenwise,
     and has to keep them itself. Any order of the tokens (of the sequences, where the router is not tokenwise but
