@@ -1,0 +1,275 @@
+"""Speed and memory of one MoE layer, against two floors and against peers.
+
+    pip install -e '.[bench]'
+    python benchmarks/layer.py                        # the grid in float32
+    python benchmarks/layer.py --dtype bfloat16
+    python benchmarks/layer.py --skew                 # one expert takes half of the tokens
+    python benchmarks/layer.py --device cuda          # on a GPU, bfloat16
+
+A figure is forward and backward of one layer, router included. The contenders of a setting run in one process, in turn,
+in another order each round; a ratio is the median over rounds of the time relative to the expert floor's in the same
+round. On a CPU the time is that of the process (other load does not count), with one thread unless told otherwise. Each
+setting has a process of its own. Writes a table, a CSV file and a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from contenders import FLOORS, OURS, PEERS, Setting, Unavailable
+from torch import Tensor, nn
+
+GRIDS = {
+    "cpu": {"tokens": [1024, 4096], "d_model": [256, 512], "num_experts": [8, 16, 64], "top_k": [1, 2]},
+    "cuda": {"tokens": [4096, 32768], "d_model": [1024, 2048], "num_experts": [8, 64, 128], "top_k": [2, 8]},
+}
+# A contender this many times slower than the floor is measured once.
+HOPELESS = 8.0
+
+
+def main() -> None:
+    """Measure the grid."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default=None, choices=["float32", "bfloat16"])
+    parser.add_argument("--experts", nargs="*", default=["mlp", "swiglu"], choices=["mlp", "swiglu"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--skew", action="store_true", help="one expert takes half of the tokens")
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--minutes", type=float, default=60.0, help="start no further setting after so long")
+    parser.add_argument("--only", default="", help="settings whose name contains this, such as E64")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--one", default=None, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
+    if options.one is not None:
+        print("RESULT " + json.dumps(measure(Setting(**json.loads(options.one)), options)))
+        return
+    rows = run_grid(options)
+    name = f"layer_{options.device}_{options.dtype}{'_skew' if options.skew else ''}"
+    options.out.mkdir(parents=True, exist_ok=True)
+    with (options.out / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    summary = summarise(rows)
+    (options.out / f"{name}.md").write_text(f"{header(options)}\n\n{summary}\n")
+    print(f"\n{header(options)}\n\n{summary}")
+    draw(rows, options.out / f"{name}.png")
+
+
+def run_grid(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run a process for each setting."""
+    grid = GRIDS[options.device]
+    points = list(itertools.product(options.experts, *grid.values()))
+    rows: list[dict[str, Any]] = []
+    started = time.monotonic()
+    for number, (experts, *sizes) in enumerate(points):
+        setting = Setting(*sizes, experts, options.dtype, options.device)
+        if options.only not in named(setting):
+            continue
+        minutes = (time.monotonic() - started) / 60
+        if minutes > options.minutes:
+            print(f"stopped after {minutes:.0f} minutes, {len(points) - number} settings before the end")
+            break
+        command = [sys.executable, __file__, *sys.argv[1:], "--one", json.dumps(asdict(setting))]
+        threads = {"OMP_NUM_THREADS": str(options.threads)} if options.device == "cpu" else {}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **threads})
+        results = [line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        if not results:
+            print(f"{named(setting)}: failed\n{done.stderr[-2000:]}", file=sys.stderr)
+            continue
+        found = json.loads(results[0])
+        rows += [{**asdict(setting), **row} for row in found]
+        told = ", ".join(f"{r['contender']} {r['ratio']:.2f}" for r in found if r["ratio"] is not None)
+        print(f"[{number + 1}/{len(points)}] {named(setting)}: {told}", flush=True)
+    return rows
+
+
+def named(setting: Setting) -> str:
+    """Name a setting in short."""
+    return f"{setting.experts} T{setting.tokens} d{setting.d_model} E{setting.num_experts} k{setting.top_k}"
+
+
+def measure(setting: Setting, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure all contenders of a setting."""
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    dtype = getattr(torch, setting.dtype)
+    x_TD = torch.randn(setting.tokens, setting.d_model, device=setting.device, dtype=dtype)
+    if options.skew:
+        x_TD[: setting.tokens // 2] = x_TD[0]  # equal tokens go to the same experts
+    builders = {**FLOORS, **OURS, **({} if options.no_peers else PEERS)}
+    steps: dict[str, Callable[[], None]] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, build in builders.items():
+        rows[name] = {"contender": name, "seconds": None, "ratio": None, "to active floor": None, "peak MiB": None}
+        try:
+            steps[name] = step_of(build(setting).to(setting.device, dtype), x_TD)
+            steps[name]()
+        except Unavailable as error:
+            rows[name]["note"] = str(error)
+            steps.pop(name, None)
+        except Exception as error:  # a peer may fail in any way; the rest goes on
+            rows[name]["note"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            steps.pop(name, None)
+    times: dict[str, list[float]] = {name: [timed(step, setting.device)] for name, step in steps.items()}
+    floor = times["expert floor"][0]
+    quick = [name for name in steps if times[name][0] < HOPELESS * floor]
+    for number in range(options.rounds):
+        for name in random.Random(number).sample(quick, len(quick)):
+            times[name].append(timed(steps[name], setting.device))
+    for name in steps:
+        # The first round warms up.
+        own = times[name][1:] or times[name]
+        rows[name]["seconds"] = statistics.median(own)
+        for column, other in (("ratio", "expert floor"), ("to active floor", "active floor")):
+            pairs = zip(own, times[other][1:], strict=False)
+            rows[name][column] = statistics.median(a / b for a, b in pairs)
+        rows[name]["peak MiB"] = peak_mib(steps[name], setting.device)
+    return [{"note": "", **row} for row in rows.values()]
+
+
+def step_of(layer: nn.Module, x_TD: Tensor) -> Callable[[], None]:
+    """Return forward and backward of a layer; gradients are made anew each time, as optimisers leave them."""
+    layer.train()
+    x_TD = x_TD.clone().requires_grad_()
+    grad_TD = torch.randn_like(x_TD)
+
+    def step() -> None:
+        for parameter in layer.parameters():
+            parameter.grad = None
+        x_TD.grad = None
+        layer(x_TD).backward(grad_TD)
+
+    return step
+
+
+def timed(step: Callable[[], None], device: str) -> float:
+    """Return the seconds of a step: of this process's CPU time, or of the GPU."""
+    if device == "cuda":
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        repeats = 5
+        begin.record()
+        for _ in range(repeats):
+            step()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1000 / repeats
+    begun = time.process_time()
+    step()
+    return time.process_time() - begun
+
+
+def peak_mib(step: Callable[[], None], device: str) -> float | None:
+    """Return how far memory rises during a step, MiB; on a CPU only where the kernel tells (Linux)."""
+    if device == "cuda":
+        step()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak / 2**20
+
+
+def header(options: argparse.Namespace) -> str:
+    """Say where and how this was measured."""
+    machine = torch.cuda.get_device_name() if options.device == "cuda" else cpu_name()
+    skew = ", one expert takes half of the tokens" if options.skew else ""
+    return (
+        f"One MoE layer, forward and backward, {options.dtype}{skew}. "
+        f"{machine}, {options.threads} thread(s), torch {torch.__version__}, medians of {options.rounds} rounds.\n"
+        f"Command: `python benchmarks/layer.py {' '.join(sys.argv[1:])}`"
+    )
+
+
+def cpu_name() -> str:
+    """Name the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def summarise(rows: list[dict[str, Any]]) -> str:
+    """Return a table of each contender's ratios over the settings that it ran."""
+    table = [
+        "| contender | settings | to the expert floor: median | best | worst | to the active floor | peak memory to the"
+        " expert floor's: median | worst |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    floors = {point(row): row["peak MiB"] for row in rows if row["contender"] == "expert floor"}
+    for name in dict.fromkeys(row["contender"] for row in rows):
+        own = [row for row in rows if row["contender"] == name and row["ratio"] is not None]
+        if not own:
+            note = next(row["note"] for row in rows if row["contender"] == name)
+            table.append(f"| {name} | 0 ({note}) | | | | | | |")
+            continue
+        ratios, active = [row["ratio"] for row in own], [row["to active floor"] for row in own]
+        memory = [row["peak MiB"] / floors[point(row)] for row in own]
+        table.append(
+            f"| {name} | {len(own)} | {statistics.median(ratios):.2f} | {min(ratios):.2f} | {max(ratios):.2f} | "
+            f"{statistics.median(active):.2f} | {statistics.median(memory):.2f} | {max(memory):.2f} |"
+        )
+    ahead = behind = 0
+    for where in floors:
+        here = {row["contender"]: row["ratio"] for row in rows if point(row) == where and row["ratio"] is not None}
+        rivals = [ratio for name, ratio in here.items() if name in PEERS and "bf16" not in name]
+        if rivals and "routerzoo" in here:
+            ahead, behind = ahead + (here["routerzoo"] < min(rivals)), behind + (here["routerzoo"] >= min(rivals))
+    return "\n".join(table) + f"\n\nAhead of every peer of the same precision in {ahead} of {ahead + behind} settings."
+
+
+def point(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what identifies a row's setting."""
+    return tuple(row[name] for name in ("experts", "tokens", "d_model", "num_experts", "top_k"))
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw every contender's ratios."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    names = [n for n in dict.fromkeys(r["contender"] for r in rows) if n != "expert floor"]
+    for place, name in enumerate(names):
+        own = [row for row in rows if row["contender"] == name and row["ratio"] is not None]
+        sizes = [8 + row["num_experts"] for row in own]
+        axes.scatter([row["ratio"] for row in own], [place] * len(own), s=sizes, alpha=0.5)
+    axes.axvline(1, color="black", linewidth=1, linestyle="--")
+    axes.set(xscale="log", xlabel="time relative to the expert floor (a larger dot is more experts)")
+    axes.set_yticks(range(len(names)), labels=names)
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3, axis="x", which="both")
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
