@@ -32,7 +32,8 @@ trainer:
   check_val_every_n_epoch: null
   callbacks:
     - {class_path: routerzoo.KSchedule, init_args: {start: 1, end: 4}}
-    - {class_path: routerzoo.StabilityMonitor, init_args: {every_n_steps: 9}}
+    - {class_path: routerzoo.StabilityMonitor, init_args: {every_n_steps: 9, picture: null}}
+    - {class_path: routerzoo.RoutingMonitor, init_args: {picture: null}}
 """
 
 

@@ -6,6 +6,7 @@ from typing import Any, final
 
 from lightning import Callback, LightningModule, Trainer
 
+from routerzoo.errors import UserError
 from routerzoo.moe import moe_layers
 from routerzoo.schedules import Growth, k_at
 
@@ -25,6 +26,20 @@ class KSchedule(Callback):
     def __init__(self, start: int, end: int, growth: Growth = "linear") -> None:
         k_at(0, 1, start, end, growth)  # refuses bad values now
         self.start, self.end, self.growth = start, end, growth
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a k that will be too large now, not in the middle of the run.
+
+        Raises:
+            UserError: the growth goes beyond what a router can do.
+        """
+        for layer in moe_layers(pl_module):
+            largest, router = max(self.start, self.end), layer.router
+            if largest > router.max_top_k:
+                raise UserError(
+                    f"KSchedule grows k to {largest}, but {type(router).__name__} of MoE layer "
+                    f"{layer.spec.layer} can do {router.max_top_k} at most"
+                )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set k."""

@@ -253,3 +253,11 @@ def test_bad_lists_of_k_are_refused(top_ks, message):
         language("LinearRouter", eval_top_k=top_ks)
     with pytest.raises(UserError, match="has no MoE layer"):
         language("LinearRouter", eval_top_k=[1, 2], moe_blocks="none")
+
+
+def test_a_schedule_beyond_what_a_router_can_do_is_refused_before_training():
+    trainer = Trainer(
+        **QUIET, max_steps=2, limit_val_batches=0, enable_checkpointing=False, callbacks=[KSchedule(2, 5)]
+    )
+    with pytest.raises(UserError, match="grows k to 5, but LinearRouter of MoE layer 0 can do 4 at most"):
+        trainer.fit(language("LinearRouter"), text_data())
