@@ -30,6 +30,10 @@ def main(args: Sequence[str]) -> None:
             router_class(name)
     except UnknownRouterError as error:
         parser.exit(2, f"error: {error}\n")
+    try:
+        import hypothesis  # noqa: F401 (what the checks draw sizes with)
+    except ImportError:
+        parser.exit(2, "error: the checks need hypothesis: pip install 'routerzoo[testing]', or '.[testing]' here\n")
     console = Console(highlight=False, soft_wrap=True)
     broken = [name for name in names if not _check(name, options.examples, options.device, console)]
     if broken:

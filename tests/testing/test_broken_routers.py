@@ -492,6 +492,11 @@ def test_without_hypothesis_the_way_out_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "hypothesis", None)
     with pytest.raises(ImportError, match=r"pip install 'routerzoo\[testing\]'"):
         check_router(Sound)
+    from routerzoo.__main__ import main
+
+    with pytest.raises(SystemExit) as stopped:
+        main(["check", "HashRouter"])
+    assert stopped.value.code == 2
 
 
 def test_a_router_that_refuses_every_size_is_told_so():
