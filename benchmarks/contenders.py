@@ -22,6 +22,9 @@ from torch import Tensor, nn
 
 from routerzoo import LinearRouter, MLPExperts, MoE, SwiGLUExperts
 
+# transformers' batched_mm gathers an expert's weights for every token.
+LARGEST_COPY_GIB = 2.0
+
 
 class Unavailable(Exception):
     """This contender cannot run here."""
@@ -108,6 +111,9 @@ def mixtral(setting: Setting, implementation: str) -> nn.Module:
     """The Mixtral block of transformers."""
     if setting.experts != "swiglu":
         raise Unavailable("has gated experts only")
+    copies = setting.tokens * setting.top_k * 3 * setting.d_model * setting.hidden * 4 / 2**30
+    if implementation == "batched_mm" and copies > LARGEST_COPY_GIB:
+        raise Unavailable(f"would copy {copies:.0f} GiB of weights")
     try:
         from transformers.models.mixtral.configuration_mixtral import MixtralConfig
         from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock

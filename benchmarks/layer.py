@@ -18,6 +18,7 @@ import argparse
 import csv
 import itertools
 import json
+import math
 import os
 import platform
 import random
@@ -39,8 +40,9 @@ GRIDS = {
     "cpu": {"tokens": [1024, 4096], "d_model": [256, 512], "num_experts": [8, 16, 64], "top_k": [1, 2]},
     "cuda": {"tokens": [4096, 32768], "d_model": [1024, 2048], "num_experts": [8, 64, 128], "top_k": [2, 8]},
 }
-# A contender this many times slower than the floor is measured once.
-HOPELESS = 8.0
+# A contender whose first step is this many times slower than the floor's is measured by that alone.
+HOPELESS = 12.0
+ESSENTIAL = frozenset({*FLOORS, *OURS})
 
 
 def main() -> None:
@@ -118,21 +120,23 @@ def measure(setting: Setting, options: argparse.Namespace) -> list[dict[str, Any
         x_TD[: setting.tokens // 2] = x_TD[0]  # equal tokens go to the same experts
     builders = {**FLOORS, **OURS, **({} if options.no_peers else PEERS)}
     steps: dict[str, Callable[[], None]] = {}
+    times: dict[str, list[float]] = {}
     rows: dict[str, dict[str, Any]] = {}
     for name, build in builders.items():
         rows[name] = {"contender": name, "seconds": None, "ratio": None, "to active floor": None, "peak MiB": None}
         try:
             steps[name] = step_of(build(setting).to(setting.device, dtype), x_TD)
-            steps[name]()
+            times[name] = [timed(steps[name], setting.device)]
         except Unavailable as error:
             rows[name]["note"] = str(error)
             steps.pop(name, None)
         except Exception as error:  # a peer may fail in any way; the rest goes on
             rows[name]["note"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             steps.pop(name, None)
-    times: dict[str, list[float]] = {name: [timed(step, setting.device)] for name, step in steps.items()}
-    floor = times["expert floor"][0]
-    quick = [name for name in steps if times[name][0] < HOPELESS * floor]
+    # The first step pays for what the process does once, so the floor's second one is the measure.
+    times["expert floor"].append(timed(steps["expert floor"], setting.device))
+    quick = [name for name in steps if times[name][0] < HOPELESS * times["expert floor"][1] or name in ESSENTIAL]
+    times["expert floor"].pop()
     for number in range(options.rounds):
         for name in random.Random(number).sample(quick, len(quick)):
             times[name].append(timed(steps[name], setting.device))
@@ -143,7 +147,7 @@ def measure(setting: Setting, options: argparse.Namespace) -> list[dict[str, Any
         for column, other in (("ratio", "expert floor"), ("to active floor", "active floor")):
             pairs = zip(own, times[other][1:], strict=False)
             rows[name][column] = statistics.median(a / b for a, b in pairs)
-        rows[name]["peak MiB"] = peak_mib(steps[name], setting.device)
+        rows[name]["peak MiB"] = peak_mib(steps[name], setting.device) if name in quick else None
     return [{"note": "", **row} for row in rows.values()]
 
 
@@ -231,7 +235,7 @@ def summarise(rows: list[dict[str, Any]]) -> str:
             table.append(f"| {name} | 0 ({note}) | | | | | | |")
             continue
         ratios, active = [row["ratio"] for row in own], [row["to active floor"] for row in own]
-        memory = [row["peak MiB"] / floors[point(row)] for row in own]
+        memory = [row["peak MiB"] / floors[point(row)] for row in own if row["peak MiB"] is not None] or [math.nan]
         table.append(
             f"| {name} | {len(own)} | {statistics.median(ratios):.2f} | {min(ratios):.2f} | {max(ratios):.2f} | "
             f"{statistics.median(active):.2f} | {statistics.median(memory):.2f} | {max(memory):.2f} |"
