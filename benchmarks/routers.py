@@ -1,0 +1,138 @@
+"""Cost of each router: against `LinearRouter`, as a share of its layer, in training and in evaluation.
+
+    python benchmarks/routers.py
+    python benchmarks/routers.py --tokens 2048 --d_model 256 --num_experts 16
+
+Forward and backward in training (losses included), forward alone in evaluation. All routers run in one process, in
+turn; a ratio is the median over rounds of the times in the same round, CPU time of the process on a CPU. One thread,
+unless OMP_NUM_THREADS says otherwise. Writes a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import random
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import routerzoo
+from routerzoo import LayerSpec, MLPExperts, MoE, Router, RoutingContext
+
+
+def main() -> None:
+    """Measure every registered router."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--d_model", type=int, default=512)
+    parser.add_argument("--num_experts", type=int, default=64)
+    parser.add_argument("--top_k", type=int, default=2)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path, default=None, help="a file for the table")
+    options = parser.parse_args()
+    spec = LayerSpec(options.d_model, options.num_experts, vocab_size=50_000, num_positions=options.tokens)
+    torch.manual_seed(0)
+    steps: dict[tuple[str, str], Callable[[], None]] = {}
+    for name in routerzoo.list_routers():
+        factory = partial(routerzoo.registry.router_class(name), top_k=options.top_k)
+        router = factory(spec).to(options.device)
+        steps[name, "training"] = training_step(router, options)
+        steps[name, "evaluation"] = evaluation_step(factory(spec).to(options.device).eval(), options)
+        layer = MoE(spec, factory, MLPExperts).to(options.device)
+        steps[name, "layer"] = training_step(layer, options)
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
+    for number in range(options.rounds + 1):
+        for key in random.Random(number).sample(list(steps), len(steps)):
+            seconds = timed(steps[key], options.device)
+            if number:
+                times[key].append(seconds)
+    table = [
+        f"{options.tokens} tokens, width {options.d_model}, {options.num_experts} experts, k = {options.top_k}, "
+        f"{options.device}, float32, {torch.get_num_threads()} thread(s), torch {torch.__version__}, medians of "
+        f"{options.rounds} rounds. Command: `python benchmarks/routers.py`",
+        "",
+        "| router | training, ms | to LinearRouter | share of its layer | evaluation, ms | to LinearRouter |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name in routerzoo.list_routers():
+        training, evaluation = times[name, "training"], times[name, "evaluation"]
+        linear = times["LinearRouter", "training"]
+        table.append(
+            f"| {name} | {1000 * statistics.median(training):.2f} | {ratio(training, linear):.2f} "
+            f"| {100 * ratio(training, times[name, 'layer']):.1f} % | {1000 * statistics.median(evaluation):.2f} "
+            f"| {ratio(evaluation, times['LinearRouter', 'evaluation']):.2f} |"
+        )
+    print("\n".join(table))
+    if options.out is not None:
+        options.out.write_text("\n".join(table) + "\n")
+
+
+def inputs(options: Any) -> tuple[Tensor, RoutingContext]:
+    """Return hidden states and a whole context."""
+    tokens = torch.arange(options.tokens, device=options.device)
+    ids = torch.randint(50_000, (options.tokens,), device=options.device)
+    context = RoutingContext(token_ids=ids, positions=tokens, sequence_ids=tokens * 0, step=0, total_steps=100)
+    return torch.randn(options.tokens, options.d_model, device=options.device), context
+
+
+def training_step(module: Router | MoE, options: Any) -> Callable[[], None]:
+    """Return forward and backward, through the losses of a router too."""
+    x_TD, context = inputs(options)
+    x_TD.requires_grad_()
+
+    def step() -> None:
+        module.zero_grad()
+        x_TD.grad = None
+        answer = module(x_TD, context)
+        if isinstance(answer, Tensor):
+            answer.sum().backward()
+            return
+        objective = answer.weights_TK[:, 0].sum() + sum(answer.losses.values())
+        if objective.requires_grad:
+            objective.backward()
+
+    return step
+
+
+def evaluation_step(router: Router, options: Any) -> Callable[[], None]:
+    """Return the forward pass without gradients."""
+    x_TD, context = inputs(options)
+
+    @torch.no_grad()
+    def step() -> None:
+        router(x_TD, context)
+
+    return step
+
+
+def timed(step: Callable[[], None], device: str) -> float:
+    """Return the seconds of a step."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        return time.perf_counter() - begun
+    begun = time.process_time()
+    step()
+    return time.process_time() - begun
+
+
+def ratio(own: list[float], other: list[float]) -> float:
+    """Return the median of paired ratios."""
+    return statistics.median(a / b for a, b in zip(own, other, strict=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""The benchmarks run; what they measure is no test's business."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import routerzoo
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def test_the_table_of_routers_names_each():
+    sizes = ["--tokens", "16", "--d_model", "16", "--num_experts", "4", "--rounds", "1"]
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "routers.py"), *sizes],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(f"| {name} |" in done.stdout for name in routerzoo.list_routers())
+
+
+def test_contenders_map_tokens_to_tokens(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import contenders
+
+    for experts in ("mlp", "swiglu"):
+        setting = contenders.Setting(32, 16, 4, 2, experts, "float32", "cpu")
+        for build in {**contenders.FLOORS, **contenders.OURS}.values():
+            assert build(setting)(torch.randn(32, 16)).shape == (32, 16)
+        # Every contender does the same number of operations with its experts.
+        layer, floor = contenders.ours(setting), contenders.ExpertFloor(setting)
+        assert sum(p.numel() for p in layer.experts.parameters()) == sum(p.numel() for p in floor.parameters())
