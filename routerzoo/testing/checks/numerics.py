@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import replace
 
 import torch
@@ -143,7 +144,9 @@ def compiles(cases: Cases) -> None:
         torch.compiler.reset()
         try:
             compiled = torch.compile(router, backend="eager", fullgraph=True)
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(), warnings.catch_warnings():
+                # Torch's advice about one version of Python says nothing of the router.
+                warnings.filterwarnings("ignore", message="Guards may run slower on Python")
                 torch.manual_seed(case.sizes.seed + 2)
                 routing = compiled(x_TD, replace(context, carry={}, routings={}))
         except Exception as error:
