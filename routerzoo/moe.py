@@ -106,7 +106,7 @@ class MoE(nn.Module):
         x_TD = x.reshape(-1, x.shape[-1])
         routing: Routing = self.router(x_TD, context)
         if context is not None:
-            routing = _without_padding(routing, context)
+            routing = without_padding(routing, context)
             context.routings[self.spec.layer] = routing
         y_TD = apply_experts(x_TD, routing, self.experts)
         if self.shared_experts is not None:
@@ -132,9 +132,9 @@ def _fitting(router: Router, allow_non_causal: bool) -> Router:
     return router
 
 
-def _without_padding(routing: Routing, context: RoutingContext) -> Routing:
-    """Send padding to no expert."""
-    if context.padding_mask is None or routing.experts_TK is None or routing.weights_TK is None:
+def without_padding(routing: Routing, context: RoutingContext | None) -> Routing:
+    """Return a router's answer with padding sent to no expert, as the layer uses it."""
+    if context is None or context.padding_mask is None or routing.experts_TK is None or routing.weights_TK is None:
         return routing
     mask_T1 = context.padding_mask.unsqueeze(1)
     return replace(

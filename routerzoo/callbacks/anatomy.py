@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from routerzoo.figures import anatomy
 from routerzoo.metrics import CoActivation, RepresentationCollapse, Specialization
-from routerzoo.moe import MoE, moe_layers
+from routerzoo.moe import MoE, moe_layers, without_padding
 from routerzoo.routing import Routing, RoutingContext
 
 
@@ -65,6 +65,7 @@ class RoutingAnatomy(Callback):
             if routing.dense or self._top_ks.setdefault(layer, router.top_k) != router.top_k:
                 return
             x_TD, context = arguments[0], arguments[1] if len(arguments) > 1 else RoutingContext()
+            routing = without_padding(routing, context)
             metrics = self._metrics[layer]
             metrics.co_activation.update(routing)
             if routing.experts_TK is not None:
@@ -77,10 +78,7 @@ class RoutingAnatomy(Callback):
 
     def _labels(self, context: RoutingContext) -> Tensor | None:
         labels_B = getattr(self._batch, "labels_B", None)
-        labels_T = context.token_ids if labels_B is None else labels_B[context.sequence_ids]
-        if labels_T is None or context.padding_mask is None:
-            return labels_T
-        return labels_T.masked_fill(context.padding_mask, -1)
+        return context.token_ids if labels_B is None else labels_B[context.sequence_ids]
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
         while self._handles:

@@ -239,7 +239,11 @@ class RunReport(Callback):
         path = self.folder / RESULTS
         known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         layers = list(moe_layers(pl_module))
-        router = {"router": type(layers[0].router).__name__, "k": layers[0].router.top_k} if layers else {}
+        router: dict[str, Any] = {}
+        if layers:
+            trained = layers[0].router.top_k
+            evaluated = pl_module.eval_top_ks[0] if isinstance(pl_module, MoETask) else None
+            router = {"router": type(layers[0].router).__name__, "k": trained if evaluated is None else evaluated}
         costs = _numbers(self._costs[0]) if self._costs else {}
         known[stage] = {**router, **results, **costs}
         self.folder.mkdir(parents=True, exist_ok=True)

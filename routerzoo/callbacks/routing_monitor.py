@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from routerzoo.figures import load_over_training
 from routerzoo.metrics import ExpertLoad, GateConfidence
-from routerzoo.moe import moe_layers
+from routerzoo.moe import moe_layers, without_padding
 from routerzoo.routing import Routing
 
 
@@ -63,8 +63,9 @@ class RoutingMonitor(Callback):
         def record(router: Any, arguments: tuple[Any, ...], routing: Routing) -> None:
             # Of several k of an evaluation, the first is recorded.
             if self._recording and self._top_ks.setdefault(layer, router.top_k) == router.top_k:
-                self._load[layer].update(_without_padding(routing, arguments))
-                self._confidence[layer].update(_without_padding(routing, arguments))
+                used = without_padding(routing, arguments[1] if len(arguments) > 1 else None)
+                self._load[layer].update(used)
+                self._confidence[layer].update(used)
 
         return record
 
@@ -157,14 +158,3 @@ class RoutingMonitor(Callback):
         """Take the history up."""
         self.steps_R = list(state_dict["steps"])
         self.loads_R = list(state_dict["loads"])
-
-
-def _without_padding(routing: Routing, arguments: tuple[Any, ...]) -> Routing:
-    """Leave out padded tokens, which the layer sends to no expert after the router has answered."""
-    context = arguments[1] if len(arguments) > 1 else None
-    mask_T = None if context is None else context.padding_mask
-    if mask_T is None or routing.experts_TK is None or routing.weights_TK is None:
-        return routing
-    return Routing(
-        routing.experts_TK.masked_fill(mask_T.unsqueeze(1), -1), routing.weights_TK, routing.logits_TE, may_pad=True
-    )

@@ -1,6 +1,7 @@
 """What experts are chosen for, over a whole split."""
 
 import pytest
+import torch
 from lightning import Trainer
 
 from routerzoo import ImageData, RoutingAnatomy
@@ -27,3 +28,15 @@ def test_images_are_described_by_class(tmp_path):
     assert 0.5 <= results["val/moe0/specialization"] <= 1
     assert results["val/moe0/specialization_chance"] == pytest.approx(2 / 4)
     assert (tmp_path / "val_anatomy.png").is_file()
+
+
+def test_padding_is_not_described():
+    callback, task = RoutingAnatomy(min_count=1), language("LinearRouter")
+    trainer = Trainer(**QUIET)
+    callback._start(trainer, task)
+    mask_T = torch.arange(16) >= 6
+    task.eval().net(torch.randint(256, (1, 16)), padding_mask_BS=mask_T.unsqueeze(0))
+    for metrics in callback._metrics.values():
+        assert metrics.co_activation.pairs_EE.diagonal().sum() == 6 * 2
+        assert metrics.collapse.tokens_C.sum() == 6
+        assert metrics.specialization.tokens_V.sum() == 6
