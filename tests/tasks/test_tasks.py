@@ -1,5 +1,6 @@
 """Tasks through Lightning's Trainer, in Python."""
 
+import json
 import subprocess
 import sys
 
@@ -261,3 +262,15 @@ def test_a_schedule_beyond_what_a_router_can_do_is_refused_before_training():
     )
     with pytest.raises(UserError, match="grows k to 5, but LinearRouter of MoE layer 0 can do 4 at most"):
         trainer.fit(language("LinearRouter"), text_data())
+
+
+def test_results_name_the_k_that_they_were_evaluated_with(tmp_path):
+    from routerzoo.callbacks import RunReport
+
+    callbacks = [RunReport(str(tmp_path))]
+    trainer = Trainer(**QUIET, limit_test_batches=1, enable_checkpointing=False, callbacks=callbacks)
+    trainer.test(language("LinearRouter", eval_top_k=[1, 4]), text_data(), verbose=False)
+    results = json.loads((tmp_path / "results.json").read_text())["test"]
+    assert results["k"] == 1
+    assert [row["k"] for row in results["by k"]] == [1, 4]
+    assert results["active parameters"] == results["by k"][0]["active parameters"]
