@@ -7,6 +7,7 @@ into a model that exists. Tasks and data modules for Lightning are loaded on fir
 import importlib
 from typing import Any
 
+from routerzoo.cpu import tune_cpu
 from routerzoo.experts import Experts, MLPExperts, SwiGLUExperts
 from routerzoo.grouped import grouped_linear
 from routerzoo.moe import MoE, moe_layers
@@ -60,6 +61,7 @@ __all__ = [
     "provide_context",
     "register_router",
     "sparsify",
+    "tune_cpu",
 ]
 
 

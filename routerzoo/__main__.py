@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -24,6 +25,7 @@ python -m routerzoo fit --model LanguageModeling --model.router.help HyperRouter
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command; import no more than it needs."""
+    owns_process = args is None
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help"):
         print(OVERVIEW, end="")
@@ -40,6 +42,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
         check(args[1:])
     else:
+        if owns_process and os.environ.get("ROUTERZOO_TUNE_CPU", "1") != "0":
+            from routerzoo.cpu import tune_cpu
+
+            tune_cpu()
         from routerzoo.cli import main as run
 
         run(args)

@@ -88,7 +88,7 @@ def count_costs(model: nn.Module, run: Callable[[], int]) -> Costs:
 def _counting(chosen: dict[MoE, float], layer: MoE) -> Any:
     def count(router: nn.Module, arguments: tuple[Any, ...], routing: Routing) -> None:
         if routing.dense:
-            chosen[layer] = float(layer.spec.num_experts)  # each token is mixed into every expert's slots
+            chosen[layer] = float(layer.spec.num_experts)  # all take part in every token
         else:
             chosen[layer] = float(routing.load_E(layer.spec.num_experts).sum()) / max(len(arguments[0]), 1)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from routerzoo.experts import Experts
+from routerzoo.permutation import permutation_of, permute, unpermute
 from routerzoo.routing import Assignments, Routing
 
 
@@ -24,6 +25,8 @@ def apply_experts(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
     Returns:
         `[tokens, d_model]`; zeros for a token without expert.
     """
+    if routing.merge_GE is not None:
+        return _through_merged_experts(x_TD, routing, experts)
     if routing.dense:
         return _through_slots(x_TD, routing, experts)
     return _through_assignments(x_TD, routing.assignments(), experts)
@@ -31,6 +34,9 @@ def apply_experts(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
 
 def _through_assignments(x_TD: Tensor, assignments: Assignments, experts: Experts) -> Tensor:
     token_N, expert_N, weight_N, top_k, may_pad = assignments
+    if top_k is None:
+        token_N, by_token_N = token_N.sort(stable=True)
+        expert_N, weight_N = expert_N.index_select(0, by_token_N), weight_N.index_select(0, by_token_N)
     num_experts = experts.spec.num_experts
     filter_rows = may_pad and x_TD.device.type == "cpu" and not torch.compiler.is_compiling()
     if filter_rows:
@@ -43,19 +49,15 @@ def _through_assignments(x_TD: Tensor, assignments: Assignments, experts: Expert
     sorted_N, order_N = key_N.sort(stable=True)
     bounds_E = torch.arange(num_experts, device=sorted_N.device, dtype=sorted_N.dtype)
     ends_E = torch.searchsorted(sorted_N, bounds_E, right=True, out_int32=True)
-    source_N = token_N.index_select(0, order_N)
-    x_ND = x_TD.index_select(0, source_N)
+    permutation = permutation_of(token_N, order_N, len(x_TD), top_k)
+    x_ND = permute(x_TD, permutation)
     real_N1 = (sorted_N < num_experts).unsqueeze(1) if may_pad else None
     if real_N1 is not None:
         x_ND = torch.where(real_N1, x_ND, 0)  # stops what the unspecified rows send back
     y_ND: Tensor = experts(x_ND, ends_E)
     if real_N1 is not None:
         y_ND = torch.where(real_N1, y_ND, 0)
-    y_ND = y_ND * weight_N.index_select(0, order_N).to(y_ND.dtype).unsqueeze(1)
-    if top_k is not None and x_TD.device.type == "cuda":
-        # Adding by index is not deterministic there; undoing the sort and summing is.
-        return y_ND.index_select(0, order_N.argsort()).view(-1, top_k, y_ND.shape[1]).sum(1)
-    return y_ND.new_zeros(len(x_TD), y_ND.shape[1]).index_add(0, source_N, y_ND)
+    return unpermute(y_ND, weight_N, permutation)
 
 
 def _through_slots(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
@@ -70,3 +72,30 @@ def _through_slots(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
     y_ND: Tensor = experts(x_EGPD.reshape(num_experts * rows, -1), ends_E)
     y_EGPD = y_ND.view(num_experts, groups, slots, -1)
     return torch.einsum("gsep,egpd->gsd", combine_GSEP.to(y_EGPD.dtype), y_EGPD).reshape(len(x_TD), -1)
+
+
+def _through_merged_experts(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    merge_GE, group_T = routing.merge_GE, routing.group_T
+    assert merge_GE is not None
+    assert group_T is not None  # `Routing` has one whole form
+    num_groups, num_experts = merge_GE.shape
+    if num_groups == 0:
+        return x_TD * 0.0
+    merged = {}
+    for name, stacked in experts.named_parameters():
+        if stacked.shape[0] != num_experts:
+            raise ValueError(
+                f"experts are merged along the first dimension of their parameters; that of {name} is "
+                f"{stacked.shape[0]}, not {num_experts}"
+            )
+        mixed = merge_GE.to(stacked.dtype) @ stacked.flatten(1)
+        merged[name] = mixed.view(num_groups, *stacked.shape[1:])
+    # Tokens without a group sort behind the last one, where no backend looks.
+    sorted_T, order_T = group_T.remainder(num_groups + 1).sort(stable=True)
+    bounds_G = torch.arange(num_groups, device=sorted_T.device)
+    ends_G = torch.searchsorted(sorted_T, bounds_G, right=True, out_int32=True)
+    real_T1 = (sorted_T < num_groups).unsqueeze(1)
+    rows_TD = torch.where(real_T1, x_TD.index_select(0, order_T), 0)
+    y_TD: Tensor = torch.func.functional_call(experts, merged, (rows_TD, ends_G))
+    y_TD = torch.where(real_T1, y_TD, 0)
+    return y_TD.new_zeros(y_TD.shape).index_copy(0, order_T, y_TD)

@@ -29,7 +29,8 @@ class Experts(nn.Module, ABC):
 
     Weights are stacked, `[num_experts, ...]`: a step with an idle expert still gives every parameter a gradient, the
     optimiser sees a handful of tensors, and sharding over experts is sharding over dimension 0. A class of your own
-    implements `forward` with `routerzoo.grouped_linear` and takes `(spec, *, its own keyword arguments)`.
+    implements `forward` with `routerzoo.grouped_linear` and takes `(spec, *, its own keyword arguments)`. It reads the
+    number of experts off its weights, not the spec: a router that merges experts calls it with as many as it merged.
 
     Args:
         spec: sizes of the layer.
@@ -156,8 +157,8 @@ class SwiGLUExperts(Experts):
 
     def forward(self, x_ND: Tensor, ends_E: Tensor) -> Tensor:
         """Compute each row with its expert."""
-        gate_NH, up_NH = grouped_linear(x_ND, self.gate_up, ends_E, self.gate_up_bias, self.backend).chunk(2, dim=-1)
-        hidden_NH = F.dropout(ACTIVATIONS[self.activation](gate_NH) * up_NH, self.dropout, self.training)
+        gate_up_NH = grouped_linear(x_ND, self.gate_up, ends_E, self.gate_up_bias, self.backend)
+        hidden_NH = F.dropout(_gated(gate_up_NH, self.activation), self.dropout, self.training)
         return grouped_linear(hidden_NH, self.down, ends_E, self.down_bias, self.backend)
 
     def load_dense(self, dense: nn.Module) -> None:
@@ -173,6 +174,40 @@ class SwiGLUExperts(Experts):
     def extra_repr(self) -> str:
         """Show the sizes."""
         return f"num_experts={self.spec.num_experts}, hidden_dim={self.hidden_dim}, activation={self.activation}"
+
+
+def _gated(gate_up_NH: Tensor, activation: Activation) -> Tensor:
+    if activation == "silu" and gate_up_NH.device.type == "cpu" and not torch.compiler.is_compiling():
+        hidden_NH: Tensor = _SiluAndMul.apply(gate_up_NH)
+        return hidden_NH
+    gate_NH, up_NH = gate_up_NH.chunk(2, dim=-1)
+    return ACTIVATIONS[activation](gate_NH) * up_NH
+
+
+class _SiluAndMul(torch.autograd.Function):
+    """`silu(gate) * up`, whose gradient is written in place of a concatenation of two halves."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up_NH: Tensor) -> Tensor:
+        gate_NH, up_NH = gate_up_NH.chunk(2, dim=-1)
+        activated_NH = F.silu(gate_NH)
+        ctx.save_for_backward(gate_up_NH, activated_NH)
+        return activated_NH * up_NH
+
+    @staticmethod
+    def backward(ctx: Any, grad_NH: Tensor) -> Tensor:
+        gate_up_NH, activated_NH = ctx.saved_tensors
+        gate_NH, up_NH = gate_up_NH.chunk(2, dim=-1)
+        if torch.is_grad_enabled():  # somebody differentiates the gradient
+            sigmoid_NH = gate_NH.sigmoid()
+            slope_NH = sigmoid_NH * (1 + gate_NH * (1 - sigmoid_NH))
+            return torch.cat([grad_NH * up_NH * slope_NH, grad_NH * gate_NH * sigmoid_NH], dim=-1)
+        grad_gate_up_NH = torch.empty_like(gate_up_NH)
+        grad_gate_NH, grad_up_NH = grad_gate_up_NH.chunk(2, dim=-1)
+        torch.mul(grad_NH, activated_NH, out=grad_up_NH)
+        torch.mul(grad_NH, up_NH, out=grad_gate_NH)
+        torch.ops.aten.silu_backward.grad_input(grad_gate_NH, gate_NH, grad_input=grad_gate_NH)
+        return grad_gate_up_NH
 
 
 class _LinearLayer(NamedTuple):

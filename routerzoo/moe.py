@@ -104,7 +104,7 @@ class MoE(nn.Module):
         """
         context = context if context is not None else self.provided_context
         x_TD = x.reshape(-1, x.shape[-1])
-        routing: Routing = self.router(x_TD, context)
+        routing: Routing = self.router(x_TD, context or RoutingContext(wants_losses=False))
         if context is not None:
             routing = without_padding(routing, context)
             context.routings[self.spec.layer] = routing
@@ -125,16 +125,21 @@ def _fitting(router: Router, allow_non_causal: bool) -> Router:
     if missing := router.requires - router.spec.provides:
         raise UnmetRequirementError(name, missing)
     if router.spec.decoder and not router.causal and not allow_non_causal:
+        instead = f"Its causal form is {router.causal_form}" if router.causal_form else "Choose a causal router"
         raise NonCausalRouterError(
             f"{name} is not causal: a token's routing depends on later tokens, which a decoder has not seen when it "
-            "generates. Choose a causal router, or set allow_non_causal to train one all the same"
+            f"generates. {instead}, or set allow_non_causal to train one all the same"
         )
     return router
 
 
 def without_padding(routing: Routing, context: RoutingContext | None) -> Routing:
     """Return a router's answer with padding sent to no expert, as the layer uses it."""
-    if context is None or context.padding_mask is None or routing.experts_TK is None or routing.weights_TK is None:
+    if context is None or context.padding_mask is None:
+        return routing
+    if routing.group_T is not None:
+        return replace(routing, group_T=routing.group_T.masked_fill(context.padding_mask, -1))
+    if routing.experts_TK is None or routing.weights_TK is None:
         return routing
     mask_T1 = context.padding_mask.unsqueeze(1)
     return replace(

@@ -197,9 +197,9 @@ def load_plugins() -> None:
     for point in points:
         # Checked before the import: two visible classes of one name would make the name unusable in configs.
         if point.name in _registry.routers:
-            known = _registry.routers[point.name]
-            if f"{known.__module__}:{known.__qualname__}" == point.value:
-                continue  # imported by hand before
+            if _gives(point, _registry.routers[point.name]):
+                _registry.packages[point.name] = _package(point)
+                continue  # imported before, by hand or with another router of its package
             reason = f"the name {point.name} exists already, from {router_package(point.name)}; one must be renamed"
         else:
             reason = _load_plugin(point)
@@ -207,6 +207,16 @@ def load_plugins() -> None:
             broken = BrokenPlugin(point.name, _package(point), reason)
             _registry.broken.append(broken)
             warnings.warn(f"routerzoo ignores the plugin {broken}", stacklevel=2)
+
+
+def _gives(point: EntryPoint, known: type[Router]) -> bool:
+    """Whether an entry point is that of a class that is registered already."""
+    if point.value.partition(":")[0].partition(".")[0] != known.__module__.partition(".")[0]:
+        return False
+    try:
+        return point.load() is known
+    except Exception:  # it will be reported as a name that is taken
+        return False
 
 
 def _load_plugin(point: EntryPoint) -> str:

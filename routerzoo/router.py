@@ -57,6 +57,8 @@ class Router(nn.Module, ABC):
     """The `RoutingContext` fields that `route` reads."""
     causal: bool = True
     """A token's routing ignores later tokens. A property that looks at `self.training`, where evaluation differs."""
+    causal_form: ClassVar[str] = ""
+    """What to use instead in a decoder, where the router is not causal: the error names it."""
     batch_independent: bool = True
     """A token's routing ignores other sequences of the batch. A property, where evaluation differs."""
     tokenwise: bool = True
@@ -226,7 +228,7 @@ class Router(nn.Module, ABC):
 
 
 def _with_weights_like(x_TD: Tensor, routing: Routing) -> Routing:
-    names = ("weights_TK", "weight_N", "dispatch_GSEP", "combine_GSEP")
+    names = ("weights_TK", "weight_N", "dispatch_GSEP", "combine_GSEP", "merge_GE")
     given = {name: value for name in names if (value := getattr(routing, name)) is not None}
     if all(value.dtype == x_TD.dtype for value in given.values()):
         return routing

@@ -73,6 +73,7 @@ class RoutingContext:
         total_steps: optimiser steps that the run will take.
         carry: what one MoE layer leaves for the next (recurrent and shared routers live on it).
         routings: the answer of each layer's router by layer index, filled in by the layers during the pass.
+        wants_losses: False where nobody will read the routings' losses, so that a router need not compute them.
     """
 
     token_ids: Tensor | None = None
@@ -83,6 +84,7 @@ class RoutingContext:
     total_steps: int | None = None
     carry: dict[str, Any] = field(default_factory=dict)
     routings: dict[int, Routing] = field(default_factory=dict)
+    wants_losses: bool = True
 
 
 class Assignments(NamedTuple):
@@ -100,11 +102,12 @@ class Assignments(NamedTuple):
 
 @dataclass(frozen=True)
 class Routing:
-    """A router's answer for T tokens, in one of three forms.
+    """A router's answer for T tokens, in one of four forms.
 
     *Sparse*: `experts_TK` and `weights_TK`; most routers. Fewer than K experts for a token is padding with -1.
     *Flat*: `token_N`, `expert_N`, `weight_N`; where experts choose tokens, or k varies widely.
     *Dense*: `dispatch_GSEP` and `combine_GSEP`; where every expert computes P slots that mix the tokens of a group.
+    *Merged*: `merge_GE` and `group_T`; where each group of tokens is computed by one mixture of all experts.
 
     Args:
         experts_TK: int64, chosen experts; -1 for none.
@@ -118,6 +121,8 @@ class Routing:
         weight_N: weight of each assignment.
         dispatch_GSEP: share of each token in each slot.
         combine_GSEP: share of each slot in each token's output.
+        merge_GE: weight of each expert's parameters in the one that computes a group.
+        group_T: int64, the group of each token; -1 for none.
     """
 
     experts_TK: Tensor | None = None
@@ -131,24 +136,27 @@ class Routing:
     weight_N: Tensor | None = None
     dispatch_GSEP: Tensor | None = None
     combine_GSEP: Tensor | None = None
+    merge_GE: Tensor | None = None
+    group_T: Tensor | None = None
 
     def __post_init__(self) -> None:
         forms = [
             ("experts_TK", "weights_TK"),
             ("token_N", "expert_N", "weight_N"),
             ("dispatch_GSEP", "combine_GSEP"),
+            ("merge_GE", "group_T"),
         ]
         given = [form for form in forms if any(getattr(self, name) is not None for name in form)]
         if len(given) != 1 or any(getattr(self, name) is None for name in given[0]):
             raise ValueError(
                 "a Routing has exactly one form: experts_TK and weights_TK; or token_N, expert_N and weight_N; "
-                "or dispatch_GSEP and combine_GSEP"
+                "or dispatch_GSEP and combine_GSEP; or merge_GE and group_T"
             )
 
     @property
     def dense(self) -> bool:
-        """Whether the routing mixes tokens into slots instead of assigning them."""
-        return self.dispatch_GSEP is not None
+        """Whether the routing mixes, tokens into slots or experts into one, instead of assigning tokens to experts."""
+        return self.dispatch_GSEP is not None or self.merge_GE is not None
 
     def assignments(self) -> Assignments:
         """Return the token-expert pairs.
@@ -162,14 +170,28 @@ class Routing:
             token_N = token_N.unsqueeze(1).expand(-1, top_k).reshape(-1)
             return Assignments(token_N, self.experts_TK.reshape(-1), self.weights_TK.reshape(-1), top_k, self.may_pad)
         if self.token_N is None or self.expert_N is None or self.weight_N is None:
-            raise ValueError("a dense routing mixes all tokens into slots; it has no assignments")
+            raise ValueError("this routing mixes tokens, or experts; it has no assignments")
         return Assignments(self.token_N, self.expert_N, self.weight_N, None, self.may_pad)
+
+    def merged_weights(self) -> Tensor:
+        """Return the weight of each expert in what computes each token, `[T, E]`; zeros for a token without group.
+
+        Raises:
+            ValueError: the routing is of another form.
+        """
+        if self.merge_GE is None or self.group_T is None:
+            raise ValueError("only a merged routing has such weights")
+        nothing_1E = self.merge_GE.new_zeros(1, self.merge_GE.shape[1])
+        return torch.cat([self.merge_GE, nothing_1E]).index_select(0, self.group_T.remainder(len(self.merge_GE) + 1))
 
     def load_E(self, num_experts: int) -> Tensor:
         """Return how many assignments each expert gets, float32 `[num_experts]`, without a host synchronisation.
 
-        An expert's load in a dense routing is the number of its slots.
+        An expert's load in a dense routing is the number of its slots, in a merged one the sum of its weights over
+        tokens.
         """
+        if self.merge_GE is not None and self.group_T is not None:
+            return self.merged_weights().float().sum(0)
         if self.dispatch_GSEP is not None:
             groups, _, _, slots = self.dispatch_GSEP.shape
             return self.dispatch_GSEP.new_full((num_experts,), float(groups * slots), dtype=torch.float32)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from routerzoo import grouped_linear
+from routerzoo import experts, grouped, grouped_linear
 from routerzoo.grouped import BACKENDS
 
 LOADS = {
@@ -75,3 +75,25 @@ def test_autocast_reaches_the_grouped_product():
     x, weight = torch.randn(4, 16), torch.randn(2, 16, 16)
     with torch.autocast("cpu", torch.bfloat16):
         assert grouped_linear(x, weight, ends([2, 2])).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("rows", "experts", "dtype", "chosen"),
+    [
+        (8, 64, torch.float32, "loop"),  # a row for every eighth expert
+        (9, 64, torch.float32, "grouped"),
+        (1, 8, torch.float32, "loop"),
+        (2, 8, torch.bfloat16, "grouped"),
+        (64, 8, torch.float64, "loop"),
+    ],
+)
+def test_the_backend_is_chosen_by_shape_and_dtype(rows, experts, dtype, chosen):
+    assert grouped._choose(torch.empty(rows, 16, dtype=dtype), torch.empty(experts, 32, 16, dtype=dtype)) == chosen
+
+
+def test_gated_activation_is_what_its_parts_are():
+    gate_up = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    gate, up = gate_up.chunk(2, dim=-1)
+    assert_close(experts._gated(gate_up, "silu"), torch.nn.functional.silu(gate) * up)
+    assert torch.autograd.gradcheck(lambda x: experts._gated(x, "silu"), gate_up)
+    assert torch.autograd.gradgradcheck(lambda x: experts._gated(x, "silu"), gate_up)

@@ -135,6 +135,77 @@ def test_padding_is_left_out_without_looking_at_the_data():
     assert_close(grad, expected_grad)
 
 
+@pytest.mark.parametrize("experts", [MLPExperts, SwiGLUExperts])
+def test_merged_routing_is_one_expert_of_mean_parameters(experts):
+    merge_GE = torch.rand(2, SPEC.num_experts)
+    layer = layer_with(Routing(merge_GE=merge_GE, group_T=torch.tensor([1, -1, 0, 1])), partial(experts, bias=True))
+    x_TD = torch.randn(4, 16)
+    y_TD = layer(x_TD)
+    single = experts(LayerSpec(16, 1), bias=True)
+    for token, group in ((0, 1), (2, 0), (3, 1)):
+        mixed = {n: torch.tensordot(merge_GE[group], p, 1)[None] for n, p in layer.experts.named_parameters()}
+        single.load_state_dict(mixed)
+        assert_close(y_TD[token], single.all_experts(x_TD[token : token + 1])[0])
+    assert not y_TD[1].any()
+
+
+def test_merged_routing_takes_padding_out_of_its_groups():
+    context = RoutingContext(padding_mask=torch.tensor([False, True]))
+    layer_with(Routing(merge_GE=torch.ones(1, SPEC.num_experts), group_T=torch.tensor([0, 0])))(
+        torch.randn(2, 16), context
+    )
+    assert context.routings[0].group_T.tolist() == [0, -1]
+    assert context.routings[0].load_E(SPEC.num_experts).tolist() == [1.0] * SPEC.num_experts
+
+
+def test_experts_that_are_not_stacked_cannot_be_merged():
+    class Shared(Experts):
+        def __init__(self, spec):
+            super().__init__(spec)
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self, x_ND, ends_E):
+            return x_ND * self.weight.sum()
+
+    layer = layer_with(Routing(merge_GE=torch.ones(1, 8), group_T=torch.tensor([0])), Shared)
+    with pytest.raises(ValueError, match="first dimension of their parameters; that of weight is 3, not 8"):
+        layer(torch.randn(1, 16))
+
+
+def test_nothing_is_read_back_from_a_gpu(router_name, make_context):
+    # Tensors that have a device and a shape but no values: whoever asks for a value fails.
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    context = make_context(64)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        torch.set_default_device("cuda")
+        try:
+            layer = MoE(SPEC, router_factory(router_name, top_k=2), SwiGLUExperts, num_shared_experts=1)
+            x_TD = torch.randn(64, 16, dtype=torch.bfloat16)
+        finally:
+            torch.set_default_device(None)
+        for bank in (layer.experts, layer.shared_experts):
+            for parameter in bank.parameters():
+                parameter.data = parameter.data.bfloat16()
+        for name, table in layer.router.named_buffers():  # some are drawn on a CPU by design
+            setattr(layer.router, name, table.to("cuda"))
+        fields = {n: v.to("cuda") if isinstance(v := getattr(context, n), torch.Tensor) else v for n in vars(context)}
+        context = RoutingContext(**{**fields, "padding_mask": torch.zeros(64, dtype=torch.bool, device="cuda")})
+        assert layer(x_TD, context).device.type == "cuda"
+        assert context.routings[0].load_E(SPEC.num_experts).device.type == "cuda"
+        assert fake is not None
+
+
+def test_a_layer_without_context_computes_no_losses(monkeypatch):
+    layer = MoE(SPEC, "LinearRouter")
+    answers = []
+    layer.router.register_forward_hook(lambda router, arguments, routing: answers.append(routing))
+    layer(torch.randn(4, 16))
+    layer(torch.randn(4, 16), RoutingContext())
+    assert [set(routing.losses) for routing in answers] == [set(), {"balance", "z"}]
+    assert set(layer.router(torch.randn(4, 16)).losses) == {"balance", "z"}
+
+
 def test_leading_dimensions_are_kept():
     assert MoE(d_model=16, num_experts=4)(torch.randn(2, 3, 5, 16)).shape == (2, 3, 5, 16)
 

@@ -127,6 +127,24 @@ def test_installed_plugins_are_found_and_broken_ones_reported(plugins):
     assert done.stderr.count("routerzoo ignores the plugin") == 4
 
 
+def test_a_package_may_have_several_routers_in_submodules(plugins):
+    package = plugins / "pair_plugin"
+    package.mkdir()
+    for name in ("One", "Two"):
+        source = PLUGIN.replace("import LinearRouter", "import register_router").replace("LinearRouter, ", "")
+        source = source.replace("class TinyRouter", f"@register_router\nclass {name}Router").partition("class Another")[
+            0
+        ]
+        (package / f"{name.lower()}.py").write_text(source)
+    (package / "__init__.py").write_text("from .one import OneRouter\nfrom .two import TwoRouter\n")
+    install(plugins, "pair", "pair_files", {"OneRouter": "pair_plugin:OneRouter", "TwoRouter": "pair_plugin:TwoRouter"})
+    code = "import warnings; warnings.simplefilter('ignore'); from routerzoo import registry as r; r.list_routers(); "
+    code += "print([r.router_package(n) for n in ('OneRouter', 'TwoRouter')], len(r.broken_plugins()))"
+    for imported_before in ("", "import pair_plugin; "):
+        done = python(imported_before + code, plugins)
+        assert done.stdout == "['pair', 'pair'] 4\n", done.stderr
+
+
 def test_a_plugin_trains_from_the_command_line_and_in_yaml(plugins, tmp_path):
     config = tmp_path / "tiny.yaml"
     config.write_text(

@@ -13,10 +13,10 @@ def expert_sets(routing: Routing, num_experts: int) -> Tensor:
     """Return for each token which experts it was assigned to, bool `[T, E]`; none for padding.
 
     Raises:
-        ValueError: a routing that mixes all tokens into slots has no sets.
+        ValueError: a routing that mixes has no sets.
     """
     if routing.dense:
-        raise ValueError("a dense routing mixes all tokens into slots; it has no set of experts for a token")
+        raise ValueError("this routing mixes tokens, or experts; it has no set of experts for a token")
     pairs = routing.assignments()
     if routing.experts_TK is not None:
         num_tokens = len(routing.experts_TK)

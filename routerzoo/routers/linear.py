@@ -84,15 +84,18 @@ class LinearRouter(Router):
         if self.noise_weight is not None and self.training:
             std_TE = F.softplus(F.linear(x_TD, self.noise_weight)) + 0.01
             logits_TE = clean_TE + torch.randn_like(clean_TE) * std_TE
+        probs_TE = None
         if self.score_function == "softmax" and self.renormalize:
             weights_TK, experts_TK = softmax_over_selected(logits_TE, self.top_k)
         else:
-            weights_TK, experts_TK = top_k_experts(score(logits_TE, self.score_function), self.top_k)
+            probs_TE = score(logits_TE, self.score_function)
+            weights_TK, experts_TK = top_k_experts(probs_TE, self.top_k)
             if self.renormalize:
                 weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(1e-20)
-        if not self.training:
+        if not (self.training and context.wants_losses):
             return Routing(experts_TK, weights_TK, logits_TE, may_pad=False)
-        probs_TE = score(logits_TE, self.score_function)
+        if probs_TE is None:
+            probs_TE = score(logits_TE, self.score_function)
         scoped = scope_of(self.balance_scope, context)
         losses = {
             "balance": balance_loss(probs_TE, experts_TK, **scoped),

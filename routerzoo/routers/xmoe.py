@@ -96,6 +96,6 @@ class XMoERouter(Router):
         weights_TK, experts_TK = top_k_experts(score(logits_TE, self.score_function), self.top_k)
         probs_TE = (cosine_TE / self.balance_temperature).softmax(-1)
         losses = {}
-        if self.training:
+        if self.training and context.wants_losses:
             losses["balance"] = balance_loss(probs_TE, experts_TK, **scope_of(self.balance_scope, context))
         return Routing(experts_TK, weights_TK, logits_TE, losses, probs_TE, may_pad=False)

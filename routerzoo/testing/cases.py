@@ -143,7 +143,7 @@ class Case:
         """Return what a routing does to each token, `[T, ...]`: equal effects are equal outputs of any experts.
 
         For assignments it is the weight of every expert and whether it was chosen; for slots, the output of experts
-        that are linear maps.
+        that are linear maps; for merged experts, the weight of every expert.
         """
         num_experts, num_tokens = self.sizes.num_experts, len(x_TD)
         if routing.dispatch_GSEP is not None and routing.combine_GSEP is not None:
@@ -154,6 +154,8 @@ class Case:
             slots_GEPD = torch.einsum("gsep,gsd->gepd", routing.dispatch_GSEP.to(x_TD), x_GSD)
             slots_GEPF = torch.einsum("gepd,edf->gepf", slots_GEPD, maps_EDD)
             return torch.einsum("gsep,gepf->gsf", routing.combine_GSEP.to(x_TD), slots_GEPF).reshape(num_tokens, -1)
+        if routing.merge_GE is not None:
+            return routing.merged_weights()
         pairs = routing.assignments()
         bins = pairs.token_N * (num_experts + 1) + pairs.expert_N.remainder(num_experts + 1)
         effect = pairs.weight_N.new_zeros(2, num_tokens * (num_experts + 1))

@@ -22,7 +22,7 @@ def test_sets_of_every_form():
     flat = Routing(token_N=torch.tensor([1, 1, 0]), expert_N=torch.tensor([0, 2, -1]), weight_N=torch.ones(3))
     assert expert_sets(flat, 3).tolist() == [[False] * 3, [True, False, True]]
     slots = torch.ones(1, 2, 3, 1)
-    with pytest.raises(ValueError, match="mixes all tokens into slots"):
+    with pytest.raises(ValueError, match="mixes tokens, or experts"):
         expert_sets(Routing(dispatch_GSEP=slots, combine_GSEP=slots), 3)
 
 

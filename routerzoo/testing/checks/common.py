@@ -76,6 +76,18 @@ def require_valid(case: Case, routing: object, x_TD: Tensor) -> None:
             f"[groups, tokens of a group, {num_experts}, slots] with {num_tokens} tokens in all",
         )
         weights = [routing.dispatch_GSEP, routing.combine_GSEP]
+    elif routing.merge_GE is not None and routing.group_T is not None:
+        groups = routing.merge_GE.shape[0]
+        fail_unless(
+            list(routing.merge_GE.shape) == [groups, num_experts] and list(routing.group_T.shape) == [num_tokens],
+            f"merge weights are {list(routing.merge_GE.shape)}, groups of tokens {list(routing.group_T.shape)}; they "
+            f"must be [groups, {num_experts}] and [{num_tokens}]",
+        )
+        fail_unless(
+            routing.group_T.dtype == torch.int64 and bool(((routing.group_T >= -1) & (routing.group_T < groups)).all()),
+            f"groups of tokens must be int64 in -1..{groups - 1}, got {routing.group_T.tolist()}",
+        )
+        weights = [routing.merge_GE]
     else:
         pairs = routing.assignments()
         weights = [pairs.weight_N]

@@ -1,0 +1,139 @@
+"""Rows of tokens into the order of experts, and back: the memory traffic of a MoE layer outside its products."""
+# Shape suffixes: T tokens, N assignments (token-expert pairs), D model width.
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Permutation(NamedTuple):
+    """Where the assignments of T tokens go when they are sorted by expert.
+
+    Assignments are numbered in the order of their tokens, rows in the order of their experts.
+
+    Args:
+        token_N: the token of each assignment, rising.
+        order_N: the assignment in each row.
+        source_N: the token in each row.
+        num_tokens: T.
+        top_k: assignments of every token, where all have as many.
+        bags: the row of each assignment, and where each token's assignments begin; None where rows are better indexed.
+    """
+
+    token_N: Tensor
+    order_N: Tensor
+    source_N: Tensor
+    num_tokens: int
+    top_k: int | None
+    bags: tuple[Tensor, Tensor] | None
+
+
+def permutation_of(token_N: Tensor, order_N: Tensor, num_tokens: int, top_k: int | None) -> Permutation:
+    """Return a permutation from the rising tokens of assignments and the order of these by expert."""
+    source_N = token_N.index_select(0, order_N)
+    bags = None
+    # torch's embedding bags sum gathered, weighted rows in one pass without a copy of them. Elsewhere than on a CPU,
+    # and under a compiler, plain indexing is the faster one.
+    if order_N.device.type == "cpu" and len(order_N) and not torch.compiler.is_compiling():
+        row_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N)))
+        tokens_T = torch.arange(num_tokens)
+        begin_T = tokens_T * top_k if top_k is not None else torch.searchsorted(token_N, tokens_T)
+        bags = row_N, begin_T
+    return Permutation(token_N, order_N, source_N, num_tokens, top_k, bags)
+
+
+def permute(x_TD: Tensor, permutation: Permutation) -> Tensor:
+    """Return each assignment's token, in the order of experts, `[N, D]`."""
+    if permutation.bags is None:
+        return x_TD.index_select(0, permutation.source_N)
+    rows_ND: Tensor = _Permute.apply(x_TD, permutation.source_N, *permutation.bags)
+    return rows_ND
+
+
+def unpermute(y_ND: Tensor, weight_N: Tensor, permutation: Permutation) -> Tensor:
+    """Add up the rows of each token, weighted.
+
+    Args:
+        y_ND: rows in the order of experts.
+        weight_N: weight of each assignment, in the order of tokens.
+        permutation: as rows were permuted.
+
+    Returns:
+        `[T, D]`; zeros for a token without assignments.
+    """
+    token_N, order_N, source_N, num_tokens, top_k, bags = permutation
+    weight_N = weight_N.to(y_ND.dtype)
+    if bags is not None:
+        summed_TD: Tensor = _Unpermute.apply(y_ND, weight_N, token_N, order_N, source_N, *bags)
+        return summed_TD
+    y_ND = y_ND * weight_N.index_select(0, order_N).unsqueeze(1)
+    if top_k is not None and y_ND.device.type == "cuda":
+        # Adding by index is not deterministic there; undoing the sort and summing is.
+        return y_ND.index_select(0, order_N.argsort()).view(num_tokens, top_k, y_ND.shape[1]).sum(1)
+    return y_ND.new_zeros(num_tokens, y_ND.shape[1]).index_add(0, source_N, y_ND)
+
+
+class _Permute(torch.autograd.Function):
+    """`x_TD[source_N]`, whose gradient sums each token's rows in one pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, source_N: Tensor, row_N: Tensor, begin_T: Tensor) -> Tensor:
+        ctx.save_for_backward(source_N, row_N, begin_T)
+        return x_TD.index_select(0, source_N)
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None, None]:
+        source_N, row_N, begin_T = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody differentiates the gradient
+            zeros_TD = grad_ND.new_zeros(len(begin_T), grad_ND.shape[1])
+            return zeros_TD.index_add(0, source_N, grad_ND), None, None, None
+        return _sum_bags(grad_ND, row_N, begin_T), None, None, None
+
+
+class _Unpermute(torch.autograd.Function):
+    """The weighted sum of each token's rows, and its gradients, without a weighted copy of the rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y_ND: Tensor,
+        weight_N: Tensor,
+        token_N: Tensor,
+        order_N: Tensor,
+        source_N: Tensor,
+        row_N: Tensor,
+        begin_T: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(y_ND, weight_N, token_N, order_N, source_N, row_N, begin_T)
+        return _sum_bags(y_ND, row_N, begin_T, weight_N)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        y_ND, weight_N, token_N, order_N, source_N, row_N, begin_T = ctx.saved_tensors
+        weight_of_row_N = weight_N.index_select(0, order_N)
+        grad_y: Tensor | None = None
+        grad_weight: Tensor | None = None
+        if torch.is_grad_enabled():
+            grad_ND = grad_TD.index_select(0, source_N)
+            grad_y = grad_ND * weight_of_row_N.unsqueeze(1)
+            grad_weight = (grad_ND * y_ND).sum(1).index_select(0, row_N)
+            return grad_y, grad_weight, None, None, None, None, None
+        grad_TD = grad_TD.contiguous()
+        if ctx.needs_input_grad[0]:
+            grad_y = _sum_bags(grad_TD, source_N, torch.arange(len(source_N)), weight_of_row_N)
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+                grad_TD, y_ND.contiguous(), row_N, begin_T, token_N.contiguous(), _SUM
+            )
+        return grad_y, grad_weight, None, None, None, None, None
+
+
+_SUM = 0  # torch's number for the mode
+
+
+def _sum_bags(rows: Tensor, row_N: Tensor, begin_T: Tensor, weight_N: Tensor | None = None) -> Tensor:
+    sums: Tensor = torch.embedding_bag(rows.contiguous(), row_N, begin_T, mode=_SUM, per_sample_weights=weight_N)[0]
+    return sums
