@@ -42,6 +42,7 @@ class Setting:
         experts: `mlp` (4 D hidden units, GELU) or `swiglu` (8/3 D, as many operations).
         dtype: of weights and hidden states.
         device: where it runs.
+        hidden_dim: hidden units of an expert, instead of those.
     """
 
     tokens: int
@@ -51,10 +52,13 @@ class Setting:
     experts: str
     dtype: str
     device: str
+    hidden_dim: int | None = None
 
     @property
     def hidden(self) -> int:
         """Hidden units of an expert."""
+        if self.hidden_dim is not None:
+            return self.hidden_dim
         return 4 * self.d_model if self.experts == "mlp" else -(-8 * self.d_model // 24) * 8
 
 

@@ -5,11 +5,14 @@
     python benchmarks/layer.py --dtype bfloat16
     python benchmarks/layer.py --skew                 # one expert takes half of the tokens
     python benchmarks/layer.py --device cuda          # on a GPU, bfloat16
+    python benchmarks/layer.py --curve                # cost against the number of experts, no peers
 
-A figure is forward and backward of one layer, router included. The contenders of a setting run in one process, in turn,
-in another order each round; a ratio is the median over rounds of the time relative to the expert floor's in the same
-round. On a CPU the time is that of the process (other load does not count), with one thread unless told otherwise. Each
-setting has a process of its own. Writes a table, a CSV file and a picture.
+A figure is forward and backward of one layer, router included. The contenders of a setting run in one process, in
+turn, in another order each round. Two ratios to the expert floor are taken: the median over rounds of the time relative
+to the floor's in the same round, and the best time relative to the floor's best. Where neighbours on the same machine
+slow a core down for a while, the second is the one that repeats. On a CPU the time is that of the process (other load
+does not count), with one thread unless told otherwise, after `routerzoo.tune_cpu`, which serves all contenders alike.
+Each setting has a process of its own. Writes a table, a CSV file and a picture.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,13 +39,23 @@ import torch
 from contenders import FLOORS, OURS, PEERS, Setting, Unavailable
 from torch import Tensor, nn
 
+from routerzoo import tune_cpu
+
 GRIDS = {
     "cpu": {"tokens": [1024, 4096], "d_model": [256, 512], "num_experts": [8, 16, 64], "top_k": [1, 2]},
     "cuda": {"tokens": [4096, 32768], "d_model": [1024, 2048], "num_experts": [8, 64, 128], "top_k": [2, 8]},
 }
+CURVES = {
+    "cpu": {"tokens": [2048], "d_model": [256], "num_experts": [8, 16, 32, 64, 128, 256], "top_k": [2]},
+    "cuda": {"tokens": [16384], "d_model": [1024], "num_experts": [8, 16, 32, 64, 128, 256], "top_k": [2]},
+}
 # A contender whose first step is this many times slower than the floor's is measured by that alone.
 HOPELESS = 12.0
 ESSENTIAL = frozenset({*FLOORS, *OURS})
+# One that is still this many times slower after a few rounds is measured by those.
+OUT_OF_THE_RACE, QUALIFYING_ROUNDS = 1.6, 3
+MIN_ROUNDS = 7
+FIGURES = ("seconds", "ratio", "best ratio", "to active floor", "best to active floor", "peak MiB", "rounds")
 
 
 def main() -> None:
@@ -51,13 +64,20 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default=None, choices=["float32", "bfloat16"])
     parser.add_argument("--experts", nargs="*", default=["mlp", "swiglu"], choices=["mlp", "swiglu"])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=200, help="at most so many")
+    parser.add_argument("--seconds", type=float, default=40.0, help="after so long, no more than 7 rounds")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--skew", action="store_true", help="one expert takes half of the tokens")
+    parser.add_argument("--curve", action="store_true", help="cost against the number of experts, k and tokens fixed")
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--contenders", nargs="*", default=None, help="only these, beside the floors")
+    parser.add_argument("--no-tuning", action="store_true", help="leave memory allocation as the system has it")
     parser.add_argument("--minutes", type=float, default=60.0, help="start no further setting after so long")
-    parser.add_argument("--only", default="", help="settings whose name contains this, such as E64")
+    parser.add_argument(
+        "--only", nargs="*", default=[""], help="settings whose name contains one of these, such as E64"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--suffix", default="", help="added to the names of the files")
     parser.add_argument("--one", default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
@@ -65,7 +85,8 @@ def main() -> None:
         print("RESULT " + json.dumps(measure(Setting(**json.loads(options.one)), options)))
         return
     rows = run_grid(options)
-    name = f"layer_{options.device}_{options.dtype}{'_skew' if options.skew else ''}"
+    marks = {"_skew": options.skew, "_curve": options.curve, "_untuned": options.no_tuning, options.suffix: True}
+    name = f"layer_{options.device}_{options.dtype}{''.join(mark for mark, on in marks.items() if on)}"
     options.out.mkdir(parents=True, exist_ok=True)
     with (options.out / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -74,18 +95,18 @@ def main() -> None:
     summary = summarise(rows)
     (options.out / f"{name}.md").write_text(f"{header(options)}\n\n{summary}\n")
     print(f"\n{header(options)}\n\n{summary}")
-    draw(rows, options.out / f"{name}.png")
+    (draw_curve if options.curve else draw)(rows, options.out / f"{name}.png")
 
 
 def run_grid(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Run a process for each setting."""
-    grid = GRIDS[options.device]
+    grid = (CURVES if options.curve else GRIDS)[options.device]
     points = list(itertools.product(options.experts, *grid.values()))
     rows: list[dict[str, Any]] = []
     started = time.monotonic()
     for number, (experts, *sizes) in enumerate(points):
         setting = Setting(*sizes, experts, options.dtype, options.device)
-        if options.only not in named(setting):
+        if not any(part in named(setting) for part in options.only):
             continue
         minutes = (time.monotonic() - started) / 60
         if minutes > options.minutes:
@@ -100,7 +121,7 @@ def run_grid(options: argparse.Namespace) -> list[dict[str, Any]]:
             continue
         found = json.loads(results[0])
         rows += [{**asdict(setting), **row} for row in found]
-        told = ", ".join(f"{r['contender']} {r['ratio']:.2f}" for r in found if r["ratio"] is not None)
+        told = ", ".join(f"{r['contender']} {r['best ratio']:.2f}" for r in found if r["ratio"] is not None)
         print(f"[{number + 1}/{len(points)}] {named(setting)}: {told}", flush=True)
     return rows
 
@@ -113,17 +134,21 @@ def named(setting: Setting) -> str:
 def measure(setting: Setting, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure all contenders of a setting."""
     warnings.simplefilter("ignore")
+    if setting.device == "cpu" and not options.no_tuning:
+        tune_cpu()
     torch.manual_seed(0)
     dtype = getattr(torch, setting.dtype)
     x_TD = torch.randn(setting.tokens, setting.d_model, device=setting.device, dtype=dtype)
     if options.skew:
         x_TD[: setting.tokens // 2] = x_TD[0]  # equal tokens go to the same experts
-    builders = {**FLOORS, **OURS, **({} if options.no_peers else PEERS)}
+    builders = {**FLOORS, **OURS, **({} if options.no_peers or options.curve else PEERS)}
+    if options.contenders is not None:
+        builders = {name: build for name, build in builders.items() if name in FLOORS or name in options.contenders}
     steps: dict[str, Callable[[], None]] = {}
     times: dict[str, list[float]] = {}
     rows: dict[str, dict[str, Any]] = {}
     for name, build in builders.items():
-        rows[name] = {"contender": name, "seconds": None, "ratio": None, "to active floor": None, "peak MiB": None}
+        rows[name] = {"contender": name, **dict.fromkeys(FIGURES)}
         try:
             steps[name] = step_of(build(setting).to(setting.device, dtype), x_TD)
             times[name] = [timed(steps[name], setting.device)]
@@ -137,16 +162,25 @@ def measure(setting: Setting, options: argparse.Namespace) -> list[dict[str, Any
     times["expert floor"].append(timed(steps["expert floor"], setting.device))
     quick = [name for name in steps if times[name][0] < HOPELESS * times["expert floor"][1] or name in ESSENTIAL]
     times["expert floor"].pop()
+    begun = time.monotonic()
     for number in range(options.rounds):
+        if number >= MIN_ROUNDS and time.monotonic() - begun > options.seconds:
+            break
+        if number == QUALIFYING_ROUNDS:
+            limit = OUT_OF_THE_RACE * min(times["expert floor"])
+            quick = [name for name in quick if name in ESSENTIAL or min(times[name]) < limit]
         for name in random.Random(number).sample(quick, len(quick)):
             times[name].append(timed(steps[name], setting.device))
     for name in steps:
         # The first round warms up.
         own = times[name][1:] or times[name]
-        rows[name]["seconds"] = statistics.median(own)
+        rows[name]["seconds"] = min(own)
+        rows[name]["rounds"] = len(own)
         for column, other in (("ratio", "expert floor"), ("to active floor", "active floor")):
             pairs = zip(own, times[other][1:], strict=False)
             rows[name][column] = statistics.median(a / b for a, b in pairs)
+        rows[name]["best ratio"] = min(own) / min(times["expert floor"][1:])
+        rows[name]["best to active floor"] = min(own) / min(times["active floor"][1:])
         rows[name]["peak MiB"] = peak_mib(steps[name], setting.device) if name in quick else None
     return [{"note": "", **row} for row in rows.values()]
 
@@ -204,9 +238,10 @@ def header(options: argparse.Namespace) -> str:
     """Say where and how this was measured."""
     machine = torch.cuda.get_device_name() if options.device == "cuda" else cpu_name()
     skew = ", one expert takes half of the tokens" if options.skew else ""
+    tuned = "" if options.device == "cuda" else f", {'without' if options.no_tuning else 'with'} tune_cpu"
     return (
         f"One MoE layer, forward and backward, {options.dtype}{skew}. "
-        f"{machine}, {options.threads} thread(s), torch {torch.__version__}, medians of {options.rounds} rounds.\n"
+        f"{machine}, {options.threads} thread(s){tuned}, torch {torch.__version__}.\n"
         f"Command: `python benchmarks/layer.py {' '.join(sys.argv[1:])}`"
     )
 
@@ -223,30 +258,48 @@ def cpu_name() -> str:
 def summarise(rows: list[dict[str, Any]]) -> str:
     """Return a table of each contender's ratios over the settings that it ran."""
     table = [
-        "| contender | settings | to the expert floor: median | best | worst | to the active floor | peak memory to the"
-        " expert floor's: median | worst |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "Time relative to the expert floor's over the settings: of the best times (median, lowest, highest), and the"
+        " median of the medians of pairs; relative to the active floor; peak memory to the expert floor's.",
+        "",
+        "| contender | settings | best: median | lowest | highest | pairs | to the active floor | memory | highest |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     floors = {point(row): row["peak MiB"] for row in rows if row["contender"] == "expert floor"}
     for name in dict.fromkeys(row["contender"] for row in rows):
         own = [row for row in rows if row["contender"] == name and row["ratio"] is not None]
         if not own:
             note = next(row["note"] for row in rows if row["contender"] == name)
-            table.append(f"| {name} | 0 ({note}) | | | | | | |")
+            table.append(f"| {name} | 0 ({note}) | | | | | | | |")
             continue
-        ratios, active = [row["ratio"] for row in own], [row["to active floor"] for row in own]
+        best = [row["best ratio"] for row in own]
+        pairs = statistics.median(row["ratio"] for row in own)
+        active = statistics.median(row["best to active floor"] for row in own)
         memory = [row["peak MiB"] / floors[point(row)] for row in own if row["peak MiB"] is not None] or [math.nan]
         table.append(
-            f"| {name} | {len(own)} | {statistics.median(ratios):.2f} | {min(ratios):.2f} | {max(ratios):.2f} | "
-            f"{statistics.median(active):.2f} | {statistics.median(memory):.2f} | {max(memory):.2f} |"
+            f"| {name} | {len(own)} | {statistics.median(best):.2f} | {min(best):.2f} | {max(best):.2f} | {pairs:.2f} "
+            f"| {active:.2f} | {statistics.median(memory):.2f} | {max(memory):.2f} |"
         )
-    ahead = behind = 0
-    for where in floors:
-        here = {row["contender"]: row["ratio"] for row in rows if point(row) == where and row["ratio"] is not None}
-        rivals = [ratio for name, ratio in here.items() if name in PEERS and "bf16" not in name]
-        if rivals and "routerzoo" in here:
-            ahead, behind = ahead + (here["routerzoo"] < min(rivals)), behind + (here["routerzoo"] >= min(rivals))
-    return "\n".join(table) + f"\n\nAhead of every peer of the same precision in {ahead} of {ahead + behind} settings."
+    return "\n".join([*table, "", against_peers(rows, floors)])
+
+
+def against_peers(rows: list[dict[str, Any]], settings: Iterable[tuple[Any, ...]]) -> str:
+    """Say in how many settings ours is ahead of every peer of the same precision, and where it is not."""
+    ahead, behind = 0, []
+    for where in settings:
+        here = {row["contender"]: row["best ratio"] for row in rows if point(row) == where and row["ratio"] is not None}
+        rivals = {name: ratio for name, ratio in here.items() if name in PEERS and "bf16" not in name}
+        if not rivals or "routerzoo" not in here:
+            continue
+        fastest = min(rivals, key=rivals.__getitem__)
+        ahead += here["routerzoo"] < rivals[fastest]
+        if here["routerzoo"] >= rivals[fastest]:
+            kind, tokens, d_model, num_experts, top_k = where
+            behind.append(
+                f"- {kind} T{tokens} d{d_model} E{num_experts} k{top_k}: {here['routerzoo']:.3f}, "
+                f"{fastest} {rivals[fastest]:.3f}"
+            )
+    told = f"Ahead of every peer of the same precision in {ahead} of {ahead + len(behind)} settings (best times)."
+    return "\n".join([told, *(["", "Behind in:", "", *behind] if behind else [])])
 
 
 def point(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -266,12 +319,34 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for place, name in enumerate(names):
         own = [row for row in rows if row["contender"] == name and row["ratio"] is not None]
         sizes = [8 + row["num_experts"] for row in own]
-        axes.scatter([row["ratio"] for row in own], [place] * len(own), s=sizes, alpha=0.5)
+        axes.scatter([row["best ratio"] for row in own], [place] * len(own), s=sizes, alpha=0.5)
     axes.axvline(1, color="black", linewidth=1, linestyle="--")
     axes.set(xscale="log", xlabel="time relative to the expert floor (a larger dot is more experts)")
     axes.set_yticks(range(len(names)), labels=names)
     axes.invert_yaxis()
     axes.grid(alpha=0.3, axis="x", which="both")
+    figure.savefig(path, dpi=110)
+
+
+def draw_curve(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw the time of each contender against the number of experts."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    kinds = list(dict.fromkeys(row["experts"] for row in rows))
+    for name in ("active floor", "expert floor", "routerzoo"):
+        for kind, style in zip(kinds, ("-o", "--s"), strict=False):
+            own = [row for row in rows if row["contender"] == name and row["experts"] == kind]
+            milliseconds = [1000 * row["seconds"] for row in own]
+            axes.plot([row["num_experts"] for row in own], milliseconds, style, label=f"{name}, {kind}")
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="experts", ylabel="forward and backward, ms", ylim=(0, None))
+    axes.set_title(f"{rows[0]['tokens']} tokens, width {rows[0]['d_model']}, k = {rows[0]['top_k']}")
+    axes.legend()
+    axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
 

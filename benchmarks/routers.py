@@ -11,6 +11,7 @@ unless OMP_NUM_THREADS says otherwise. Writes a table.
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 import routerzoo
-from routerzoo import LayerSpec, MLPExperts, MoE, Router, RoutingContext
+from routerzoo import LayerSpec, MLPExperts, MoE, Router, Routing, RoutingContext
 
 
 def main() -> None:
@@ -45,7 +46,9 @@ def main() -> None:
     torch.manual_seed(0)
     steps: dict[tuple[str, str], Callable[[], None]] = {}
     for name in routerzoo.list_routers():
-        factory = partial(routerzoo.registry.router_class(name), top_k=options.top_k)
+        factory = routerzoo.registry.router_class(name)
+        if "top_k" in inspect.signature(factory).parameters:
+            factory = partial(factory, top_k=options.top_k)
         router = factory(spec).to(options.device)
         steps[name, "training"] = training_step(router, options)
         steps[name, "evaluation"] = evaluation_step(factory(spec).to(options.device).eval(), options)
@@ -98,11 +101,19 @@ def training_step(module: Router | MoE, options: Any) -> Callable[[], None]:
         if isinstance(answer, Tensor):
             answer.sum().backward()
             return
-        objective = answer.weights_TK[:, 0].sum() + sum(answer.losses.values())
+        objective = first_weight(answer) + sum(answer.losses.values())
         if objective.requires_grad:
             objective.backward()
 
     return step
+
+
+def first_weight(routing: Routing) -> Tensor:
+    """Return a sum of weights that a gradient goes through, whatever the form."""
+    for weights in (routing.weights_TK, routing.weight_N, routing.combine_GSEP, routing.merge_GE):
+        if weights is not None:
+            return weights.select(-1, 0).sum() if weights.ndim > 1 else weights[::2].sum()
+    raise AssertionError("a Routing has one form")
 
 
 def evaluation_step(router: Router, options: Any) -> Callable[[], None]:
