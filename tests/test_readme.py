@@ -2,6 +2,7 @@
 
 import re
 import sys
+import tomllib
 import types
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import routerzoo
 from routerzoo import metrics
 from routerzoo.__main__ import OVERVIEW
 from routerzoo.testing import CHECKS
+from tests.conftest import BUILT_IN
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PLUGINS = sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))
 DOCS = {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
 
 
@@ -25,8 +28,20 @@ def test_every_config_that_it_names_exists():
 
 
 def test_every_router_is_named():
-    for name in routerzoo.list_routers():
-        assert name in README or routerzoo.registry.router_package(name) != "routerzoo"
+    for name in BUILT_IN:
+        assert f"`{name}`" in README
+
+
+@pytest.mark.parametrize("package", PLUGINS, ids=lambda package: package.name)
+def test_every_plugin_documents_its_routers_and_configs(package):
+    told = (package / "README.md").read_text(encoding="utf-8")
+    assert f"`plugins/{package.name}`" in README
+    points = tomllib.loads((package / "pyproject.toml").read_text())["project"]["entry-points"]["routerzoo.routers"]
+    for name in points:
+        assert f"`{name}`" in told
+        assert f"`{name}`" in DOCS["fidelity.md"]
+    for config in (package / "configs").glob("*.yaml"):
+        assert config.name in told
 
 
 def test_ci_runs_the_test_command_and_nothing_else_of_its_own():

@@ -1,0 +1,16 @@
+"""Routers that assign tokens to experts jointly: expert choice, optimal transport, BASE."""
+
+from routerzoo_assignment.base_layer import BaseLayerRouter
+from routerzoo_assignment.expert_choice import ExpertChoiceRouter, ExpertThresholdRouter
+from routerzoo_assignment.sinkhorn import log_sinkhorn
+from routerzoo_assignment.sinkhorn_routers import SBaseRouter, SelectiveSinkhornRouter, SinkhornRouter
+
+__all__ = [
+    "BaseLayerRouter",
+    "ExpertChoiceRouter",
+    "ExpertThresholdRouter",
+    "SBaseRouter",
+    "SelectiveSinkhornRouter",
+    "SinkhornRouter",
+    "log_sinkhorn",
+]

@@ -1,0 +1,230 @@
+"""The routers that assign jointly: laws, and numbers by hand."""
+
+from functools import partial
+
+import pytest
+import torch
+from routerzoo_assignment import (
+    BaseLayerRouter,
+    ExpertChoiceRouter,
+    ExpertThresholdRouter,
+    SBaseRouter,
+    SelectiveSinkhornRouter,
+    SinkhornRouter,
+    log_sinkhorn,
+)
+from routerzoo_assignment.base_layer import balanced_assignment
+from scipy.optimize import linear_sum_assignment
+from torch.testing import assert_close
+
+from routerzoo import LayerSpec, MoE, RoutingContext
+from routerzoo.moe import NonCausalRouterError
+from routerzoo.testing import CHECKS, check_router
+
+VARIANTS = {
+    "ExpertChoice": ExpertChoiceRouter,
+    "ExpertThreshold": ExpertThresholdRouter,
+    "Sinkhorn": SinkhornRouter,
+    "Sinkhorn, renormalised": partial(SinkhornRouter, renormalize=True, epsilon=0.1),
+    "S-BASE": SBaseRouter,
+    "S-BASE, per sequence": partial(SBaseRouter, scope="sequence"),
+    "SSR, never": partial(SelectiveSinkhornRouter, probability=0.0),
+    "SSR, always": partial(SelectiveSinkhornRouter, probability=1.0),
+    "SSR-S, always, detached": partial(SelectiveSinkhornRouter, probability=1.0, scores="softmax"),
+    "BASE": BaseLayerRouter,
+}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variant(variant, check):
+    check_router(VARIANTS[variant], only=[check], examples=8)
+
+
+def sequences(*lengths):
+    ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    return RoutingContext(sequence_ids=ids)
+
+
+def gate(router, logits_TE):
+    """Let hidden states be logits."""
+    router.weight.data = torch.eye(logits_TE.shape[1])
+    return logits_TE
+
+
+def chosen(routing, num_tokens, num_experts):
+    pairs = routing.assignments()
+    weights = torch.zeros(num_tokens, num_experts + 1)
+    weights[pairs.token_N, pairs.expert_N] = pairs.weight_N
+    return weights[:, :num_experts]
+
+
+def test_expert_choice_by_hand():
+    router = ExpertChoiceRouter(LayerSpec(2, 2), top_k=1)
+    logits = gate(router, torch.tensor([[2.0, 0.0], [1.0, 0.0], [3.0, 0.0], [0.0, 0.5], [0.0, 0.1]]))
+    # A sequence of 3 tokens, 2 for each expert; one of 2 tokens, 1 for each.
+    weights = chosen(router(logits, sequences(3, 2)), 5, 2)
+    expected = logits.softmax(-1) * torch.tensor([[1, 1], [0, 1], [1, 0], [0, 1], [1, 0]])
+    assert_close(weights, expected)
+
+
+def test_expert_choice_has_equal_loads_without_padding():
+    router = ExpertChoiceRouter(LayerSpec(8, 4), top_k=2)
+    mask = torch.arange(24) % 12 >= 8  # two sequences of 8 tokens and 4 of padding
+    context = RoutingContext(sequence_ids=torch.arange(24) // 12, padding_mask=mask)
+    routing = router(torch.randn(24, 8) * 9, context)
+    assert routing.load_E(4).tolist() == [8, 8, 8, 8]
+    assert not chosen(routing, 24, 4)[mask].any()
+
+
+def test_threshold_follows_the_batch_and_chooses_by_itself():
+    router = ExpertThresholdRouter(LayerSpec(2, 2), top_k=1, speed=0.5)
+    logits = gate(router, torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 2.0]]))
+    assert chosen(router(logits), 4, 2).gt(0).tolist() == [[True, False], [True, False], [False, True], [False, True]]
+    router.before_optimizer_step()
+    # Two tokens for each expert: the third-largest probability is sigmoid(-1).
+    assert_close(router.thresholds_E, torch.sigmoid(torch.tensor([-1.0, -1.0])))
+    router(logits * 2)
+    router.before_optimizer_step()
+    assert_close(
+        router.thresholds_E, (torch.sigmoid(torch.tensor(-1.0)) + torch.sigmoid(torch.tensor(-2.0))).div(2).expand(2)
+    )
+    router.eval()
+    both = router(torch.tensor([[0.0, 0.0]]))
+    assert both.assignments().expert_N.tolist() == [0, 1]
+    before = router.thresholds_E.clone()
+    router.before_optimizer_step()  # nothing was seen
+    assert torch.equal(router.thresholds_E, before)
+
+
+def test_threshold_keeps_the_mean_number_of_experts():
+    torch.manual_seed(0)
+    router = ExpertThresholdRouter(LayerSpec(16, 8), top_k=2, init_std=1.0)
+    for _ in range(60):
+        router(torch.randn(256, 16))
+        router.before_optimizer_step()
+    router.eval()
+    assert 1.8 < len(router(torch.randn(4096, 16)).assignments().token_N) / 4096 < 2.2
+
+
+def test_transport_plan_has_its_marginals_and_does_not_overflow():
+    torch.manual_seed(0)
+    scores = torch.randn(3, 12, 4)
+    scores[0, 0, 0] = 1000.0
+    real = torch.ones(3, 12, dtype=torch.bool)
+    real[1, 7:] = False
+    plan = log_sinkhorn(scores, real, iterations=500).exp()
+    assert plan.isfinite().all()
+    assert_close(plan.sum(2), real.float(), atol=1e-4, rtol=0)  # float32 next to a logit of 1,000
+    assert_close(plan.sum(1), (real.sum(1) / 4).unsqueeze(1).expand(3, 4), atol=1e-3, rtol=1e-3)
+    assert not plan[1, 7:].any()
+
+
+def test_small_entropy_gives_the_best_assignment():
+    torch.manual_seed(0)
+    scores = torch.randn(1, 12, 3)
+    plan = log_sinkhorn(scores, torch.ones(1, 12, dtype=torch.bool), epsilon=0.01, iterations=5000).exp()
+    rows, columns = linear_sum_assignment(-scores[0].repeat_interleave(4, 1).numpy())
+    assert plan[0].argmax(1).tolist() == (columns // 4).tolist()
+    assert rows.tolist() == list(range(12))
+
+
+@pytest.mark.parametrize("router", [SinkhornRouter, SBaseRouter])
+def test_transport_levels_the_load(router):
+    torch.manual_seed(0)
+    built = router(LayerSpec(8, 4), top_k=1, epsilon=0.05)
+    x_TD = gate_of_preferences(built)
+    context = sequences(64)
+    load = built(x_TD, context).load_E(4)
+    assert load.max() <= 24
+    assert x_TD[:, :4].argmax(1).bincount(minlength=4).max() > 40  # without transport
+
+
+def gate_of_preferences(router):
+    x_TD = torch.randn(64, 8)
+    x_TD[:, 0] += 3.0
+    router.weight.data = torch.eye(4, 8)
+    return x_TD
+
+
+def test_s_base_weights_and_evaluation():
+    router = SBaseRouter(LayerSpec(2, 2), top_k=1)
+    logits = gate(router, torch.tensor([[2.0, 1.0], [3.0, 1.0]]))
+    routing = router(logits)
+    assert routing.experts_TK.flatten().tolist() == [1, 0]  # one each, though both prefer expert 0
+    assert_close(routing.weights_TK.flatten(), torch.sigmoid(torch.tensor([1.0, 3.0])))
+    assert router.eval()(logits).experts_TK.flatten().tolist() == [0, 0]
+    router.top_k = 2
+    assert_close(router(logits).weights_TK, logits.softmax(-1))
+
+
+def test_selective_sinkhorn_is_rare_and_its_gradient_can_be_had():
+    torch.manual_seed(0)
+    router = SelectiveSinkhornRouter(LayerSpec(2, 2), top_k=1, probability=0.25, noise=0.0)
+    logits = gate(router, torch.tensor([[2.0, 1.0], [3.0, 1.0]]))
+    by_transport = sum(router(logits).experts_TK.flatten().tolist() == [1, 0] for _ in range(2000))
+    assert 440 < by_transport < 560
+    for detach in (False, True):
+        router = SelectiveSinkhornRouter(LayerSpec(4, 4), top_k=2, probability=1.0, detach=detach)
+        router(torch.randn(8, 4)).weights_TK[:, 0].sum().backward() if not detach else None
+        assert detach or router.weight.grad.abs().sum() > 0
+    assert not router(torch.randn(8, 4)).weights_TK.requires_grad
+
+
+@pytest.mark.parametrize("shape", [(12, 3), (64, 8), (10, 4), (5, 1), (3, 8), (0, 4)])
+def test_auction_is_within_epsilon_of_the_best_assignment(shape):
+    torch.manual_seed(1)
+    scores = torch.randn(shape)
+    experts = balanced_assignment(scores, precision=0.01, max_rounds=10_000)
+    capacity = -(-shape[0] // shape[1])
+    if shape[0] == 0:
+        assert experts.tolist() == []
+        return
+    assert experts.bincount(minlength=shape[1]).max() <= capacity
+    rows, columns = linear_sum_assignment(-scores.repeat_interleave(capacity, 1).numpy())
+    best = float(scores.repeat_interleave(capacity, 1)[torch.from_numpy(rows), torch.from_numpy(columns)].sum())
+    ours = float(scores.gather(1, experts.unsqueeze(1)).sum())
+    epsilon = 0.01 * float(scores.max() - scores.min())
+    assert best - shape[0] * epsilon - 1e-4 <= ours <= best + 1e-4
+
+
+def test_auction_that_is_cut_short_still_balances():
+    scores = torch.randn(64, 8) + torch.arange(8)
+    experts = balanced_assignment(scores, precision=1e-6, max_rounds=3)
+    assert experts.bincount(minlength=8).tolist() == [8] * 8
+
+
+def test_base_layer_weights_by_sigmoid_and_skips_padding():
+    router = BaseLayerRouter(LayerSpec(2, 2))
+    router.expert_embedding.data = torch.eye(2)
+    x_TD = torch.tensor([[2.0, 1.0], [3.0, 1.0], [9.0, 0.0]])
+    context = RoutingContext(padding_mask=torch.tensor([False, False, True]))
+    routing = router(x_TD, context)
+    assert routing.experts_TK.flatten().tolist() == [1, 0, 0]
+    assert_close(routing.weights_TK[:2].flatten(), torch.sigmoid(torch.tensor([1.0, 3.0])))
+    assert router.eval()(x_TD).experts_TK.flatten().tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "router", [ExpertChoiceRouter, SinkhornRouter, SBaseRouter, SelectiveSinkhornRouter, BaseLayerRouter]
+)
+def test_a_decoder_refuses_them_and_names_what_it_takes(router):
+    with pytest.raises(NonCausalRouterError, match=r"ExpertThresholdRouter|LinearRouter"):
+        MoE(LayerSpec(8, 4, decoder=True), router)
+    MoE(LayerSpec(8, 4, decoder=True), ExpertThresholdRouter)
+
+
+@pytest.mark.parametrize(
+    ("router", "arguments", "message"),
+    [
+        (ExpertThresholdRouter, {"speed": 0.0}, "speed must be above 0 and at most 1, got 0.0"),
+        (SinkhornRouter, {"epsilon": 0.0}, "epsilon must be above 0, got 0.0"),
+        (SBaseRouter, {"iterations": 0}, "iterations must be at least 1, got 0"),
+        (SelectiveSinkhornRouter, {"probability": 2.0}, "probability must be between 0 and 1, got 2.0"),
+        (SelectiveSinkhornRouter, {"scores": "probs"}, "scores must be logits or softmax, got 'probs'"),
+        (BaseLayerRouter, {"precision": 0.0}, "precision must be above 0, got 0.0"),
+    ],
+)
+def test_bad_arguments(router, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        router(LayerSpec(8, 8), **arguments)

@@ -1,0 +1,123 @@
+"""The routers of varying k: laws, and numbers by hand."""
+
+from functools import partial
+
+import pytest
+import torch
+from routerzoo_dynamic import BlockFFNRouter, DynMoLERouter, TopPRouter
+from routerzoo_dynamic.dyn_mole import normalized_tsallis_entropy
+from torch.testing import assert_close
+
+from routerzoo import LayerSpec, RoutingContext
+from routerzoo.testing import CHECKS, check_router
+
+VARIANTS = {
+    "top-p": TopPRouter,
+    "top-p, high": partial(TopPRouter, threshold=0.9),
+    "DynMoLE": DynMoLERouter,
+    "DynMoLE, one expert is enough": partial(DynMoLERouter, min_experts=1, entropy_threshold=0.5, q=2.0),
+    "BlockFFN": BlockFFNRouter,
+    "BlockFFN, short chunks": partial(BlockFFNRouter, chunk_length=2),
+}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variant(variant, check):
+    check_router(VARIANTS[variant], only=[check], examples=8)
+
+
+def with_logits(router, logits_TE):
+    """Let hidden states be logits."""
+    router.weight.data = torch.eye(logits_TE.shape[1])
+    return logits_TE
+
+
+def chosen(routing, num_experts=4):
+    weights = torch.zeros(len(routing.logits_TE), num_experts)
+    weights[routing.token_N, routing.expert_N] = routing.weight_N
+    return weights
+
+
+def test_top_p_by_hand():
+    router = TopPRouter(LayerSpec(4, 4), threshold=0.6)
+    probs = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.7, 0.1, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25]])
+    routing = router(with_logits(router, probs.log()))
+    # The crossing expert is in; the weights are not renormalised; ties go to the first.
+    expected = probs * torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0]])
+    assert_close(chosen(routing), expected)
+    assert_close(routing.losses["entropy"], torch.special.entr(probs).sum(1).mean())
+    # f = 3/6, 2/6, 1/6, 0 of the choices; P = means of the columns.
+    share = torch.tensor([3.0, 2.0, 1.0, 0.0]) / 6
+    assert_close(routing.losses["balance"], 4 * (share * probs.mean(0)).sum())
+
+
+def test_a_threshold_of_one_takes_all_that_have_a_probability():
+    router = TopPRouter(LayerSpec(4, 4), threshold=1.0)
+    assert (chosen(router(with_logits(router, torch.randn(5, 4)))) > 0).all()
+
+
+def test_dyn_mole_by_hand():
+    router = DynMoLERouter(LayerSpec(4, 4), threshold=0.8, entropy_threshold=0.95)
+    probs = torch.tensor([[0.5, 0.25, 0.2, 0.05], [0.85, 0.05, 0.05, 0.05], [0.25, 0.25, 0.25, 0.25]])
+    routing = router(with_logits(router, probs.log()))
+    # The crossing expert is out; at least two; all at high entropy.
+    expected = probs * torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]])
+    assert_close(chosen(routing), expected)
+    share = expected.sum(0) / expected.sum()
+    assert_close(routing.losses["balance"], 4 * (share * probs.mean(0)).sum())
+
+
+def test_tsallis_entropy_by_hand():
+    uniform, certain = torch.full((1, 4), 0.25), torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+    assert_close(normalized_tsallis_entropy(uniform, 1.1), torch.ones(1), atol=1e-3, rtol=0)
+    assert_close(normalized_tsallis_entropy(certain, 1.1), torch.zeros(1), atol=1e-3, rtol=0)
+    # q = 2 is the Gini impurity, 1 - sum p^2, over its largest value 3/4.
+    half = torch.tensor([[0.5, 0.5, 0.0, 0.0]])
+    assert_close(normalized_tsallis_entropy(half, 2.0), torch.tensor([0.5 / 0.75]), atol=1e-4, rtol=0)
+
+
+def test_block_ffn_by_hand():
+    router = BlockFFNRouter(LayerSpec(4, 4))
+    router.gamma.data = torch.tensor([1.0, 2.0, 1.0, 1.0])
+    logits = with_logits(router, torch.tensor([[3.0, 4.0, -1.0, 0.0], [-1.0, -1.0, -1.0, -1.0]]))
+    routing = router(logits, RoutingContext(sequence_ids=torch.zeros(2, dtype=torch.int64)))
+    # The root mean square of 3, 4, 0, 0 is 2.5.
+    assert_close(chosen(routing), torch.tensor([[1.2, 3.2, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]))
+    assert routing.token_N.tolist() == [0, 0]  # the other token has no expert
+
+
+def test_block_ffn_losses_by_hand():
+    router = BlockFFNRouter(LayerSpec(2, 2), chunk_length=2)
+    logits = with_logits(router, torch.tensor([[1.0, -1.0], [1.0, 1.0], [1.0, -1.0], [-1.0, 0.0]]))
+    ids = torch.tensor([0, 0, 0, 1])
+    losses = router(logits, RoutingContext(sequence_ids=ids)).losses
+    # Of the four pairs within a sequence two agree; the others cost 100 each.
+    assert_close(losses["locality"], torch.tensor(50.0), atol=1e-3, rtol=0)
+    # Chunks: tokens 0 and 1 need expert 0 surely and expert 1 by half; token 2 needs expert 0; token 3 none.
+    assert_close(losses["chunk"], torch.tensor([1.0, 0.5, 1.0, 0.0, 0.0, 0.0]).sum() / 6)
+
+
+def test_losses_leave_padding_out():
+    router = BlockFFNRouter(LayerSpec(4, 4), chunk_length=4)
+    x_TD = torch.randn(6, 4)
+    ids, mask = torch.tensor([0, 0, 0, 0, 1, 1]), torch.tensor([False, False, False, True, False, True])
+    padded = router(x_TD, RoutingContext(sequence_ids=ids, padding_mask=mask)).losses
+    alone = router(x_TD[~mask], RoutingContext(sequence_ids=ids[~mask])).losses
+    for name, loss in padded.items():
+        assert_close(loss, alone[name])
+
+
+@pytest.mark.parametrize(
+    ("router", "arguments", "message"),
+    [
+        (TopPRouter, {"threshold": 0.0}, "threshold must be above 0 and at most 1, got 0.0"),
+        (DynMoLERouter, {"threshold": 1.5}, "threshold must be above 0 and at most 1, got 1.5"),
+        (DynMoLERouter, {"min_experts": 0}, "min_experts must be at least 1, got 0"),
+        (DynMoLERouter, {"q": 1.0}, "q must be above 0 and not 1, got 1.0"),
+        (BlockFFNRouter, {"chunk_length": 0}, "chunk_length must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments(router, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        router(LayerSpec(8, 8), **arguments)

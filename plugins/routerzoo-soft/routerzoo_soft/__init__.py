@@ -1,0 +1,6 @@
+"""Routers that mix instead of choosing: tokens into slots, or experts into one."""
+
+from routerzoo_soft.smear import SMEARRouter
+from routerzoo_soft.soft_moe import SoftMoERouter
+
+__all__ = ["SMEARRouter", "SoftMoERouter"]
