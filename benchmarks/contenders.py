@@ -111,6 +111,31 @@ def ours(setting: Setting, backend: str = "auto", router: Any = None) -> nn.Modu
     return MoE(router=router, experts=experts, backend=backend, **sizes)  # type: ignore[arg-type]
 
 
+def compiled(setting: Setting) -> nn.Module:
+    """Our layer, compiled into one graph."""
+    if setting.device != "cuda":
+        raise Unavailable("for GPUs")
+    layer: nn.Module = torch.compile(ours(setting), fullgraph=True)  # type: ignore[assignment]
+    return layer
+
+
+class CudaGraph(nn.Module):
+    """Our layer, forward and backward recorded once and replayed: nothing in it may wait for the device."""
+
+    def __init__(self, setting: Setting) -> None:
+        if setting.device != "cuda":
+            raise Unavailable("for GPUs")
+        super().__init__()
+        self.layer = ours(setting)
+        self.replay: Callable[[Tensor], Tensor] | None = None
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Record on the first call."""
+        if self.replay is None:
+            self.replay = torch.cuda.make_graphed_callables(self.layer, (x_TD.detach().clone().requires_grad_(),))
+        return self.replay(x_TD)
+
+
 def mixtral(setting: Setting, implementation: str) -> nn.Module:
     """The Mixtral block of transformers."""
     if setting.experts != "swiglu":
@@ -251,6 +276,8 @@ OURS: dict[str, Callable[[Setting], nn.Module]] = {
     "routerzoo": ours,
     "routerzoo grouped": partial(ours, backend="grouped"),
     "routerzoo loop": partial(ours, backend="loop"),
+    "routerzoo compiled": compiled,
+    "routerzoo CUDA graph": CudaGraph,
 }
 PEERS: dict[str, Callable[[Setting], nn.Module]] = {
     "transformers grouped_mm": partial(mixtral, implementation="grouped_mm"),

@@ -4,7 +4,7 @@
     python benchmarks/layer.py                        # the grid in float32
     python benchmarks/layer.py --dtype bfloat16
     python benchmarks/layer.py --skew                 # one expert takes half of the tokens
-    python benchmarks/layer.py --device cuda          # on a GPU, bfloat16
+    python benchmarks/layer.py --device cuda --minutes 9 --seconds 5   # on a GPU, bfloat16
     python benchmarks/layer.py --curve                # cost against the number of experts, no peers
 
 A figure is forward and backward of one layer, router included. The contenders of a setting run in one process, in

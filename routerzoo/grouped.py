@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
@@ -68,18 +68,22 @@ class _BiasBySegment(torch.autograd.Function):
     def forward(ctx: Any, y_NO: Tensor, bias_EO: Tensor, ends_E: Tensor) -> Tensor:
         ctx.ends = ends_E.tolist()
         ctx.mark_dirty(y_NO)
-        for rows_NO, bias_O in zip(_segments(y_NO, ctx.ends), bias_EO, strict=True):
-            if len(rows_NO):
-                rows_NO.add_(bias_O)
+        for expert, start, end in _segments(ctx.ends):
+            y_NO[start:end].add_(bias_EO[expert])
         return y_NO
 
     @staticmethod
     def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor, Tensor, None]:
-        return grad_NO, torch.stack([rows_NO.sum(0) for rows_NO in _segments(grad_NO, ctx.ends)]), None
+        rows = {expert: grad_NO[start:end].sum(0) for expert, start, end in _segments(ctx.ends)}
+        nothing_O = grad_NO.new_zeros(grad_NO.shape[1])
+        return grad_NO, torch.stack([rows.get(expert, nothing_O) for expert in range(len(ctx.ends))]), None
 
 
-def _segments(rows_NO: Tensor, ends: list[int]) -> list[Tensor]:
-    return [rows_NO[start:end] for start, end in itertools.pairwise([0, *ends])]
+def _segments(ends: list[int]) -> Iterator[tuple[int, int, int]]:
+    """Yield expert, start and end of the rows of each expert that has any."""
+    for expert, (start, end) in enumerate(itertools.pairwise([0, *ends])):
+        if end > start:
+            yield expert, start, end
 
 
 def _per_row(bias_EO: Tensor, ends_E: Tensor, num_rows: int) -> Tensor:
@@ -139,12 +143,10 @@ def _reference(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
 @custom_op("routerzoo::grouped_matmul", mutates_args=())
 def _matmul(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     y_NO = x_NI.new_empty(len(x_NI), weight_EOI.shape[1])
-    start = 0
-    for e, end in enumerate(ends_E.tolist()):
-        if end > start:
-            torch.mm(x_NI[start:end], weight_EOI[e].T, out=y_NO[start:end])
-        start = end
-    y_NO[start:] = 0
+    ends = ends_E.tolist()
+    for expert, start, end in _segments(ends):
+        torch.mm(x_NI[start:end], weight_EOI[expert].T, out=y_NO[start:end])
+    y_NO[ends[-1] :] = 0
     return y_NO
 
 
