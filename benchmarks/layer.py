@@ -337,11 +337,11 @@ def draw_curve(rows: list[dict[str, Any]], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     kinds = list(dict.fromkeys(row["experts"] for row in rows))
-    for name in ("active floor", "expert floor", "routerzoo"):
+    for name, colour in (("active floor", "tab:grey"), ("expert floor", "tab:blue"), ("routerzoo", "tab:red")):
         for kind, style in zip(kinds, ("-o", "--s"), strict=False):
             own = [row for row in rows if row["contender"] == name and row["experts"] == kind]
             milliseconds = [1000 * row["seconds"] for row in own]
-            axes.plot([row["num_experts"] for row in own], milliseconds, style, label=f"{name}, {kind}")
+            axes.plot([row["num_experts"] for row in own], milliseconds, style, color=colour, label=f"{name}, {kind}")
     axes.set_xscale("log", base=2)
     axes.set(xlabel="experts", ylabel="forward and backward, ms", ylim=(0, None))
     axes.set_title(f"{rows[0]['tokens']} tokens, width {rows[0]['d_model']}, k = {rows[0]['top_k']}")

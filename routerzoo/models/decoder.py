@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from routerzoo.experts import MLPExperts
 from routerzoo.grouped import Backend
 from routerzoo.models.blocks import MoEBlocks, moe_block_indices
-from routerzoo.moe import ExpertsFactory, MoE, RouterFactory
+from routerzoo.moe import ExpertsFactory, MoE, RouterFactory, moe_layers
 from routerzoo.routing import LayerSpec, RoutingContext
 
 PROVIDED_CONTEXT = frozenset({"token_ids", "positions", "sequence_ids", "step", "total_steps"})
@@ -299,7 +299,8 @@ class Decoder(nn.Module):
     ) -> Iterator[Tensor]:
         """Yield sampled next tokens, `[B]` each, without end.
 
-        Keys and values of earlier tokens are kept, so that each step computes one token. Beyond `max_length` tokens the
+        Keys and values of earlier tokens are kept, so that each step computes one token. Where a router looks at other
+        tokens than its own (it is not `tokenwise`), all are computed again in each step. Beyond `max_length` tokens the
         oldest are forgotten.
 
         Args:
@@ -316,14 +317,18 @@ class Decoder(nn.Module):
         if temperature < 0 or not 0 < top_p <= 1:
             raise ValueError(f"temperature must be >= 0 and top_p in (0, 1], got {temperature} and {top_p}")
         ids_BS, past, seen = ids_BS[:, -self.max_length :], None, 0
+        one_by_one = all(layer.router.tokenwise for layer in moe_layers(self))
         while True:
-            logits_BSV, _, past = self._run(ids_BS, past, seen=seen)
-            seen += ids_BS.shape[1]
-            forget = max(past[0].keys.shape[2] - self.max_length + 1, 0)
-            past = [KeyValues(keys[:, :, forget:], values[:, :, forget:]) for keys, values in past]
+            logits_BSV, _, present = self._run(ids_BS, past, seen=seen)
             next_B = _sample(logits_BSV[:, -1].float(), temperature, top_p, generator)
             yield next_B
-            ids_BS = next_B.unsqueeze(1)
+            if one_by_one:
+                seen += ids_BS.shape[1]
+                forget = max(present[0].keys.shape[2] - self.max_length + 1, 0)
+                past = [KeyValues(keys[:, :, forget:], values[:, :, forget:]) for keys, values in present]
+                ids_BS = next_B.unsqueeze(1)
+            else:
+                ids_BS = torch.cat([ids_BS, next_B.unsqueeze(1)], dim=1)[:, -self.max_length :]
 
 
 def _sample(logits_BV: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:

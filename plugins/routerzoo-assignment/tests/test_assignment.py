@@ -113,7 +113,7 @@ def test_transport_plan_has_its_marginals_and_does_not_overflow():
     scores[0, 0, 0] = 1000.0
     real = torch.ones(3, 12, dtype=torch.bool)
     real[1, 7:] = False
-    plan = log_sinkhorn(scores, real, iterations=500).exp()
+    plan = log_sinkhorn(scores, real, iterations=5000).exp()  # the outlier alone takes so many
     assert plan.isfinite().all()
     assert_close(plan.sum(2), real.float(), atol=1e-4, rtol=0)  # float32 next to a logit of 1,000
     assert_close(plan.sum(1), (real.sum(1) / 4).unsqueeze(1).expand(3, 4), atol=1e-3, rtol=1e-3)

@@ -138,9 +138,9 @@ def test_padding_belongs_to_no_group_and_comes_out_as_zeros():
 
 def test_expert_dropout_leaves_experts_out_and_never_all():
     torch.manual_seed(0)
-    router = SMEARRouter(LayerSpec(4, 3), scope="prefix", expert_dropout=0.9)
+    router = SMEARRouter(LayerSpec(4, 3), scope="prefix", expert_dropout=0.5)
     weights = router(torch.randn(200, 4), context(200)).merge_GE
-    assert (weights == 0).float().mean() > 0.4
+    assert 0.33 < (weights == 0).float().mean() < 0.42  # one half, less the eighth where all would be left out
     assert_close(weights.sum(1), torch.ones(200))
     assert (router.eval()(torch.randn(9, 4), context(9)).merge_GE > 0).all()
 
