@@ -154,7 +154,7 @@ def load_loss(
 
 def z_loss(logits_TE: Tensor, *, padding_mask: Tensor | None = None) -> Tensor:
     """Return the mean of squared log-partition values, `logsumexp(logits)^2` (Zoph et al. 2022, equation 5)."""
-    return _masked_mean(torch.logsumexp(logits_TE, dim=-1).square(), padding_mask)
+    return masked_mean(torch.logsumexp(logits_TE, dim=-1).square(), padding_mask)
 
 
 def stablemoe_balance_loss(
@@ -189,10 +189,11 @@ def stablemoe_balance_loss(
 
 def distillation_loss(student_TE: Tensor, teacher_T: Tensor, *, padding_mask: Tensor | None = None) -> Tensor:
     """Return the mean cross-entropy of a student router's logits with a teacher's choices (Dai et al. 2022, eq. 11)."""
-    return _masked_mean(F.cross_entropy(student_TE, teacher_T, reduction="none"), padding_mask)
+    return masked_mean(F.cross_entropy(student_TE, teacher_T, reduction="none"), padding_mask)
 
 
-def _masked_mean(values_T: Tensor, padding_mask: Tensor | None) -> Tensor:
+def masked_mean(values_T: Tensor, padding_mask: Tensor | None) -> Tensor:
+    """Average over tokens that are not padding; 0 where there is none."""
     if padding_mask is None:
         return values_T.sum() / max(values_T.numel(), 1)
     return values_T.masked_fill(padding_mask, 0.0).sum() / (~padding_mask).sum().clamp_min(1)

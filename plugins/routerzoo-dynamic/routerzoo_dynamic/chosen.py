@@ -42,10 +42,3 @@ def choices(chosen_TE: Tensor) -> Tensor:
     """Return a mask as `[T, E]` choices, -1 where an expert is not chosen, as balance losses take them."""
     experts_E = torch.arange(chosen_TE.shape[1], device=chosen_TE.device)
     return torch.where(chosen_TE, experts_E, -1)
-
-
-def masked_mean(values_T: Tensor, padding_mask: Tensor | None) -> Tensor:
-    """Average over tokens that are not padding."""
-    if padding_mask is None:
-        return values_T.sum() / max(values_T.numel(), 1)
-    return values_T.masked_fill(padding_mask, 0.0).sum() / (~padding_mask).sum().clamp_min(1)

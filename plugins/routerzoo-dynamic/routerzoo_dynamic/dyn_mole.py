@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo_dynamic.chosen import masked_mean, routing_of
+from routerzoo.losses import masked_mean
+from routerzoo_dynamic.chosen import routing_of
 
 _EPSILON = 1e-5  # the authors'
 

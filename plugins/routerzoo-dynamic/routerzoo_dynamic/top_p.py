@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.losses import balance_loss
-from routerzoo_dynamic.chosen import choices, masked_mean, routing_of
+from routerzoo.losses import balance_loss, masked_mean
+from routerzoo_dynamic.chosen import choices, routing_of
 
 
 @register_router

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import Any, final
+from dataclasses import replace
+from typing import final
 
 from torch import Tensor
 
@@ -68,7 +69,9 @@ class HashFirstRouter(Router):
         """Route by the layer's method."""
         self.gate.top_k = self.top_k
         routing = self.gate.route(x_TD, context)
-        return _scaled(routing, self.scale) if self.hashes else routing
+        if self.hashes and routing.weights_TK is not None:
+            return replace(routing, weights_TK=routing.weights_TK * self.scale)
+        return routing
 
     def calibrate(self, token_counts_V: Tensor) -> None:
         """Pass it on."""
@@ -86,9 +89,3 @@ class HashFirstRouter(Router):
     def scale_initial_logits(self, factor: float) -> None:
         """Scale the gate; hash layers have no logits."""
         self.gate.scale_initial_logits(factor)
-
-
-def _scaled(routing: Routing, scale: float) -> Routing:
-    assert routing.weights_TK is not None  # HashRouter's form
-    changes: dict[str, Any] = {**vars(routing), "weights_TK": routing.weights_TK * scale}
-    return Routing(**changes)
