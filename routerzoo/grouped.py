@@ -92,18 +92,18 @@ def _per_row(bias_EO: Tensor, ends_E: Tensor, num_rows: int) -> Tensor:
     return bias_EO.index_select(0, expert_N)
 
 
-# With fewer rows than this share of the experts, visiting only experts that have rows wins on a CPU.
+# Up to this share of the experts in rows, visiting only experts that have rows wins on a CPU.
 FEW_ROWS_PER_EXPERT = 1 / 8
 
 
 def _choose(x_NI: Tensor, weight_EOI: Tensor) -> Backend:
     """Choose by what was measured; shapes, device and dtype decide, so that nothing is read back from a device.
 
-    - `grouped` wherever torch has it. Over the benchmark's grid on a CPU in float32 it takes 0.96 of the time of `loop`
+    - `grouped` wherever torch has it. Over the benchmark's grid on a CPU in float32 it takes 0.97 of the time of `loop`
       in the median (`benchmarks/results/layer.md`), and on a GPU `loop` waits for the device.
     - `loop` elsewhere, and on a CPU for few rows, as when a decoder generates: `grouped` takes 1.7 to 2.0 times as long
       with 1 or 2 rows for 64 experts, 3.1 to 5.0 times with 1 or 2 for 256, is level at 8 to 16 rows for 64 and 16 to
-      32 for 256, and takes 0.7 to 1.0 of the time of `loop` beyond. With 8 experts it is level or ahead throughout.
+      32 for 256, and takes 0.7 to 1.0 of the time of `loop` beyond. With 8 experts it is 0.7 to 1.1 throughout.
     """
     few = x_NI.device.type == "cpu" and len(x_NI) <= FEW_ROWS_PER_EXPERT * len(weight_EOI)
     return "loop" if few or _grouped_refuses(x_NI, weight_EOI) else "grouped"

@@ -64,10 +64,10 @@ def unpermute(y_ND: Tensor, weight_N: Tensor, permutation: Permutation) -> Tenso
     Returns:
         `[T, D]`; zeros for a token without assignments.
     """
-    token_N, order_N, source_N, num_tokens, top_k, bags = permutation
+    _, order_N, source_N, num_tokens, top_k, bags = permutation
     weight_N = weight_N.to(y_ND.dtype)
     if bags is not None:
-        summed_TD: Tensor = _Unpermute.apply(y_ND, weight_N, token_N, order_N, source_N, *bags)
+        summed_TD: Tensor = _Unpermute.apply(y_ND, weight_N, order_N, source_N, *bags)
         return summed_TD
     y_ND = y_ND * weight_N.index_select(0, order_N).unsqueeze(1)
     if top_k is not None and y_ND.device.type == "cuda":
@@ -94,14 +94,13 @@ class _Permute(torch.autograd.Function):
 
 
 class _Unpermute(torch.autograd.Function):
-    """The weighted sum of each token's rows, and its gradients, without a weighted copy of the rows."""
+    """The weighted sum of each token's rows, and its gradients, the sum without a weighted copy of the rows."""
 
     @staticmethod
     def forward(
         ctx: Any,
         y_ND: Tensor,
         weight_N: Tensor,
-        token_N: Tensor,
         order_N: Tensor,
         source_N: Tensor,
         row_N: Tensor,
@@ -112,7 +111,7 @@ class _Unpermute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        y_ND, weight_N, token_N, order_N, source_N, row_N, begin_T = ctx.saved_tensors
+        y_ND, weight_N, order_N, source_N, row_N = ctx.saved_tensors
         weight_of_row_N = weight_N.index_select(0, order_N)
         grad_y: Tensor | None = None
         grad_weight: Tensor | None = None
@@ -120,15 +119,14 @@ class _Unpermute(torch.autograd.Function):
             grad_ND = grad_TD.index_select(0, source_N)
             grad_y = grad_ND * weight_of_row_N.unsqueeze(1)
             grad_weight = (grad_ND * y_ND).sum(1).index_select(0, row_N)
-            return grad_y, grad_weight, None, None, None, None, None
+            return grad_y, grad_weight, None, None, None, None
         grad_TD = grad_TD.contiguous()
         if ctx.needs_input_grad[0]:
             grad_y = _sum_bags(grad_TD, source_N, torch.arange(len(source_N)), weight_of_row_N)
         if ctx.needs_input_grad[1]:
-            grad_weight = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-                grad_TD, y_ND.contiguous(), row_N, begin_T, token_N.contiguous(), _SUM
-            )
-        return grad_y, grad_weight, None, None, None, None, None
+            # Not the bags' own gradient: it is faster, but rounds a sum over D beyond what recorded gates allow.
+            grad_weight = (grad_TD.index_select(0, source_N) * y_ND).sum(1).index_select(0, row_N)
+        return grad_y, grad_weight, None, None, None, None
 
 
 _SUM = 0  # torch's number for the mode
