@@ -106,7 +106,7 @@ class _Unpermute(torch.autograd.Function):
         row_N: Tensor,
         begin_T: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(y_ND, weight_N, token_N, order_N, source_N, row_N, begin_T)
+        ctx.save_for_backward(y_ND, weight_N, order_N, source_N, row_N)
         return _sum_bags(y_ND, row_N, begin_T, weight_N)
 
     @staticmethod
