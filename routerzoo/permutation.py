@@ -112,20 +112,16 @@ class _Unpermute(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         y_ND, weight_N, order_N, source_N, row_N = ctx.saved_tensors
-        weight_of_row_N = weight_N.index_select(0, order_N)
         grad_y: Tensor | None = None
         grad_weight: Tensor | None = None
-        if torch.is_grad_enabled():
-            grad_ND = grad_TD.index_select(0, source_N)
-            grad_y = grad_ND * weight_of_row_N.unsqueeze(1)
-            grad_weight = (grad_ND * y_ND).sum(1).index_select(0, row_N)
-            return grad_y, grad_weight, None, None, None, None
-        grad_TD = grad_TD.contiguous()
-        if ctx.needs_input_grad[0]:
-            grad_y = _sum_bags(grad_TD, source_N, torch.arange(len(source_N)), weight_of_row_N)
+        grad_ND = grad_TD.index_select(0, source_N)
         if ctx.needs_input_grad[1]:
             # Not the bags' own gradient: it is faster, but rounds a sum over D beyond what recorded gates allow.
-            grad_weight = (grad_TD.index_select(0, source_N) * y_ND).sum(1).index_select(0, row_N)
+            grad_weight = (grad_ND * y_ND).sum(1).index_select(0, row_N)
+        if ctx.needs_input_grad[0]:
+            weight_N1 = weight_N.index_select(0, order_N).unsqueeze(1)
+            # In place, unless somebody differentiates the gradient.
+            grad_y = grad_ND * weight_N1 if torch.is_grad_enabled() else grad_ND.mul_(weight_N1)
         return grad_y, grad_weight, None, None, None, None
 
 
