@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, default=None, help="a file for the table")
     options = parser.parse_args()
-    spec = LayerSpec(options.d_model, options.num_experts, vocab_size=50_000, num_positions=options.tokens)
+    spec = LayerSpec(options.d_model, options.num_experts, vocab_size=50_000, num_positions=options.tokens, num_tasks=2)
     torch.manual_seed(0)
     steps: dict[tuple[str, str], Callable[[], None]] = {}
     layers: dict[str, Callable[[LayerSpec], Router]] = {}
@@ -94,7 +94,16 @@ def inputs(options: Any) -> tuple[Tensor, RoutingContext]:
     """Return hidden states and a whole context."""
     tokens = torch.arange(options.tokens, device=options.device)
     ids = torch.randint(50_000, (options.tokens,), device=options.device)
-    context = RoutingContext(token_ids=ids, positions=tokens, sequence_ids=tokens * 0, step=0, total_steps=100)
+    attention_THS = torch.ones(options.tokens, 8, options.tokens, device=options.device).tril_().softmax(-1)
+    context = RoutingContext(
+        token_ids=ids,
+        positions=tokens,
+        sequence_ids=tokens * 0,
+        task_ids=tokens * 0,
+        attention=attention_THS,
+        step=0,
+        total_steps=100,
+    )
     return torch.randn(options.tokens, options.d_model, device=options.device), context
 
 

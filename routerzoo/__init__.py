@@ -23,6 +23,7 @@ from routerzoo.routers import (
 )
 from routerzoo.routing import LayerSpec, Routing, RoutingContext
 from routerzoo.sparsify import provide_context, sparsify
+from routerzoo.wrapper import RouterWrapper
 
 __version__ = "0.1.0"
 
@@ -49,6 +50,7 @@ __all__ = [
     "MoE",
     "RandomFrozenRouter",
     "Router",
+    "RouterWrapper",
     "Routing",
     "RoutingContext",
     "StableMoERouter",

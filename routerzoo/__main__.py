@@ -15,7 +15,10 @@ commands:
   validate   evaluate on the validation split:   python -m routerzoo validate --ckpt_path last
   test       evaluate on the test split:         python -m routerzoo test --ckpt_path best
   predict    continue text, or classify images:  python -m routerzoo predict --ckpt_path best
+  look       show the routing of text or images: python -m routerzoo look --ckpt_path best
   routers    list routers, sizes and papers:     python -m routerzoo routers
+  sweep      run a grid, and go on with it:      python -m routerzoo sweep --config configs/sweeps/quick.yaml
+  report     say what came of a sweep:           python -m routerzoo report sweeps/quick
   check      prove what routers declare:         python -m routerzoo check HyperRouter
 
 python -m routerzoo COMMAND --help lists a command's options;
@@ -41,6 +44,14 @@ def main(args: Sequence[str] | None = None) -> None:
         from routerzoo.testing.command import main as check
 
         check(args[1:])
+    elif args[0] == "sweep":
+        from routerzoo.sweep.command import main as sweep
+
+        sweep(args[1:])
+    elif args[0] == "report":
+        from routerzoo.report.command import main as report
+
+        report(args[1:])
     else:
         if owns_process and os.environ.get("ROUTERZOO_TUNE_CPU", "1") != "0":
             from routerzoo.cpu import tune_cpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -19,17 +20,21 @@ from rich.console import Console
 import routerzoo.data
 import routerzoo.tasks
 from routerzoo import registry, runs
-from routerzoo.callbacks import PredictionWriter, RoutingMonitor, RunReport
+from routerzoo.callbacks import FiniteLoss, PredictionWriter, RoutingMonitor, RoutingPictures, RunReport
 from routerzoo.callbacks.checkpoint import RunCheckpoint
+from routerzoo.callbacks.progress_file import ProgressFile
 from routerzoo.callbacks.report import LOWER_IS_BETTER
 from routerzoo.checkpoints import read_checkpoint
 from routerzoo.errors import UserError
 from routerzoo.loggers import AppendingCSVLogger
+from routerzoo.look.trainer import LookingTrainer
 from routerzoo.parser_errors import explain
 from routerzoo.tasks.base import MoETask
 
+PROGRESS_VARIABLE = "ROUTERZOO_PROGRESS_FILE"
+"""A run whose environment has this writes how far it is into that file."""
 # The data decides these sizes of the model.
-LINKED = ("vocab_size", "metric", "max_length", "num_classes", "image_size", "in_channels")
+LINKED = ("vocab_size", "metric", "max_length", "num_tasks", "num_classes", "image_size", "in_channels")
 # What may differ between a checkpoint and the command that uses it. All else decides what its numbers mean.
 FREE = frozenset(
     {
@@ -40,6 +45,7 @@ FREE = frozenset(
             "eval_top_k",
             "initial_logit_std",
             "dropout",
+            "consistency",
             "label_smoothing",
             "backend",
         ),
@@ -77,6 +83,7 @@ class RouterZooCLI(LightningCLI):
         super().__init__(
             LightningModule,
             LightningDataModule,
+            trainer_class=LookingTrainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
@@ -86,6 +93,11 @@ class RouterZooCLI(LightningCLI):
             trainer_defaults={"num_sanity_val_steps": -1, "log_every_n_steps": 10, "enable_model_summary": False},
             args=list(args),
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the commands, and which of their arguments are not for the command line."""
+        return {**LightningCLI.subcommands(), "look": {"model", "datamodule"}}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the given arguments alone."""
@@ -148,7 +160,8 @@ class RouterZooCLI(LightningCLI):
             router_name = "dense"
         data = config.get("data") or {}
         dataset = (data.get("init_args") or {}).get("dataset") or str(data.get("class_path", "run")).rpartition(".")[2]
-        return f"{Path(str(dataset)).stem}-{router_name}"
+        names = dataset if isinstance(dataset, list) else [dataset]
+        return f"{'+'.join(Path(str(name)).stem for name in names)}-{router_name}"
 
     def _check_checkpoint(self, path: Path, config: Any) -> None:
         """Refuse a checkpoint of another model than the command describes, and say where a run goes on."""
@@ -217,6 +230,12 @@ class RouterZooCLI(LightningCLI):
             added.append(RoutingMonitor())
         if not issubclass(PredictionWriter, kinds):
             added.append(PredictionWriter(str(folder)))
+        if fitting and not issubclass(FiniteLoss, kinds):
+            added.append(FiniteLoss())
+        if not issubclass(RoutingPictures, kinds):
+            added.append(RoutingPictures())
+        if PROGRESS_VARIABLE in os.environ:
+            added.append(ProgressFile(os.environ[PROGRESS_VARIABLE]))
         if not given["fast_dev_run"]:
             # Evaluation has no use for them, but a checkpoint's callbacks are expected whenever it is read.
             if given["enable_checkpointing"] in (None, True):

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import final
+from typing import Self, final
 
 from torch import Tensor, nn
 
@@ -22,6 +23,10 @@ ExpertsFactory = Callable[[LayerSpec], Experts]
 
 class NonCausalRouterError(ValueError):
     """A decoder was given a router that looks at later tokens."""
+
+
+class BatchDependenceWarning(UserWarning):
+    """A router that lets one sequence's tokens change another's routing is about to serve."""
 
 
 @final
@@ -90,6 +95,26 @@ class MoE(nn.Module):
         self.shared_experts = experts(replace(spec, num_experts=num_shared_experts)) if num_shared_experts else None
         # Set by models that cannot hand a context to their blocks (see `routerzoo.sparsify.provide_context`).
         self.provided_context: RoutingContext | None = None
+        # Evaluation is taken for serving, until a trainer that only validates says otherwise.
+        self.warns_of_batch_dependence = True
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch between training and evaluation; say once if the router is not safe to serve."""
+        super().train(mode)
+        if not mode and self.warns_of_batch_dependence and not self.router.batch_independent:
+            self.warns_of_batch_dependence = False
+            warnings.warn(
+                f"{type(self.router).__name__} is not batch independent in evaluation: what one sequence of a batch "
+                "holds changes how the others are routed, so that one user's input can change another's output (Hayes "
+                "et al. 2024, arXiv:2402.05526). Serve sequences one by one, or take a batch-independent router",
+                BatchDependenceWarning,
+                stacklevel=2,
+            )
+        return self
+
+    def __getstate__(self) -> dict[str, object]:
+        # A copy has no part in the pass that this layer was given a context for, whose tensors belong to a graph.
+        return {**self.__dict__, "provided_context": None}
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Tensor:
         """Compute the layer.

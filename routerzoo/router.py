@@ -75,6 +75,8 @@ class Router(nn.Module, ABC):
     """The task's gradient reaches the router's parameters at top_k = 1 (it does not where one weight is always 1)."""
     compiles: bool = True
     """`torch.compile(fullgraph=True)` takes the router."""
+    wants_feedback: bool = False
+    """The router has losses that depend on how well each token was predicted: see `feedback`."""
     default_loss_weights: ClassVar[Mapping[str, float]] = {}
     """The published coefficient of each auxiliary loss, used where the task is given none."""
 
@@ -160,11 +162,59 @@ class Router(nn.Module, ABC):
             value = getattr(context, name)
             if value is None:
                 raise ValueError(f"{type(self).__name__} requires {name}; pass RoutingContext({name}=...)")
-            if isinstance(value, Tensor) and value.shape != x_TD.shape[:1]:
+            if isinstance(value, Tensor) and value.shape[:1] != x_TD.shape[:1]:
                 raise ValueError(f"{name} has shape {list(value.shape)}, the hidden states are {list(x_TD.shape)}")
         with torch.autocast(x_TD.device.type, enabled=False):
             routing = self.route(x_TD if x_TD.dtype == torch.float64 else x_TD.float(), context)
         return _with_weights_like(x_TD, routing)
+
+    def choose(self, logits_TE: Tensor) -> Tensor:
+        """Choose experts by logits alone, as evaluation does. Optional: for policies around the router.
+
+        Such as steering, which changes logits, and a capacity, which rules experts out by a logit of minus infinity.
+
+        Args:
+            logits_TE: of the kind that this router's routings hold.
+
+        Returns:
+            int64 `[tokens, k]`, -1 for none; an expert that is ruled out only where there are fewer than k others.
+
+        Raises:
+            NotImplementedError: the router does not choose by logits alone.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not choose by logits alone; it implements no choose")
+
+    def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+        """Weigh experts as the router would, had it chosen them, with gradients. Optional, like `choose`.
+
+        Args:
+            logits_TE: of the kind that this router's routings hold.
+            experts_TK: int64, different experts for each token; -1 for none.
+
+        Returns:
+            Weights `[tokens, k]`; 0 for none.
+
+        Raises:
+            NotImplementedError: the router's weights do not follow from logits and experts.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot weigh experts by logits; it implements no weigh")
+
+    def feedback(self, routing: Routing, context: RoutingContext, token_losses_T: Tensor) -> Mapping[str, Tensor]:
+        """Return losses that need to know what came of a routing, as reinforcement learning does.
+
+        Called in training where `wants_feedback`, once the task's loss is known. What `route` needs to keep for it goes
+        into the context's `carry`, under a key that names the class and the layer.
+
+        Args:
+            routing: this router's answer.
+            context: as `route` had it.
+            token_losses_T: the task's loss of each token, in nats, without gradient; 0 for padding and for tokens
+                without a target.
+
+        Returns:
+            Raw scalars by name, as `Routing.losses`.
+        """
+        return {}
 
     def calibrate(self, token_counts_V: Tensor) -> None:
         """Learn from the training split how often each token id occurs, once, before the first step.
@@ -204,7 +254,7 @@ class Router(nn.Module, ABC):
 
     def get_extra_state(self) -> dict[str, int]:
         """Return what the `state_dict` holds beside parameters and buffers."""
-        return {"top_k": self._top_k}
+        return {"top_k": self.top_k}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
         """Take what `get_extra_state` gave."""

@@ -12,7 +12,7 @@ from routerzoo.registry import broken_plugins, create_router, list_routers, rout
 from routerzoo.router import Router
 from routerzoo.routing import LayerSpec
 
-EXAMPLE = LayerSpec(d_model=256, num_experts=16, vocab_size=256, num_positions=256)
+EXAMPLE = LayerSpec(d_model=256, num_experts=16, vocab_size=256, num_positions=256, num_tasks=2)
 
 
 def router_table() -> list[dict[str, str]]:

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-CONTEXT_FIELDS = frozenset({"token_ids", "positions", "sequence_ids", "padding_mask", "step", "total_steps"})
+CONTEXT_FIELDS = frozenset(
+    {"token_ids", "positions", "sequence_ids", "padding_mask", "task_ids", "attention", "step", "total_steps"}
+)
 """The fields of a `RoutingContext` that a router can require."""
 
 
@@ -27,6 +29,7 @@ class LayerSpec:
         vocab_size: number of distinct token ids, where the model has any.
         num_positions: longest sequence that the model takes, where it has a limit.
         hidden_dim: width of the feed-forward network that the experts stand in for, where there is one.
+        num_tasks: number of tasks (corpora, say) that tokens come from, where the model tells them apart.
         provides: the `RoutingContext` fields that the model fills in on every call. A router that requires another
             one is refused when it is built.
         decoder: True where a token must not see later ones; a router that is not `causal` is then refused.
@@ -42,11 +45,12 @@ class LayerSpec:
     vocab_size: int | None = None
     num_positions: int | None = None
     hidden_dim: int | None = None
+    num_tasks: int | None = None
     provides: frozenset[str] = CONTEXT_FIELDS
     decoder: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "num_experts", "num_layers", "vocab_size", "num_positions", "hidden_dim"):
+        for name in ("d_model", "num_experts", "num_layers", "vocab_size", "num_positions", "hidden_dim", "num_tasks"):
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
@@ -69,6 +73,9 @@ class RoutingContext:
         positions: [tokens] int64, place of each token in its sequence, from 0.
         sequence_ids: [tokens] int64, the sequence that each token belongs to.
         padding_mask: [tokens] bool, True where a token is padding. The MoE layer sends padding to no expert.
+        task_ids: [tokens] int64, the task that each token belongs to.
+        attention: [tokens, heads, keys], what each token pays to the places of its sequence in the attention layer
+            before the MoE layer, after the softmax. Models compute it for the layers whose routers require it.
         step: optimiser steps taken so far.
         total_steps: optimiser steps that the run will take.
         carry: what one MoE layer leaves for the next (recurrent and shared routers live on it).
@@ -80,6 +87,8 @@ class RoutingContext:
     positions: Tensor | None = None
     sequence_ids: Tensor | None = None
     padding_mask: Tensor | None = None
+    task_ids: Tensor | None = None
+    attention: Tensor | None = None
     step: int | None = None
     total_steps: int | None = None
     carry: dict[str, Any] = field(default_factory=dict)

@@ -36,6 +36,26 @@ def softmax_over_selected(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor
     return selected_TK.softmax(dim=-1), experts_TK
 
 
+def largest_logits(logits_TE: Tensor, top_k: int) -> Tensor:
+    """Return the experts of the `top_k` largest logits, best first: what most routers' `choose` is."""
+    return top_k_experts(logits_TE, top_k)[1]
+
+
+def softmax_over(logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+    """Return the softmax over the logits of given experts alone, 0 for none (-1)."""
+    none_TK = experts_TK < 0
+    # Not minus infinity, whose softmax over nothing else would have a gradient that is no number.
+    lowest = torch.finfo(logits_TE.dtype).min
+    selected_TK = logits_TE.gather(1, experts_TK.clamp_min(0)).masked_fill(none_TK, lowest)
+    return selected_TK.softmax(dim=-1).masked_fill(none_TK, 0.0)
+
+
+def weights_at(scores_TE: Tensor, experts_TK: Tensor, *, renormalize: bool = False) -> Tensor:
+    """Return the scores of given experts, 0 for none (-1), divided by their sum if so wished."""
+    weights_TK = scores_TE.gather(1, experts_TK.clamp_min(0)).masked_fill(experts_TK < 0, 0.0)
+    return weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(1e-20) if renormalize else weights_TK
+
+
 def score(logits_TE: Tensor, function: ScoreFunction) -> Tensor:
     """Turn logits into scores in [0, 1].
 

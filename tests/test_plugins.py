@@ -1,6 +1,7 @@
 """The packages under plugins/: each router trains, from the command that its config names."""
 
 import shlex
+import shutil
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -48,6 +49,7 @@ def test_config_trains_by_the_command_that_it_names(config, tmp_path):
         }
     )
     (tmp_path / "quick.yaml").write_text(quick)
+    shutil.copy(ROOT / "README.md", tmp_path)  # a corpus of one of the configs
     cli.main([*arguments, "--config", str(tmp_path / "quick.yaml")])
     router = yaml.safe_load(config.read_text())["model"]["init_args"]["router"]["class_path"]
     assert any(router in str(folder) for folder in tmp_path.rglob("checkpoints"))

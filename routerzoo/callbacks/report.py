@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import resource
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, final
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
@@ -46,7 +49,7 @@ class RunReport(Callback):
         self.best: float | None = None
         self._last: float | None = None
         self._last_step = 0
-        self._started = 0.0
+        self._started = self._seconds_before = 0.0
         self._console = Console(soft_wrap=True, highlight=False)
         self._costs: list[Costs] = []
 
@@ -65,7 +68,8 @@ class RunReport(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what is trained."""
-        self._started = time.monotonic()
+        # A resumed run has taken the time before too.
+        self._started = time.monotonic() - self._seconds_before
         # On every rank: where parameters are sharded, all must take part in the forward pass that is counted.
         self._count(pl_module)
         if not trainer.is_global_zero:
@@ -245,9 +249,11 @@ class RunReport(Callback):
             evaluated = pl_module.eval_top_ks[0] if isinstance(pl_module, MoETask) else None
             router = {"router": type(layers[0].router).__name__, "k": trained if evaluated is None else evaluated}
         costs = _numbers(self._costs[0]) if self._costs else {}
-        known[stage] = {**router, **results, **costs}
+        known[stage] = {**router, **results, **costs, "peak memory, bytes": peak_memory(pl_module.device)}
         self.folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+        part.replace(path)  # whole or not at all, whenever the run is killed
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count what is evaluated."""
@@ -269,11 +275,27 @@ class RunReport(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Keep what a resumed run cannot measure again."""
-        return {"metric_at_start": self.metric_at_start, "best": self.best}
+        return {
+            "metric_at_start": self.metric_at_start,
+            "best": self.best,
+            "last": self._last,
+            "last_step": self._last_step,
+            "seconds": time.monotonic() - self._started,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it up."""
         self.metric_at_start, self.best = state_dict["metric_at_start"], state_dict["best"]
+        self._last, self._last_step = state_dict["last"], state_dict["last_step"]
+        self._seconds_before = state_dict["seconds"]
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that the process has held: allocated on a GPU, or resident on a CPU, code included."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage if sys.platform == "darwin" else usage * 1024
 
 
 def _monitor(trainer: Trainer) -> RoutingMonitor | None:

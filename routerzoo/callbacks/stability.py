@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, final
 
@@ -78,7 +79,9 @@ class StabilityMonitor(Callback):
             return
         path = Path(trainer.default_root_dir) / self.picture
         path.parent.mkdir(parents=True, exist_ok=True)
-        stability_over_training(self.curves()).savefig(path, dpi=110)
+        curves = self.curves()
+        stability_over_training(curves).savefig(path, dpi=110)
+        path.with_suffix(".json").write_text(json.dumps(curves) + "\n", encoding="utf-8")
 
     def _record(self, step: int, pl_module: LightningModule, log: bool = True) -> None:
         if self.steps_R and self.steps_R[-1] >= step:

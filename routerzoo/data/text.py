@@ -19,6 +19,7 @@ from routerzoo.data.download import Checksum, default_root, download, extract_me
 from routerzoo.data.loading import TrainingLoader
 from routerzoo.data.tokens import (
     UNKNOWN,
+    MixedWindows,
     Span,
     Windows,
     WordCorpus,
@@ -130,7 +131,8 @@ class TextData(LightningDataModule):
     Args:
         dataset: `tiny-shakespeare` (ships with the package), `enwik8`, `text8`, `wikitext-2`, `wikitext-103`, `ptb`, or
             the path of a text file (cut 90/5/5 by position) or of a folder with train.txt, val.txt and test.txt.
-            Published sets have their published splits.
+            Published sets have their published splits. A list of them mixes several corpora, byte by byte; routers may
+            look at which one a token is from.
         unit: predict `bytes` or `words`; by default what the set's papers do, bytes for a file. The words are those of
             the training split.
         root: folder that downloads are kept in; by default `$ROUTERZOO_DATA`, or `~/.cache/routerzoo`.
@@ -147,7 +149,7 @@ class TextData(LightningDataModule):
 
     def __init__(
         self,
-        dataset: str = "tiny-shakespeare",
+        dataset: str | list[str] = "tiny-shakespeare",
         *,
         unit: Unit | None = None,
         root: str | None = None,
@@ -162,15 +164,20 @@ class TextData(LightningDataModule):
         for name, size in (("sequence_length", sequence_length), ("batch_size", batch_size)):
             if size < 1:
                 raise UserError(f"{name} must be at least 1, got {size}")
-        published = TEXT_SETS.get(dataset)
-        self.dataset = dataset
+        self.corpora = [dataset] if isinstance(dataset, str) else list(dataset)
+        if not self.corpora or len(set(self.corpora)) < len(self.corpora):
+            raise UserError(f"dataset must name at least one corpus, and none twice, got {dataset}")
+        self.dataset = " and ".join(self.corpora)
+        published = TEXT_SETS.get(dataset) if isinstance(dataset, str) else None
         self.unit: Unit = unit or (published.unit if published is not None else "bytes")
         if self.unit not in ("bytes", "words"):
             raise UserError(f"unit must be bytes or words, got {unit!r}")
+        if self.unit == "words" and len(self.corpora) > 1:
+            raise UserError("several corpora have no common vocabulary of words: set unit to bytes")
         self.root = Path(root).expanduser() if root is not None else default_root()
         self.sequence_length, self.batch_size, self.max_words = sequence_length, batch_size, max_words
         self.prompts, self.num_workers, self.seed = prompts, num_workers, seed
-        self._splits: dict[str, list[Span]] | None = None
+        self._splits: list[dict[str, list[Span]]] | None = None
         self._corpus: WordCorpus | None = None
 
     @property
@@ -187,6 +194,11 @@ class TextData(LightningDataModule):
         return 256 if self.unit == "bytes" else len(self._words().words)
 
     @property
+    def num_tasks(self) -> int | None:
+        """Number of corpora; None for a single one."""
+        return len(self.corpora) if len(self.corpora) > 1 else None
+
+    @property
     def max_length(self) -> int:
         """Longest sequence: the length of a window."""
         return self.sequence_length
@@ -199,30 +211,31 @@ class TextData(LightningDataModule):
         """Return a split's tokens, memory-mapped."""
         if self.unit == "words":
             return self._words().stream(split)
-        return byte_stream(self._spans()[split])
+        return byte_stream([span for corpus in self._spans() for span in corpus[split]])
 
     def _words(self) -> WordCorpus:
         if self._corpus is None:
-            self._corpus = encode_words(dict(self._spans()), self.root / "encoded", self.max_words)
+            self._corpus = encode_words(dict(self._spans()[0]), self.root / "encoded", self.max_words)
         return self._corpus
 
-    def _spans(self) -> dict[str, list[Span]]:
+    def _spans(self) -> list[dict[str, list[Span]]]:
         if self._splits is None:
-            paths, cuts = self._locate()
-            for path in paths:
-                check_text(path)
-            self._splits = _cut(paths, cuts)
+            located = [self._locate(corpus) for corpus in self.corpora]
+            for paths, _ in located:
+                for path in paths:
+                    check_text(path)
+            self._splits = [_cut(paths, cuts) for paths, cuts in located]
         return self._splits
 
-    def _locate(self) -> tuple[list[Path], tuple[float, float]]:
-        """Return the files of the data set, which may be downloaded now, and where a single one is cut."""
-        published = TEXT_SETS.get(self.dataset)
+    def _locate(self, corpus: str) -> tuple[list[Path], tuple[float, float]]:
+        """Return the files of a corpus, which may be downloaded now, and where a single one is cut."""
+        published = TEXT_SETS.get(corpus)
         if published is None:
-            return _own_files(self.dataset), (0.9, 0.95)
-        if self.dataset == "tiny-shakespeare":
+            return _own_files(corpus), (0.9, 0.95)
+        if corpus == "tiny-shakespeare":
             bundled = importlib.resources.files("routerzoo.data") / "bundled" / published.files[0]
             return [Path(str(bundled))], published.splits
-        folder = self.root / "language" / self.dataset
+        folder = self.root / "language" / corpus
         paths = [folder / name for name in published.files]
         for index, path in enumerate(paths):
             if path.exists():
@@ -251,14 +264,31 @@ class TextData(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Open the splits that a stage needs."""
         if stage == "fit":
+            self._windows("train")
+
+    def _windows(self, split: str) -> Windows | MixedWindows:
+        training = split == "train"
+        told = "training" if training else split
+        if len(self.corpora) == 1:
+            streams = [self.stream(split)]
+        else:
+            streams = [byte_stream(corpus[split]) for corpus in self._spans()]
+        windows = [
             Windows(
-                self.stream("train"), self.sequence_length, training=True, name=f"the training split of {self.dataset}"
+                stream_N,
+                self.sequence_length,
+                training=training,
+                seed=self.seed,
+                name=f"the {told} split of {corpus}",
             )
+            for corpus, stream_N in zip(self.corpora, streams, strict=True)
+        ]
+        return windows[0] if len(windows) == 1 else MixedWindows(windows)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled windows of the training split."""
         name = f"the training split of {self.dataset}"
-        windows = Windows(self.stream("train"), self.sequence_length, training=True, seed=self.seed, name=name)
+        windows = self._windows("train")
         if len(windows) < self.batch_size:
             raise UserError(
                 f"{name} has {len(windows)} windows of {self.sequence_length} tokens, "
@@ -277,10 +307,12 @@ class TextData(LightningDataModule):
         return self._evaluation_loader("test")
 
     def _evaluation_loader(self, split: str) -> DataLoader[Any]:
-        name = f"the {split} split of {self.dataset}"
-        windows = Windows(self.stream(split), self.sequence_length, training=False, name=name)
         return DataLoader(
-            windows, batch_size=self.batch_size, collate_fn=collate, num_workers=self.num_workers, pin_memory=_pin()
+            self._windows(split),
+            batch_size=self.batch_size,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            pin_memory=_pin(),
         )
 
     def predict_dataloader(self) -> DataLoader[Any]:

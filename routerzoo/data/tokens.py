@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -37,11 +39,13 @@ class Span(NamedTuple):
 class TextBatch(NamedTuple):
     """A batch of windows.
 
-    `ids_BS` int64 token ids; `targets_BS` the token that follows each, `IGNORED_TARGET` for padding.
+    `ids_BS` int64 token ids; `targets_BS` the token that follows each, `IGNORED_TARGET` for padding; `task_ids_B` the
+    corpus of each window, where there are several.
     """
 
     ids_BS: Tensor
     targets_BS: Tensor
+    task_ids_B: Tensor | None = None
 
 
 class Windows(Dataset[tuple[Tensor, Tensor]]):
@@ -95,9 +99,37 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
         return ids, targets
 
 
-def collate(samples: Sequence[tuple[Tensor, Tensor]]) -> TextBatch:
+class MixedWindows(Dataset[tuple[Tensor, Tensor, int]]):
+    """Windows of several corpora: those of the first, then those of the second, and so on, each with its number.
+
+    Args:
+        corpora: windows of each.
+    """
+
+    def __init__(self, corpora: Sequence[Windows]) -> None:
+        self.corpora = corpora
+        self.ends = list(itertools.accumulate(len(windows) for windows in corpora))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, Tensor, int]:
+        """Return ids and targets of a window, and the number of its corpus."""
+        place = index[1] if isinstance(index, tuple) else index
+        if not 0 <= place < len(self):
+            raise IndexError(f"window {place} of {len(self)}")
+        corpus = bisect.bisect_right(self.ends, place)
+        within = place - (self.ends[corpus] - len(self.corpora[corpus]))
+        ids, targets = self.corpora[corpus][(index[0], within) if isinstance(index, tuple) else within]
+        return ids, targets, corpus
+
+
+def collate(samples: Sequence[tuple[Tensor, Tensor] | tuple[Tensor, Tensor, int]]) -> TextBatch:
     """Stack windows to a batch."""
-    return TextBatch(torch.stack([ids for ids, _ in samples]), torch.stack([targets for _, targets in samples]))
+    ids_BS = torch.stack([sample[0] for sample in samples])
+    targets_BS = torch.stack([sample[1] for sample in samples])
+    tasks = [sample[2] for sample in samples if len(sample) == 3]
+    return TextBatch(ids_BS, targets_BS, torch.tensor(tasks) if tasks else None)
 
 
 def byte_stream(spans: Sequence[Span]) -> np.ndarray:

@@ -18,7 +18,7 @@ from routerzoo.models.blocks import MoEBlocks, moe_block_indices
 from routerzoo.moe import ExpertsFactory, MoE, RouterFactory, moe_layers
 from routerzoo.routing import LayerSpec, RoutingContext
 
-PROVIDED_CONTEXT = frozenset({"token_ids", "positions", "sequence_ids", "step", "total_steps"})
+PROVIDED_CONTEXT = frozenset({"token_ids", "positions", "sequence_ids", "attention", "step", "total_steps"})
 
 
 class KeyValues(NamedTuple):
@@ -56,8 +56,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
 
-    def forward(self, x_BSD: Tensor, rotation: Rotation, past: KeyValues | None) -> tuple[Tensor, KeyValues]:
-        """Attend to this and earlier tokens; return the output and the keys and values so far."""
+    def forward(
+        self, x_BSD: Tensor, rotation: Rotation, past: KeyValues | None, *, with_weights: bool = False
+    ) -> tuple[Tensor, KeyValues, Tensor | None]:
+        """Attend to this and earlier tokens.
+
+        Returns:
+            The output; the keys and values so far; and, where asked for, the attention weights before dropout,
+            `[tokens, heads, keys]`.
+        """
         qkv = self.qkv(x_BSD).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)
         query, key = _rotate(query, rotation), _rotate(key, rotation)
@@ -76,7 +83,16 @@ class Attention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=past is None,
         )
-        return self.out(y_BHSF.transpose(1, 2).flatten(2)), KeyValues(key, value)
+        weights = _attention_weights(query, key) if with_weights else None
+        return self.out(y_BHSF.transpose(1, 2).flatten(2)), KeyValues(key, value), weights
+
+
+def _attention_weights(query: Tensor, key: Tensor) -> Tensor:
+    """Return the causal attention weights, float32 `[tokens, heads, keys]`, which the fused kernel keeps to itself."""
+    scores = (query.float() @ key.float().mT) * query.shape[-1] ** -0.5
+    seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=key.device).tril(key.shape[2] - query.shape[2])
+    weights: Tensor = scores.masked_fill(~seen, -torch.inf).softmax(-1).transpose(1, 2).flatten(0, 1)
+    return weights
 
 
 def _rotation(positions_S: Tensor, width: int, base: float) -> Rotation:
@@ -127,11 +143,20 @@ class Block(nn.Module):
         self.feed_forward = feed_forward
         self.dropout = dropout
 
+    @property
+    def reads_attention(self) -> bool:
+        """Whether the router wants to see the attention weights."""
+        return isinstance(self.feed_forward, MoE) and "attention" in self.feed_forward.router.requires
+
     def forward(
         self, x_BSD: Tensor, rotation: Rotation, context: RoutingContext, past: KeyValues | None
     ) -> tuple[Tensor, KeyValues]:
         """Return the new hidden states and the attention's keys and values."""
-        y_BSD, present = self.attention(self.attention_norm(x_BSD), rotation, past)
+        y_BSD, present, attention = self.attention(
+            self.attention_norm(x_BSD), rotation, past, with_weights=self.reads_attention
+        )
+        if attention is not None:
+            context = replace(context, attention=attention)
         x_BSD = x_BSD + F.dropout(y_BSD, self.dropout, self.training)
         y_BSD = self.feed_forward(self.feed_forward_norm(x_BSD), context)
         return x_BSD + F.dropout(y_BSD, self.dropout, self.training), present
@@ -142,7 +167,8 @@ class Decoder(nn.Module):
     """Decoder-only Transformer language model.
 
     Pre-norm (RMSNorm), rotary positions, torch's scaled-dot-product attention; MoE feed-forward layers in chosen
-    blocks. Its routers are given token ids, positions, sequence ids and the step.
+    blocks. Its routers are given token ids, positions, sequence ids, the attention before them and the step; where
+    `num_tasks` is set, the task of each sequence too.
 
     Args:
         vocab_size: number of token ids.
@@ -159,6 +185,7 @@ class Decoder(nn.Module):
         dropout: probability of dropping an attention weight, or a channel of a residual branch, in training.
         tie_weights: use the token embedding as the output layer.
         rotary_base: base of the rotary wavelengths.
+        num_tasks: number of tasks that sequences come from, for routers that look at them.
         activation_checkpointing: keep only the blocks' inputs and compute the rest again in the backward pass.
         backend: see `routerzoo.grouped_linear`.
         allow_non_causal: accept routers that look at later tokens.
@@ -186,6 +213,7 @@ class Decoder(nn.Module):
         dropout: float = 0.0,
         tie_weights: bool = True,
         rotary_base: float = 10_000.0,
+        num_tasks: int | None = None,
         activation_checkpointing: bool = False,
         backend: Backend = "auto",
         allow_non_causal: bool = False,
@@ -197,6 +225,7 @@ class Decoder(nn.Module):
         self.max_length, self.dropout = max_length, dropout
         self.head_width, self.rotary_base = d_model // num_heads, rotary_base
         self.activation_checkpointing = activation_checkpointing
+        self.num_tasks = num_tasks
         chosen = moe_block_indices(moe_blocks, num_blocks)
         spec = LayerSpec(
             d_model,
@@ -204,7 +233,8 @@ class Decoder(nn.Module):
             num_layers=max(len(chosen), 1),
             vocab_size=vocab_size,
             num_positions=max_length,
-            provides=PROVIDED_CONTEXT,
+            num_tasks=num_tasks,
+            provides=PROVIDED_CONTEXT | ({"task_ids"} if num_tasks is not None else set()),
             decoder=True,
         )
         self.embedding = nn.Embedding(vocab_size, d_model)
@@ -240,6 +270,7 @@ class Decoder(nn.Module):
         ids_BS: Tensor,
         *,
         padding_mask_BS: Tensor | None = None,
+        task_ids_B: Tensor | None = None,
         step: int | None = None,
         total_steps: int | None = None,
     ) -> tuple[Tensor, RoutingContext]:
@@ -248,10 +279,11 @@ class Decoder(nn.Module):
         Args:
             ids_BS: token ids.
             padding_mask_BS: True where a token is padding; experts skip it.
+            task_ids_B: the task of each sequence; by default the first one's.
             step: optimiser steps taken, where known.
             total_steps: optimiser steps that the run will take, where known.
         """
-        logits_BSV, context, _ = self._run(ids_BS, None, padding_mask_BS, step, total_steps)
+        logits_BSV, context, _ = self._run(ids_BS, None, padding_mask_BS, task_ids_B, step, total_steps)
         return logits_BSV, context
 
     def _run(
@@ -259,12 +291,15 @@ class Decoder(nn.Module):
         ids_BS: Tensor,
         past: list[KeyValues] | None,
         padding_mask_BS: Tensor | None = None,
+        task_ids_B: Tensor | None = None,
         step: int | None = None,
         total_steps: int | None = None,
         seen: int = 0,
     ) -> tuple[Tensor, RoutingContext, list[KeyValues]]:
         batch, length = ids_BS.shape
         positions_S = torch.arange(seen, seen + length, device=ids_BS.device)
+        if self.num_tasks is not None and task_ids_B is None:
+            task_ids_B = ids_BS.new_zeros(batch)
         context = RoutingContext(
             token_ids=ids_BS.reshape(-1),
             # Attention only uses differences of positions; a router may have a table of them.
@@ -273,6 +308,7 @@ class Decoder(nn.Module):
                 length, output_size=batch * length
             ),
             padding_mask=None if padding_mask_BS is None else padding_mask_BS.reshape(-1),
+            task_ids=None if task_ids_B is None else task_ids_B.repeat_interleave(length, output_size=batch * length),
             step=step,
             total_steps=total_steps,
         )
@@ -296,6 +332,7 @@ class Decoder(nn.Module):
         temperature: float = 1.0,
         top_p: float = 1.0,
         generator: torch.Generator | None = None,
+        task_ids_B: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """Yield sampled next tokens, `[B]` each, without end.
 
@@ -308,6 +345,7 @@ class Decoder(nn.Module):
             temperature: divides the logits; 0 takes the most likely token.
             top_p: samples from the most likely tokens that hold this share of the probability.
             generator: source of randomness.
+            task_ids_B: the task of each prompt; by default the first one's.
 
         Raises:
             ValueError: an empty prompt, or an option out of range.
@@ -319,7 +357,7 @@ class Decoder(nn.Module):
         ids_BS, past, seen = ids_BS[:, -self.max_length :], None, 0
         one_by_one = all(layer.router.tokenwise for layer in moe_layers(self))
         while True:
-            logits_BSV, _, present = self._run(ids_BS, past, seen=seen)
+            logits_BSV, _, present = self._run(ids_BS, past, task_ids_B=task_ids_B, seen=seen)
             next_B = _sample(logits_BSV[:, -1].float(), temperature, top_p, generator)
             yield next_B
             if one_by_one:

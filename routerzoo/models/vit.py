@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, final
 
 import timm
@@ -14,19 +15,20 @@ from routerzoo.experts import MLPExperts
 from routerzoo.grouped import Backend
 from routerzoo.models.blocks import MoEBlocks
 from routerzoo.models.patch_ids import PatchIdKind, PatchIds, create_patch_ids
-from routerzoo.moe import ExpertsFactory, RouterFactory
+from routerzoo.moe import ExpertsFactory, MoE, RouterFactory
 from routerzoo.router import UnmetRequirementError
 from routerzoo.routing import RoutingContext
 from routerzoo.sparsify import provide_context, sparsify
 
-PROVIDED_CONTEXT = frozenset({"positions", "sequence_ids", "step", "total_steps"})
+PROVIDED_CONTEXT = frozenset({"positions", "sequence_ids", "attention", "step", "total_steps"})
 
 
 @final
 class ViTMoE(nn.Module):
     """Vision transformer from timm with MoE layers in place of the MLPs of chosen blocks.
 
-    Its routers are given positions, sequence ids (the image of a token) and the step; with `patch_ids` token ids too.
+    Its routers are given positions, sequence ids (the image of a token), the attention before them and the step; with
+    `patch_ids` token ids too.
     Prefix tokens (class token, registers) have ids of their own behind those of the patches.
 
     Args:
@@ -115,6 +117,9 @@ class ViTMoE(nn.Module):
                 hint = "set patch_ids to position, lsh or codebook, to say what the id of an image patch is"
                 raise UnmetRequirementError(error.router, error.missing, hint) from None
             raise
+        for block in self.vit.blocks:
+            if isinstance(block.mlp, MoE) and "attention" in block.mlp.router.requires:
+                _show_attention(block)
         if activation_checkpointing:
             self.vit.set_grad_checkpointing(True)
 
@@ -157,6 +162,35 @@ class ViTMoE(nn.Module):
         ids_BN: Tensor = self.patch_ids(images_BCHW)
         prefix = torch.arange(self.num_prefix_tokens, device=ids_BN.device) + self.patch_ids.vocab_size
         return torch.cat([prefix.expand(len(ids_BN), -1), ids_BN], dim=1).reshape(-1)
+
+
+def _show_attention(block: Any) -> None:
+    """Hand the attention weights of a timm block to its MoE layer's router."""
+    if not (hasattr(block.attn, "fused_attn") and isinstance(getattr(block.attn, "attn_drop", None), nn.Module)):
+        raise ValueError(
+            f"{type(block.mlp.router).__name__} requires attention, which timm's {type(block.attn).__name__} does not "
+            "show; take a plain vit_* backbone"
+        )
+    block.attn.fused_attn = False  # the fused kernel keeps the weights to itself
+    block.attn.attn_drop = _AttentionTap(block.attn.attn_drop, block.mlp)
+
+
+class _AttentionTap(nn.Module):
+    """Dropout of attention weights that shows them to a MoE layer first."""
+
+    def __init__(self, dropout: nn.Module, layer: MoE) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.layer = (layer,)  # in a tuple, so that the layer is not a part of this module
+
+    def forward(self, weights_BHSS: Tensor) -> Tensor:
+        """Drop weights."""
+        layer = self.layer[0]
+        assert layer.provided_context is not None  # the model provides one before each pass
+        attention = weights_BHSS.float().transpose(1, 2).flatten(0, 1)
+        layer.provided_context = replace(layer.provided_context, attention=attention)
+        dropped: Tensor = self.dropout(weights_BHSS)
+        return dropped
 
 
 def _create_vit(backbone: str, pretrained: bool, arguments: dict[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from routerzoo.registry import register_router
 from routerzoo.router import Router
 from routerzoo.routing import LayerSpec, Routing, RoutingContext
-from routerzoo.selection import softmax_over_selected
+from routerzoo.selection import largest_logits, softmax_over, softmax_over_selected
 
 
 @register_router
@@ -92,6 +92,14 @@ class HyperRouter(Router):
     def scale_initial_logits(self, factor: float) -> None:
         """Scale the hypernetwork's last layer, so the whole generated gate."""
         self.hypernet_w2 *= factor
+
+    def choose(self, logits_TE: Tensor) -> Tensor:
+        """Choose the k largest."""
+        return largest_logits(logits_TE, self.top_k)
+
+    def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+        """Take the softmax over the chosen logits."""
+        return softmax_over(logits_TE, experts_TK)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Take the k largest logits of the generated gate."""

@@ -14,7 +14,15 @@ from routerzoo.losses import Scope, balance_loss, fields_of_scope, importance_lo
 from routerzoo.registry import register_router
 from routerzoo.router import Router
 from routerzoo.routing import LayerSpec, Routing, RoutingContext
-from routerzoo.selection import ScoreFunction, score, softmax_over_selected, top_k_experts
+from routerzoo.selection import (
+    ScoreFunction,
+    largest_logits,
+    score,
+    softmax_over,
+    softmax_over_selected,
+    top_k_experts,
+    weights_at,
+)
 
 
 @register_router
@@ -76,6 +84,16 @@ class LinearRouter(Router):
     def scale_initial_logits(self, factor: float) -> None:
         """Scale the gate."""
         self.weight.mul_(factor)
+
+    def choose(self, logits_TE: Tensor) -> Tensor:
+        """Choose the k largest."""
+        return largest_logits(logits_TE, self.top_k)
+
+    def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+        """Take the scores of the chosen logits, renormalised or not."""
+        if self.score_function == "softmax" and self.renormalize:
+            return softmax_over(logits_TE, experts_TK)
+        return weights_at(score(logits_TE, self.score_function), experts_TK, renormalize=self.renormalize)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Take the k largest logits of the gate."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from routerzoo.registry import register_router
 from routerzoo.router import Router
 from routerzoo.routing import LayerSpec, Routing, RoutingContext
-from routerzoo.selection import softmax_over_selected
+from routerzoo.selection import largest_logits, softmax_over, softmax_over_selected
 
 
 @register_router
@@ -48,6 +48,14 @@ class RandomFrozenRouter(Router):
     def scale_initial_logits(self, factor: float) -> None:
         """Scale the gate."""
         self.weight *= factor
+
+    def choose(self, logits_TE: Tensor) -> Tensor:
+        """Choose the k largest."""
+        return largest_logits(logits_TE, self.top_k)
+
+    def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+        """Take the softmax over the chosen logits."""
+        return softmax_over(logits_TE, experts_TK)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Take the k largest logits of the frozen gate."""

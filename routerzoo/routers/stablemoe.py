@@ -15,7 +15,7 @@ from routerzoo.registry import register_router
 from routerzoo.router import Router, UnmetRequirementError
 from routerzoo.routers.hash import expert_dtype
 from routerzoo.routing import LayerSpec, Routing, RoutingContext
-from routerzoo.selection import top_k_experts
+from routerzoo.selection import top_k_experts, weights_at
 
 
 @register_router
@@ -127,6 +127,10 @@ class StableMoERouter(Router):
     def scale_initial_logits(self, factor: float) -> None:
         """Scale the gate; the distilled router learns from choices alone."""
         self.expert_centroids.mul_(factor)
+
+    def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+        """Take the sigmoid of the gate; what it weighs is chosen by token ids."""
+        return weights_at(logits_TE.sigmoid(), experts_TK)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Route by the gate in stage 1, by the frozen choices in stage 2."""

@@ -14,7 +14,7 @@ from routerzoo.losses import Scope, balance_loss, fields_of_scope, scope_of
 from routerzoo.registry import register_router
 from routerzoo.router import Router
 from routerzoo.routing import LayerSpec, Routing, RoutingContext
-from routerzoo.selection import ScoreFunction, score, top_k_experts
+from routerzoo.selection import ScoreFunction, largest_logits, score, top_k_experts, weights_at
 
 BALANCE_TEMPERATURE: dict[ScoreFunction, float] = {"softmax": 0.3, "sigmoid": 0.07}
 MIN_TEMPERATURE = 0.01
@@ -87,6 +87,14 @@ class XMoERouter(Router):
         if temperature < MIN_TEMPERATURE:
             raise ValueError(f"the temperature would have to be {temperature:.3g}; it is at least {MIN_TEMPERATURE}")
         self.temperature.fill_(temperature)
+
+    def choose(self, logits_TE: Tensor) -> Tensor:
+        """Choose the k largest."""
+        return largest_logits(logits_TE, self.top_k)
+
+    def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+        """Take the scores of the chosen logits."""
+        return weights_at(score(logits_TE, self.score_function), experts_TK)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Take the k most similar experts."""

@@ -7,9 +7,11 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
@@ -45,6 +47,7 @@ class MoETask(LightningModule, ABC):
         eval_top_k: experts per token in validation, test and prediction; by default as in training. Several are
             evaluated one after the other: metrics are those of the first, and those of each by its name.
         initial_logit_std: scale each router so that its logits start with this standard deviation.
+        consistency: weight of the divergence between two passes through the model with each batch.
         evaluation_metrics: builds the metrics of an evaluation. The progress bar shows `loss` and the headline.
     """
 
@@ -56,12 +59,16 @@ class MoETask(LightningModule, ABC):
         loss_weights: dict[str, float] | None,
         eval_top_k: int | list[int] | None,
         initial_logit_std: float | None,
+        consistency: float,
         evaluation_metrics: Callable[[], dict[str, Metric]],
     ) -> None:
         super().__init__()
         self.net = net
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.loss_weights, self.eval_top_k = loss_weights, eval_top_k
+        if consistency < 0:
+            raise UserError(f"consistency must be at least 0, got {consistency}")
+        self.consistency = consistency
         self.eval_top_ks: list[int | None] = [*(eval_top_k if isinstance(eval_top_k, list) else [eval_top_k])]
         if not self.eval_top_ks or len(set(self.eval_top_ks)) < len(self.eval_top_ks):
             raise UserError(f"eval_top_k must name at least one k, and none twice, got {eval_top_k}")
@@ -111,6 +118,8 @@ class MoETask(LightningModule, ABC):
 
     def setup(self, stage: str) -> None:
         """Calibrate routers that want to know how frequent token ids are."""
+        for layer in moe_layers(self.net):
+            layer.warns_of_batch_dependence = stage != "fit"  # a fit evaluates, but serves nobody
         if stage == "fit" and any("token_ids" in layer.router.requires for layer in moe_layers(self.net)):
             counts_V = self.token_counts()
             for layer in moe_layers(self.net):
@@ -137,14 +146,50 @@ class MoETask(LightningModule, ABC):
                 losses[name] = losses[name] + loss if name in losses else loss
         return losses
 
-    def combined_loss(self, task_loss: Tensor, context: RoutingContext) -> Tensor:
-        """Add the auxiliary losses to the task's, and log them."""
+    def combined_loss(self, task_loss: Tensor, context: RoutingContext, token_losses_T: Tensor) -> Tensor:
+        """Add the auxiliary losses to the task's, and log them.
+
+        Args:
+            task_loss: mean over the batch.
+            context: of the pass.
+            token_losses_T: the task's loss of each token, for routers that want feedback.
+        """
+        for layer in moe_layers(self.net):
+            if layer.router.wants_feedback:
+                routing = context.routings[layer.spec.layer]
+                told = layer.router.feedback(routing, context, token_losses_T.detach())
+                context.routings[layer.spec.layer] = replace(routing, losses={**routing.losses, **told})
         auxiliary = self.auxiliary_losses(context)
         if auxiliary:
             self.log_dict({f"train/{name}_loss": loss.detach() for name, loss in auxiliary.items()})
         for loss in auxiliary.values():
             task_loss = task_loss + loss
         return task_loss
+
+    def consistent_loss(self, losses: list[Tensor], logits: list[Tensor], kept: Tensor | None = None) -> Tensor:
+        """Return the loss of one pass, or of two with their divergence.
+
+        Two passes of a model that draws random numbers (stochastic routers, dropout) are drawn to each other by the
+        mean of both Kullback-Leibler divergences of their predictions (THOR, Zuo et al. 2022,
+        https://arxiv.org/abs/2110.04260, equation 4; R-Drop): `loss_1 + loss_2 + consistency * (KL_12 + KL_21) / 2`.
+
+        Args:
+            losses: of each pass.
+            logits: predictions of each pass, `[N, classes]`.
+            kept: which rows of the predictions count; by default all.
+        """
+        if len(losses) == 1:
+            return losses[0]
+        one, other = (F.log_softmax((rows if kept is None else rows[kept]).float(), dim=-1) for rows in logits)
+        both = F.kl_div(one, other, log_target=True, reduction="batchmean")
+        both = both + F.kl_div(other, one, log_target=True, reduction="batchmean")
+        self.log("train/consistency_loss", both.detach() / 2)
+        return losses[0] + losses[1] + self.consistency * both / 2
+
+    @property
+    def passes(self) -> int:
+        """How often each training batch goes through the model."""
+        return 2 if self.consistency else 1
 
     @property
     def progress(self) -> dict[str, int]:

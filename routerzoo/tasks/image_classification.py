@@ -62,6 +62,8 @@ class ImageClassification(MoETask):
             evaluated one by one: from one checkpoint, quality against cost.
         initial_logit_std: scale each router so that its logits start with this standard deviation; for comparisons, in
             which a router whose logits start larger would look more certain.
+        consistency: send each training batch through the model twice, and weigh the divergence of the two predictions
+            with this, for routers (or dropout) that draw random numbers; 0 for one pass.
         optimizer: the optimiser.
         lr_scheduler: the learning-rate schedule; it is given the optimiser and the number of steps.
     """
@@ -90,6 +92,7 @@ class ImageClassification(MoETask):
         loss_weights: dict[str, float] | None = None,
         eval_top_k: int | list[int] | None = None,
         initial_logit_std: float | None = None,
+        consistency: float = 0.0,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: SchedulerFactory = WarmupCosine,
     ) -> None:
@@ -116,7 +119,16 @@ class ImageClassification(MoETask):
             top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes))
             return {"loss": MeanMetric(), "accuracy": MulticlassAccuracy(num_classes, average="micro"), "top5": top5}
 
-        super().__init__(net, optimizer, lr_scheduler, loss_weights, eval_top_k, initial_logit_std, evaluation_metrics)
+        super().__init__(
+            net,
+            optimizer,
+            lr_scheduler,
+            loss_weights,
+            eval_top_k,
+            initial_logit_std,
+            consistency,
+            evaluation_metrics,
+        )
         make_loadable(router, experts, optimizer, lr_scheduler)
         self.save_hyperparameters()
         self.num_classes, self.label_smoothing = num_classes, label_smoothing
@@ -160,11 +172,19 @@ class ImageClassification(MoETask):
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Return the loss of a batch with its auxiliary losses."""
-        logits_BL, context = self.net(batch.images_BCHW, **self.progress)
-        loss = F.cross_entropy(logits_BL, batch.labels_B, label_smoothing=self.label_smoothing)
-        accuracy = (logits_BL.argmax(-1) == batch.labels_B).float().mean()
-        self.log_dict({"train/loss": loss.detach(), "train/accuracy": accuracy}, prog_bar=True)
-        return self.combined_loss(loss, context)
+        losses, logits, auxiliary = [], [], torch.zeros((), device=self.device)
+        for _ in range(self.passes):
+            logits_BL, context = self.net(batch.images_BCHW, **self.progress)
+            losses_B = F.cross_entropy(
+                logits_BL, batch.labels_B, label_smoothing=self.label_smoothing, reduction="none"
+            )
+            assert context.sequence_ids is not None  # the net fills them in
+            auxiliary = self.combined_loss(auxiliary, context, losses_B.index_select(0, context.sequence_ids))
+            losses.append(losses_B.mean())
+            logits.append(logits_BL)
+        accuracy = (logits[0].argmax(-1) == batch.labels_B).float().mean()
+        self.log_dict({"train/loss": torch.stack(losses).mean().detach(), "train/accuracy": accuracy}, prog_bar=True)
+        return self.consistent_loss(losses, logits) + auxiliary
 
     def evaluate(self, batch: ImageBatch, metrics: Mapping[str, Metric]) -> None:
         """Add a batch's images."""

@@ -66,6 +66,8 @@ class LanguageModeling(MoETask):
         vocab_size: number of token ids; by default 256. From the command line it is the data's.
         metric: what is reported beside the loss; by default `bpb`. From the command line it is the data's.
         max_length: longest sequence; by default 256. From the command line it is the data's `sequence_length`.
+        num_tasks: number of corpora that sequences come from, for routers that look at them. From the command line it
+            is the data's.
         router: the router of each MoE layer; by default `LinearRouter`.
         experts: the experts of each MoE layer; by default `MLPExperts`.
         num_experts: experts per MoE layer.
@@ -86,6 +88,8 @@ class LanguageModeling(MoETask):
             evaluated one by one: from one checkpoint, quality against cost.
         initial_logit_std: scale each router so that its logits start with this standard deviation; for comparisons, in
             which a router whose logits start larger would look more certain.
+        consistency: send each training batch through the model twice, and weigh the divergence of the two predictions
+            with this, for routers (or dropout) that draw random numbers; 0 for one pass.
         optimizer: the optimiser.
         lr_scheduler: the learning-rate schedule; it is given the optimiser and the number of steps.
         predict_tokens: tokens that `predict` samples after a prompt.
@@ -100,6 +104,7 @@ class LanguageModeling(MoETask):
         vocab_size: int | None = None,
         metric: TextMetric | None = None,
         max_length: int | None = None,
+        num_tasks: int | None = None,
         *,
         router: RouterFactory | None = None,
         experts: ExpertsFactory | None = None,
@@ -119,6 +124,7 @@ class LanguageModeling(MoETask):
         loss_weights: dict[str, float] | None = None,
         eval_top_k: int | list[int] | None = None,
         initial_logit_std: float | None = None,
+        consistency: float = 0.0,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: SchedulerFactory = WarmupCosine,
         predict_tokens: int = 200,
@@ -142,6 +148,7 @@ class LanguageModeling(MoETask):
             dropout=dropout,
             tie_weights=tie_weights,
             rotary_base=rotary_base,
+            num_tasks=num_tasks,
             activation_checkpointing=activation_checkpointing,
             backend=backend,
             allow_non_causal=allow_non_causal,
@@ -150,7 +157,16 @@ class LanguageModeling(MoETask):
         def evaluation_metrics() -> dict[str, Metric]:
             return {"loss": MeanMetric(), metric: MeanTextLoss(metric)}
 
-        super().__init__(net, optimizer, lr_scheduler, loss_weights, eval_top_k, initial_logit_std, evaluation_metrics)
+        super().__init__(
+            net,
+            optimizer,
+            lr_scheduler,
+            loss_weights,
+            eval_top_k,
+            initial_logit_std,
+            consistency,
+            evaluation_metrics,
+        )
         make_loadable(router, experts, optimizer, lr_scheduler)
         self.save_hyperparameters()
         self.metric: TextMetric = metric
@@ -173,28 +189,40 @@ class LanguageModeling(MoETask):
         counts = getattr(getattr(self.trainer, "datamodule", None), "token_counts", None)
         return None if counts is None else torch.from_numpy(counts())
 
-    def _loss(self, batch: TextBatch) -> tuple[Tensor, RoutingContext]:
+    def _predict(self, batch: TextBatch) -> tuple[Tensor, Tensor, RoutingContext]:
+        """Return next-token logits `[B, S, V]`, the loss of each token `[B * S]`, 0 without target, and the context."""
         padding = batch.targets_BS == IGNORED_TARGET if not self.training else None
         padding = padding if padding is not None and padding.any() else None
         logits_BSV, context = self.net(
-            batch.ids_BS, padding_mask_BS=padding, **(self.progress if self.training else {})
+            batch.ids_BS,
+            padding_mask_BS=padding,
+            task_ids_B=batch.task_ids_B if self.net.num_tasks is not None else None,
+            **(self.progress if self.training else {}),
         )
-        loss = F.cross_entropy(logits_BSV.flatten(0, 1), batch.targets_BS.flatten(), ignore_index=IGNORED_TARGET)
-        return loss, context
+        losses_T = F.cross_entropy(
+            logits_BSV.flatten(0, 1), batch.targets_BS.flatten(), ignore_index=IGNORED_TARGET, reduction="none"
+        )
+        return logits_BSV, losses_T, context
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
         """Return the loss of a batch with its auxiliary losses."""
-        loss, context = self._loss(batch)
-        detached = loss.detach()
+        losses, logits, auxiliary = [], [], torch.zeros((), device=self.device)
+        has_target_T = batch.targets_BS.flatten() != IGNORED_TARGET
+        for _ in range(self.passes):
+            logits_BSV, losses_T, context = self._predict(batch)
+            losses.append(losses_T.sum() / has_target_T.sum())
+            logits.append(logits_BSV.flatten(0, 1))
+            auxiliary = self.combined_loss(auxiliary, context, losses_T)
+        detached = torch.stack(losses).mean().detach()
         self.log_dict({"train/loss": detached, f"train/{self.metric}": reported(detached, self.metric)}, prog_bar=True)
-        return self.combined_loss(loss, context)
+        return self.consistent_loss(losses, logits, has_target_T) + auxiliary
 
     def evaluate(self, batch: TextBatch, metrics: Mapping[str, Metric]) -> None:
         """Add a batch's tokens."""
-        loss, _ = self._loss(batch)
+        _, losses_T, _ = self._predict(batch)
         num_targets = (batch.targets_BS != IGNORED_TARGET).sum()
         for metric in metrics.values():
-            metric.update(loss, num_targets)
+            metric.update(losses_T.sum() / num_targets, num_targets)
 
     def example(self) -> int:
         """Run the model on a sequence of full length."""

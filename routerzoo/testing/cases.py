@@ -18,6 +18,8 @@ from routerzoo.router import Router
 from routerzoo.routing import LayerSpec, Routing, RoutingContext
 
 VOCAB_SIZE = 13
+NUM_TASKS = 3
+NUM_HEADS = 2
 TOTAL_STEPS = 100
 
 
@@ -84,6 +86,7 @@ class Case:
             vocab_size=VOCAB_SIZE,
             num_positions=max(sizes.length, 1),
             hidden_dim=4 * sizes.d_model,
+            num_tasks=NUM_TASKS,
         )
 
     def build(self, spec: LayerSpec | None = None, *, top_k: int | None = None, seed: int = 0) -> Router:
@@ -123,12 +126,15 @@ class Case:
         tokens = torch.arange(self.num_tokens)
         with seeded(self.sizes.seed + ids_seed):
             token_ids = torch.randint(VOCAB_SIZE, (self.num_tokens,))
+            heads = torch.randn(self.num_tokens, NUM_HEADS, max(self.sizes.length, 1))
         length = max(self.sizes.length, 1)
         fields: dict[str, Any] = {
             "token_ids": token_ids,
             "positions": tokens % length,
             "sequence_ids": tokens // length,
             "padding_mask": torch.zeros(self.num_tokens, dtype=torch.bool),
+            "task_ids": tokens // length % NUM_TASKS,
+            "attention": heads.softmax(-1),
         }
         fields = {name: value.to(self.device) for name, value in fields.items()}
         return RoutingContext(**{**fields, "step": self.sizes.step, "total_steps": TOTAL_STEPS, **changes})

@@ -101,7 +101,7 @@ def test_published_sets_have_checksums_and_splits():
 
 def test_the_bundled_text_is_the_known_one():
     data = TextData()
-    path = data._spans()["train"][0].path
+    path = data._spans()[0]["train"][0].path
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert digest == "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
     sizes = [len(data.stream(split)) for split in ("train", "val", "test")]

@@ -389,6 +389,27 @@ class BreaksTheGraph(Sound):
         return logits_TE * 2 if float(logits_TE.detach().sum()) == 0.5 else logits_TE
 
 
+class ChoosesOtherwise(Sound):
+    """Tells policies that it would take the worst experts."""
+
+    def choose(self, logits_TE):
+        return (-logits_TE).topk(self.top_k, dim=-1).indices
+
+
+class WeighsOtherwise(Sound):
+    """Tells policies other weights than it gives."""
+
+    def weigh(self, logits_TE, experts_TK):
+        return torch.full(experts_TK.shape, 0.25).masked_fill(experts_TK < 0, 0.0)
+
+
+class TakesWhatIsRuledOut(Sound):
+    """Takes minus infinity for the largest logit."""
+
+    def choose(self, logits_TE):
+        return logits_TE.masked_fill(logits_TE == -torch.inf, 1e9).topk(self.top_k, dim=-1).indices
+
+
 BROKEN = {
     WithoutPaper: ("declaration", "paper is empty"),
     PositionalArguments: ("declaration", "(spec, *, keywords)"),
@@ -429,6 +450,9 @@ BROKEN = {
     RequiresNothingOfIt: ("requirements", "requires positions, but routes without it"),
     TakesAnyK: ("top_k", "takes top_k = 0"),
     CountsCallsInTraining: ("recomputation", "the gradient of weight differs"),
+    ChoosesOtherwise: ("policies", "choose(logits) are other experts than route's"),
+    WeighsOtherwise: ("policies", "weigh(logits, experts) gives other weights than route"),
+    TakesWhatIsRuledOut: ("policies", "whose logit is minus infinity"),
     BreaksTheGraph: ("compiles", "does not compile in training"),
 }
 

@@ -8,6 +8,7 @@ from routerzoo_assignment import (
     BaseLayerRouter,
     ExpertChoiceRouter,
     ExpertThresholdRouter,
+    RLRouter,
     SBaseRouter,
     SelectiveSinkhornRouter,
     SinkhornRouter,
@@ -32,6 +33,8 @@ VARIANTS = {
     "SSR, always": partial(SelectiveSinkhornRouter, probability=1.0),
     "SSR-S, always, detached": partial(SelectiveSinkhornRouter, probability=1.0, scores="softmax"),
     "BASE": BaseLayerRouter,
+    "RL-R": partial(RLRouter, value_dim=8),
+    "RL-R, k = 2": partial(RLRouter, top_k=2, value_dim=8),
 }
 
 
@@ -228,3 +231,47 @@ def test_a_decoder_refuses_them_and_names_what_it_takes(router):
 def test_bad_arguments(router, arguments, message):
     with pytest.raises(ValueError, match=message):
         router(LayerSpec(8, 8), **arguments)
+
+
+def test_the_policy_is_rewarded_by_hand():
+    torch.manual_seed(0)
+    router, context = RLRouter(LayerSpec(4, 3)).train(), RoutingContext()
+    x_TD, token_losses = torch.randn(5, 4), torch.rand(5)
+    routing = router(x_TD, context)
+    told = router.feedback(routing, context, token_losses)
+    log_p = (x_TD @ router.weight.T).log_softmax(-1)
+    value = router.baseline(x_TD).squeeze(-1)
+    advantage = -token_losses - value
+    chosen_log_p = log_p.gather(1, routing.experts_TK).squeeze(1)
+    assert_close(told["policy"], (-advantage.detach() * chosen_log_p).mean())
+    assert_close(told["value"], advantage.square().mean() / 2)
+    assert_close(told["entropy"], (log_p.exp() * log_p).sum(-1).mean())
+    (gradient,) = torch.autograd.grad(told["policy"], router.weight, retain_graph=True)
+    onehot = torch.nn.functional.one_hot(routing.experts_TK.squeeze(1), 3).float()
+    assert_close(gradient, -(advantage.detach().unsqueeze(1) * (onehot - log_p.exp())).T @ x_TD / 5)
+
+
+def test_the_policy_finds_the_rewarded_expert():
+    torch.manual_seed(0)
+    router = RLRouter(LayerSpec(4, 4)).train()
+    optimizer = torch.optim.Adam(router.parameters(), lr=0.02)
+    for _ in range(300):
+        x_TD, context = torch.randn(64, 4), RoutingContext()
+        routing = router(x_TD, context)
+        best_T = x_TD.argmax(-1)
+        token_losses = (routing.experts_TK.squeeze(1) != best_T).float()
+        told = router.feedback(routing, context, token_losses)
+        optimizer.zero_grad()
+        (told["policy"] + told["value"] + 0.01 * told["entropy"]).backward()
+        optimizer.step()
+    x_TD = torch.randn(512, 4)
+    right = router.eval()(x_TD).experts_TK.squeeze(1) == x_TD.argmax(-1)
+    assert right.float().mean() > 0.8
+
+
+def test_draws_follow_the_policy():
+    torch.manual_seed(0)
+    router = RLRouter(LayerSpec(3, 3), top_k=1).train()
+    logits_TE = gate(router, torch.tensor([[0.0, 1.0, 2.0]]).expand(20_000, -1))
+    counts = torch.bincount(router(logits_TE).experts_TK.flatten(), minlength=3) / 20_000
+    assert_close(counts, torch.tensor([0.0, 1.0, 2.0]).softmax(-1), atol=0.015, rtol=0)

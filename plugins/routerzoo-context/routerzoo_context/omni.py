@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
 from routerzoo.losses import balance_loss
-from routerzoo.selection import top_k_experts
+from routerzoo.selection import largest_logits, top_k_experts, weights_at
 
 _CARRIED = "routerzoo_context.OmniRouter"
 
@@ -50,6 +50,14 @@ class OmniRouter(Router):
         """Scale the gate, where it is."""
         if self.weight is not None:
             self.weight.mul_(factor)
+
+    def choose(self, logits_TE: Tensor) -> Tensor:
+        """Choose the k largest."""
+        return largest_logits(logits_TE, self.top_k)
+
+    def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+        """Take the softmax over all experts at the chosen ones."""
+        return weights_at(logits_TE.softmax(-1), experts_TK)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Take the k most probable experts."""

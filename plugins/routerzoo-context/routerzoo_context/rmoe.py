@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
 from routerzoo.losses import balance_loss
-from routerzoo.selection import softmax_over_selected
+from routerzoo.selection import largest_logits, softmax_over, softmax_over_selected
 
 _INPUT, _STATE = "routerzoo_context.RMoERouter.input", "routerzoo_context.RMoERouter.state"
 
@@ -56,6 +56,14 @@ class RMoERouter(Router):
     def scale_initial_logits(self, factor: float) -> None:
         """Scale the last map."""
         self.up.mul_(factor)
+
+    def choose(self, logits_TE: Tensor) -> Tensor:
+        """Choose the k largest."""
+        return largest_logits(logits_TE, self.top_k)
+
+    def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+        """Take the softmax over the chosen logits."""
+        return softmax_over(logits_TE, experts_TK)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Take the k largest logits of the new state."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.selection import softmax_over_selected
+from routerzoo.selection import largest_logits, softmax_over, softmax_over_selected
 from routerzoo.sequences import sequences_of
 
 
@@ -64,6 +64,14 @@ class SimilarityRouter(Router):
     def scale_initial_logits(self, factor: float) -> None:
         """Scale the gate."""
         self.weight.mul_(factor)
+
+    def choose(self, logits_TE: Tensor) -> Tensor:
+        """Choose the k largest."""
+        return largest_logits(logits_TE, self.top_k)
+
+    def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+        """Take the softmax over the chosen logits."""
+        return softmax_over(logits_TE, experts_TK)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Average logits over similar tokens, and take the k largest."""

@@ -1,16 +1,28 @@
 """The routers that look beyond a token's hidden state: laws, numbers by hand, and several layers together."""
 
+import copy
 from functools import partial
 
 import pytest
 import torch
-from routerzoo_context import OmniRouter, RMoERouter, SimilarityRouter, YuanRouter
+from routerzoo_context import (
+    AttentionRouter,
+    OmniRouter,
+    RMoERouter,
+    SimilarityRouter,
+    TaskRouter,
+    ThorRouter,
+    VQMoERouter,
+    YuanRouter,
+)
 from torch.testing import assert_close
 
 from routerzoo import LayerSpec, MoE, RoutingContext
 from routerzoo.losses import balance_loss
 from routerzoo.models.decoder import Decoder
+from routerzoo.models.vit import ViTMoE
 from routerzoo.moe import NonCausalRouterError, moe_layers
+from routerzoo.router import UnmetRequirementError
 from routerzoo.testing import CHECKS, check_router
 
 VARIANTS = {
@@ -19,6 +31,13 @@ VARIANTS = {
     "Yuan": YuanRouter,
     "similarity": SimilarityRouter,
     "similarity, both ways": partial(SimilarityRouter, causal=False),
+    "attention": AttentionRouter,
+    "attention, both ways": partial(AttentionRouter, causal=False),
+    "task": partial(TaskRouter, task_dim=8),
+    "VQMoE": VQMoERouter,
+    "VQMoE, more codes": partial(VQMoERouter, codes_per_expert=3),
+    "THOR": ThorRouter,
+    "THOR, ensemble": partial(ThorRouter, evaluate="ensemble"),
 }
 
 
@@ -126,7 +145,10 @@ def test_similarity_averages_what_came_before():
         MoE(LayerSpec(4, 3, decoder=True), partial(SimilarityRouter, causal=False))
 
 
-@pytest.mark.parametrize("router", [OmniRouter, partial(RMoERouter, recurrent_dim=8), YuanRouter, SimilarityRouter])
+@pytest.mark.parametrize(
+    "router",
+    [OmniRouter, partial(RMoERouter, recurrent_dim=8), YuanRouter, SimilarityRouter, AttentionRouter, VQMoERouter],
+)
 def test_generation_routes_as_the_whole_sequence_does(router):
     torch.manual_seed(0)
     model = decoder(router).eval()
@@ -141,11 +163,128 @@ def test_generation_routes_as_the_whole_sequence_does(router):
         ids = torch.cat([ids, token.unsqueeze(1)], 1)
 
 
+def test_attention_averages_what_a_token_attends_to():
+    torch.manual_seed(0)
+    router, x_TD = AttentionRouter(LayerSpec(4, 3)), torch.randn(5, 4)
+    attention = torch.rand(5, 2, 3).softmax(-1)
+    context = RoutingContext(
+        attention=attention, positions=torch.tensor([0, 1, 2, 0, 1]), sequence_ids=torch.tensor([0, 0, 0, 1, 1])
+    )
+    logits_TE, own_TE = router(x_TD, context).logits_TE, x_TD @ router.weight.T
+    assert_close(logits_TE[0], own_TE[0])  # there is nothing earlier
+    mixing = attention[2].mean(0)
+    assert_close(logits_TE[2], mixing @ own_TE[:3])
+    mixing = attention[4].mean(0)[:2]
+    assert_close(logits_TE[4], mixing @ own_TE[3:] / mixing.sum())
+    with pytest.raises(NonCausalRouterError, match="AttentionRouter with causal=True"):
+        MoE(LayerSpec(4, 3, decoder=True), partial(AttentionRouter, causal=False))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_decoder_shows_its_attention(checkpointing):
+    torch.manual_seed(0)
+    model = decoder(AttentionRouter, activation_checkpointing=checkpointing).train()
+    seen = {}
+
+    def see(router, inputs, routing):
+        seen.setdefault(router.spec.layer, inputs[1].attention)
+
+    for layer in moe_layers(model):
+        layer.router.register_forward_hook(see)
+    model(torch.randint(40, (2, 8)))[0].sum().backward()
+    for attention in seen.values():
+        assert attention.shape == (16, 2, 8)
+        assert_close(attention.sum(-1), torch.ones(16, 2))
+        assert (attention.view(2, 8, 2, 8).transpose(1, 2).triu(1) == 0).all()
+    assert not torch.equal(seen[0], seen[1])  # each layer has that of its own block
+    without = decoder(YuanRouter)
+    assert without(torch.randint(40, (2, 8)))[1].attention is None
+
+
+def test_timm_shows_its_attention():
+    torch.manual_seed(0)
+    sizes = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    options = {"num_experts": 4, "moe_blocks": "all", "image_size": 16, "backbone_arguments": sizes}
+    net = ViTMoE("vit_tiny_patch16_224", 3, partial(AttentionRouter, causal=False), **options).eval()
+    images = torch.randn(2, 3, 16, 16)
+    logits, _ = net(images)
+    seen = [layer.provided_context.attention for layer in moe_layers(net)]
+    assert all(attention.shape == (2 * 5, 2, 5) for attention in seen)
+    assert_close(seen[0].sum(-1), torch.ones(10, 2))
+    twin = copy.deepcopy(net)
+    for parameter in net.parameters():
+        parameter.data.zero_()
+    assert torch.equal(twin(images)[0], logits)  # a copy looks at its own attention
+    other = ViTMoE("vit_tiny_patch16_224", 3, YuanRouter, **options)
+    assert not isinstance(other.vit.blocks[0].attn.attn_drop, type(net.vit.blocks[0].attn.attn_drop))
+
+
+def test_a_task_has_its_experts():
+    torch.manual_seed(0)
+    router = TaskRouter(LayerSpec(4, 6, num_tasks=2), top_k=2)
+    tasks = torch.tensor([0, 1, 0])
+    routing = router(torch.randn(3, 4), RoutingContext(task_ids=tasks))
+    expected = (router.task_embedding @ router.hidden.T).relu() @ router.up.T
+    assert_close(routing.logits_TE, expected[tasks])
+    assert torch.equal(routing.experts_TK[0], routing.experts_TK[2])
+    with pytest.raises(UnmetRequirementError, match="num_tasks"):
+        TaskRouter(LayerSpec(4, 6))
+    with pytest.raises(UnmetRequirementError, match="task_ids"):
+        decoder(TaskRouter)
+
+
+def test_a_decoder_is_told_the_task():
+    torch.manual_seed(0)
+    model = decoder(TaskRouter, num_tasks=2).eval()
+    ids = torch.randint(40, (1, 8)).expand(2, -1)
+    context = model(ids, task_ids_B=torch.tensor([0, 1]))[1]
+    first, second = context.routings[0].logits_TE.split(8)
+    assert not torch.equal(first, second)
+    assert torch.equal(model(ids)[1].routings[0].logits_TE, torch.cat([first, first]))  # the first by default
+
+
+def test_vqmoe_by_hand():
+    torch.manual_seed(0)
+    router = VQMoERouter(LayerSpec(4, 3), top_k=1, codes_per_expert=2)
+    x_TD = torch.randn(7, 4)
+    routing = router(x_TD)
+    code = torch.cdist(x_TD, router.codebook).argmin(-1)
+    gate = (x_TD @ router.weight.T).argmax(-1)
+    branch = (x_TD @ router.branches.T).softmax(-1)
+    for token in range(7):
+        expected = torch.zeros(3)
+        expected[gate[token]] += branch[token, 0]
+        expected[code[token] % 3] += branch[token, 1]
+        got = torch.zeros(4).index_add(0, routing.experts_TK[token] % 4, routing.weights_TK[token])
+        assert_close(got[:3], expected.detach(), check_device=False)
+    distance = (router.codebook[code] - x_TD).square().mean()
+    assert_close(routing.losses["codebook"], distance)
+    assert_close(routing.losses["commitment"], distance)
+    (gradient,) = torch.autograd.grad(routing.losses["codebook"], router.codebook)
+    assert_close(
+        gradient[code[0]], 2 * (router.codebook[code[0]] * (code == code[0]).sum() - x_TD[code == code[0]].sum(0)) / 28
+    )
+
+
+def test_thor_draws_one_expert_a_pass():
+    router = ThorRouter(LayerSpec(4, 5)).train()
+    context = RoutingContext(positions=torch.arange(6))
+    drawn = [router(torch.randn(6, 4), context).experts_TK for _ in range(200)]
+    assert all(len(set(experts.flatten().tolist())) == 1 for experts in drawn)
+    counts = torch.bincount(torch.tensor([int(experts[0]) for experts in drawn]), minlength=5)
+    assert (counts > 20).all()
+    mean = ThorRouter(LayerSpec(4, 5), evaluate="ensemble").eval()(torch.randn(6, 4), context)
+    assert_close(mean.weights_TK, torch.full((6, 5), 0.2))
+
+
 @pytest.mark.parametrize(
     ("router", "arguments", "message"),
     [
         (RMoERouter, {"recurrent_dim": 0}, "recurrent_dim must be at least 1, got 0"),
         (SimilarityRouter, {"temperature": 0.0}, "temperature must be above 0, got 0.0"),
+        (TaskRouter, {"task_dim": 0}, "task_dim must be at least 1, got 0"),
+        (VQMoERouter, {"codes_per_expert": 0}, "codes_per_expert must be at least 1, got 0"),
+        (ThorRouter, {"evaluate": "none"}, "evaluate must be sampled or ensemble, got 'none'"),
     ],
 )
 def test_bad_arguments(router, arguments, message):

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
+from routerzoo.selection import weights_at
 from routerzoo.sequences import Sequences, sequences_of
-from routerzoo_dynamic.chosen import routing_of
+from routerzoo_dynamic.chosen import choices, routing_of
 
 _SHARPNESS = 100.0  # of the sigmoid that stands in for "is active", the paper's
 
@@ -60,11 +61,22 @@ class BlockFFNRouter(Router):
         """Scale the gate; weights are normalised and stay as they are."""
         self.weight.mul_(factor)
 
+    def choose(self, logits_TE: Tensor) -> Tensor:
+        """Choose the experts with a positive logit; -1 for the others."""
+        return choices(logits_TE > 0)
+
+    def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+        """Take the normalised, scaled ReLU at the chosen experts."""
+        return weights_at(self._weights(logits_TE.relu()), experts_TK)
+
+    def _weights(self, active_TE: Tensor) -> Tensor:
+        return self.gamma * F.rms_norm(active_TE, active_TE.shape[-1:], eps=1e-6)
+
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Take the experts with a positive logit."""
         logits_TE = F.linear(x_TD, self.weight)
         active_TE = logits_TE.relu()
-        weights_TE = self.gamma * F.rms_norm(active_TE, active_TE.shape[-1:], eps=1e-6)
+        weights_TE = self._weights(active_TE)
         losses = {}
         if self.training and context.wants_losses:
             sequences = sequences_of(len(x_TD), context.sequence_ids, context.padding_mask, x_TD.device)

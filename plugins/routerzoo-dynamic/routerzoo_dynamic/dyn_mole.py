@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
 from routerzoo.losses import masked_mean
-from routerzoo_dynamic.chosen import routing_of
+from routerzoo.selection import weights_at
+from routerzoo_dynamic.chosen import choices, routing_of
 
 _EPSILON = 1e-5  # the authors'
 
@@ -70,16 +71,28 @@ class DynMoLERouter(Router):
         """Scale the gate."""
         self.weight.mul_(factor)
 
+    def choose(self, logits_TE: Tensor) -> Tensor:
+        """Choose the likely experts, or all; -1 for the others."""
+        probs_TE = logits_TE.softmax(-1)
+        return choices(self._chosen(probs_TE, normalized_tsallis_entropy(probs_TE, self.q)))
+
+    def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+        """Take the softmax over all experts at the chosen ones."""
+        return weights_at(logits_TE.softmax(-1), experts_TK)
+
+    def _chosen(self, probs_TE: Tensor, entropy_T: Tensor) -> Tensor:
+        sorted_TE, order_TE = probs_TE.detach().sort(dim=-1, descending=True, stable=True)
+        kept_TE = sorted_TE.cumsum(-1) <= self.threshold
+        kept_TE[:, : self.min_experts] = True
+        chosen_TE = torch.zeros_like(kept_TE).scatter(1, order_TE, kept_TE)
+        return chosen_TE | (entropy_T.detach() > self.entropy_threshold).unsqueeze(1)
+
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Take the likely experts, or all."""
         logits_TE = F.linear(x_TD, self.weight)
         probs_TE = logits_TE.softmax(-1)
         entropy_T = normalized_tsallis_entropy(probs_TE, self.q)
-        sorted_TE, order_TE = probs_TE.detach().sort(dim=-1, descending=True, stable=True)
-        kept_TE = sorted_TE.cumsum(-1) <= self.threshold
-        kept_TE[:, : self.min_experts] = True
-        chosen_TE = torch.zeros_like(kept_TE).scatter(1, order_TE, kept_TE)
-        chosen_TE = chosen_TE | (entropy_T.detach() > self.entropy_threshold).unsqueeze(1)
+        chosen_TE = self._chosen(probs_TE, entropy_T)
         losses = {}
         if self.training and context.wants_losses:
             mask = context.padding_mask

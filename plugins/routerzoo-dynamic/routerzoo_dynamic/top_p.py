@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
 from routerzoo.losses import balance_loss, masked_mean
+from routerzoo.selection import weights_at
 from routerzoo_dynamic.chosen import choices, routing_of
 
 
@@ -49,6 +50,14 @@ class TopPRouter(Router):
     def scale_initial_logits(self, factor: float) -> None:
         """Scale the gate."""
         self.weight.mul_(factor)
+
+    def choose(self, logits_TE: Tensor) -> Tensor:
+        """Choose until the probabilities reach the threshold; -1 for the others."""
+        return choices(nucleus(logits_TE.softmax(-1), self.threshold))
+
+    def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+        """Take the softmax over all experts at the chosen ones."""
+        return weights_at(logits_TE.softmax(-1), experts_TK)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Take experts until their probabilities reach the threshold."""

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from routerzoo_dynamic import BlockFFNRouter, DynMoLERouter, TopPRouter
+from routerzoo_dynamic import BlockFFNRouter, DAMoERouter, DynMoLERouter, TopPRouter
 from routerzoo_dynamic.dyn_mole import normalized_tsallis_entropy
 from torch.testing import assert_close
 
@@ -18,6 +18,8 @@ VARIANTS = {
     "DynMoLE, one expert is enough": partial(DynMoLERouter, min_experts=1, entropy_threshold=0.5, q=2.0),
     "BlockFFN": BlockFFNRouter,
     "BlockFFN, short chunks": partial(BlockFFNRouter, chunk_length=2),
+    "DA-MoE": DAMoERouter,
+    "DA-MoE, causal": partial(DAMoERouter, importance="spread"),
 }
 
 
@@ -121,3 +123,33 @@ def test_losses_leave_padding_out():
 def test_bad_arguments(router, arguments, message):
     with pytest.raises(ValueError, match=message):
         router(LayerSpec(8, 8), **arguments)
+
+
+def attention_of(rows):
+    attention = torch.tensor(rows).unsqueeze(1)
+    tokens = torch.arange(len(rows))
+    return RoutingContext(attention=attention, positions=tokens, sequence_ids=torch.zeros(len(rows)).long())
+
+
+def test_tokens_that_get_attention_get_experts():
+    router = DAMoERouter(LayerSpec(4, 4), top_k=4)
+    logits_TE = with_logits(router, torch.tensor([[4.0, 3.0, 2.0, 1.0]] * 3))
+    # Column sums 2.0, 0.9 and 0.1: shares of the largest are 1, 0.45 and 0.05.
+    context = attention_of([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.5, 0.4, 0.1]])
+    routing = router(logits_TE, context)
+    assert (routing.experts_TK >= 0).sum(1).tolist() == [4, 2, 1]
+    assert_close(routing.weights_TK[1, :2], torch.tensor([4.0, 3.0]).softmax(-1))
+    assert not router.causal
+
+
+def test_tokens_that_attend_widely_get_experts():
+    router = DAMoERouter(LayerSpec(4, 4), top_k=4, importance="spread")
+    logits_TE = with_logits(router, torch.tensor([[4.0, 3.0, 2.0, 1.0]] * 3))
+    # All attention to one token, half and half of two, and one token of three.
+    context = attention_of([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.0, 1.0, 0.0]])
+    assert (router(logits_TE, context).experts_TK >= 0).sum(1).tolist() == [1, 4, 1]
+
+
+def test_an_unknown_importance_is_refused():
+    with pytest.raises(ValueError, match="importance must be received or spread, got 'none'"):
+        DAMoERouter(LayerSpec(4, 4), importance="none")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
 from routerzoo.losses import balance_loss
-from routerzoo.selection import softmax_over_selected
+from routerzoo.selection import largest_logits, softmax_over, softmax_over_selected
 
 
 @register_router
@@ -48,6 +48,14 @@ class TemplateRouter(Router):
     def scale_initial_logits(self, factor: float) -> None:
         """Multiply the logits' scale, so that routers can be compared from the same start."""
         self.up.mul_(factor)
+
+    def choose(self, logits_TE: Tensor) -> Tensor:
+        """Choose by logits alone: optional, so that policies such as steering and replay can wrap the router."""
+        return largest_logits(logits_TE, self.top_k)
+
+    def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+        """Weigh given experts: optional, likewise."""
+        return softmax_over(logits_TE, experts_TK)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Choose experts. It is called in float32; the layer casts the weights back."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
 from routerzoo.losses import balance_loss, importance_loss, load_loss, z_loss
-from routerzoo.selection import top_k_experts
+from routerzoo.selection import top_k_experts, weights_at
 
 Score = Literal["softmax", "sigmoid", "sqrt_softplus"]
 
@@ -139,6 +139,16 @@ class TopKRouter(Router):
     def scale_initial_logits(self, factor: float) -> None:
         """Scale the gate."""
         self.weight.mul_(factor)
+
+    def choose(self, logits_TE: Tensor) -> Tensor:
+        """Choose the k best biased scores of the best groups."""
+        scores_TE = logits_TE if self.quantile_balancing else SCORES[self.score](logits_TE)
+        biased_TE = (scores_TE.detach() + self.selection_bias).masked_fill(logits_TE == -torch.inf, -torch.inf)
+        return top_k_experts(self._eligible(biased_TE), self.top_k)[1]
+
+    def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+        """Take the unbiased scores of the chosen experts."""
+        return weights_at(SCORES[self.score](logits_TE), experts_TK, renormalize=self.renormalize) * self.scale
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Take the k best experts of the best groups."""

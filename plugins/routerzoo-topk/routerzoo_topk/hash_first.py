@@ -8,13 +8,13 @@ from typing import final
 
 from torch import Tensor
 
-from routerzoo import HashRouter, LayerSpec, Router, Routing, RoutingContext, register_router
+from routerzoo import HashRouter, LayerSpec, Router, RouterWrapper, Routing, RoutingContext, register_router
 from routerzoo_topk.gate import Score, TopKRouter
 
 
 @register_router
 @final
-class HashFirstRouter(Router):
+class HashFirstRouter(RouterWrapper):
     """Routes by token id in the first MoE layers of a model, and by a `TopKRouter` in the others.
 
     Inspired by what is told of DeepSeek-V4: three hash layers, then sqrt-softplus scores, 6 of 384 experts, weights
@@ -52,40 +52,25 @@ class HashFirstRouter(Router):
     ) -> None:
         if hash_layers < 0:
             raise ValueError(f"hash_layers must be at least 0, got {hash_layers}")
-        super().__init__(spec, top_k=top_k)
-        self.hashes = spec.layer < hash_layers
-        self.also_require(*(["token_ids"] if self.hashes else []))
         self.scale = scale
-        self.gate: Router = (
-            HashRouter(spec, top_k=top_k, seed=seed)
-            if self.hashes
-            else TopKRouter(spec, top_k=top_k, score=score, bias_speed=bias_speed, renormalize=renormalize, scale=scale)
-        )
-        self.trainable, self.trains_at_top_1 = self.gate.trainable, self.gate.trains_at_top_1
-        self.normalized = self.gate.normalized and scale == 1.0
-        self.adapted_buffers = frozenset(f"gate.{name}" for name in self.gate.adapted_buffers)
+
+        def gate(spec: LayerSpec) -> Router:
+            if spec.layer < hash_layers:
+                return HashRouter(spec, top_k=top_k, seed=seed)
+            return TopKRouter(
+                spec, top_k=top_k, score=score, bias_speed=bias_speed, renormalize=renormalize, scale=scale
+            )
+
+        super().__init__(spec, router=gate)
+
+    @property
+    def normalized(self) -> bool:  # type: ignore[override]
+        """As the layer's method, unless scaled."""
+        return super().normalized and self.scale == 1.0
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Route by the layer's method."""
-        self.gate.top_k = self.top_k
-        routing = self.gate.route(x_TD, context)
-        if self.hashes and routing.weights_TK is not None:
+        routing = self.router.route(x_TD, context)
+        if isinstance(self.router, HashRouter) and routing.weights_TK is not None:
             return replace(routing, weights_TK=routing.weights_TK * self.scale)
         return routing
-
-    def calibrate(self, token_counts_V: Tensor) -> None:
-        """Pass it on."""
-        self.gate.calibrate(token_counts_V)
-
-    def before_optimizer_step(self) -> None:
-        """Pass it on."""
-        self.gate.before_optimizer_step()
-
-    def freeze(self) -> None:
-        """Freeze the gate too."""
-        super().freeze()
-        self.gate.freeze()
-
-    def scale_initial_logits(self, factor: float) -> None:
-        """Scale the gate; hash layers have no logits."""
-        self.gate.scale_initial_logits(factor)

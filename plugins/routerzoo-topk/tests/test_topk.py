@@ -201,7 +201,7 @@ def test_hash_layers_come_first_and_are_scaled():
     assert [router.requires for router in routers] == [frozenset({"token_ids"})] * 3 + [frozenset()]
     routing = routers[0](torch.randn(5, 4), RoutingContext(token_ids=torch.arange(5)))
     close(routing.weights_TK, torch.full((5, 2), 1.25))
-    assert routers[3].gate.score == "sqrt_softplus"
+    assert routers[3].router.score == "sqrt_softplus"
 
 
 @pytest.mark.parametrize("name", PRESETS)

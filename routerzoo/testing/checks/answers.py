@@ -11,7 +11,7 @@ import torch
 
 from routerzoo.losses import GENERIC_LOSSES
 from routerzoo.router import Router, UnmetRequirementError
-from routerzoo.routing import RoutingContext
+from routerzoo.routing import CONTEXT_FIELDS, Routing, RoutingContext
 from routerzoo.testing.cases import Case, Cases, CheckFailure, RefusedSizesError, takes_top_k
 from routerzoo.testing.checks.common import (
     MODES,
@@ -19,6 +19,7 @@ from routerzoo.testing.checks.common import (
     fail_unless,
     law_of_routers,
     mode,
+    require_equal_effects,
     require_same,
     require_valid,
 )
@@ -41,9 +42,13 @@ def declaration(cases: Cases) -> None:
         bool(parameters) and parameters[0].name == "spec" and all(p.kind is p.KEYWORD_ONLY for p in parameters[1:]),
         f"{cls.__name__}{inspect.signature(cls)}: the arguments must be (spec, *, keywords)",
     )
-    case = cases.standard()
-    losses = case.route(router, case.hidden(), case.context()).losses
-    for name in cls.default_loss_weights:
+    case, x_TD = cases.standard(), cases.standard().hidden()
+    context = case.context(carry={}, routings={})
+    routing: Routing = router(x_TD, context)
+    losses = dict(routing.losses)
+    if router.wants_feedback:
+        losses.update(router.feedback(routing, context, x_TD[:, 0].abs()))
+    for name in router.default_loss_weights:
         fail_unless(
             name in losses or name in GENERIC_LOSSES,
             f"default_loss_weights has {name!r}, the routing has the losses {sorted(losses)}",
@@ -152,8 +157,7 @@ def requirements(cases: Cases) -> None:
     """
     case = cases.standard()
     router, x_TD, full = case.router(), case.hidden(), case.context()
-    fields = ("token_ids", "positions", "sequence_ids", "padding_mask", "step", "total_steps")
-    least = RoutingContext(**{name: getattr(full, name) for name in fields if name in router.requires})
+    least = RoutingContext(**{name: getattr(full, name) for name in CONTEXT_FIELDS & router.requires})
     try:
         routing = case.route(router, x_TD, least)
     except CheckFailure:
@@ -183,7 +187,7 @@ def requirements(cases: Cases) -> None:
         else:
             raise CheckFailure(f"requires {name}, but builds in a model that does not provide it")
     try:
-        case.build(replace(case.spec, vocab_size=None, num_positions=None, hidden_dim=None))
+        case.build(replace(case.spec, vocab_size=None, num_positions=None, hidden_dim=None, num_tasks=None))
     except RefusedSizesError as error:
         fail_unless(
             isinstance(error.__cause__, UnmetRequirementError),
@@ -217,3 +221,57 @@ def top_k(cases: Cases) -> None:
         raise CheckFailure(f"lets top_k be set to {bad} with {case.sizes.num_experts} experts")
     router.top_k = 1
     require_valid(case, case.route(router, case.hidden(), case.context()), case.hidden())
+
+
+@law_of_routers
+def policies(cases: Cases) -> None:
+    """`choose` and `weigh`, where a router has them, do what `route` does in evaluation.
+
+    They let policies around a router (a capacity, a replay, a steering) choose and weigh experts as it would. An expert
+    whose logit is minus infinity is chosen by nobody who has others; no expert (-1) has weight 0.
+    """
+
+    def law(case: Case) -> None:
+        router, x_TD = case.router(), case.hidden()
+        routing = case.route(router, x_TD, case.context())
+        logits_TE = routing.logits_TE
+        if logits_TE is None or routing.dense:
+            return
+        experts_TK = routing.experts_TK
+        try:
+            chosen_TK = router.choose(logits_TE)
+        except NotImplementedError:
+            pass
+        else:
+            chosen = Routing(chosen_TK, torch.ones_like(chosen_TK, dtype=x_TD.dtype))
+            require_equal_effects(
+                case.effect(routing, x_TD)[:, case.sizes.num_experts :],
+                case.effect(chosen, x_TD)[:, case.sizes.num_experts :],
+                "choose(logits) are other experts than route's",
+            )
+            experts_TK = chosen_TK
+            if case.sizes.num_experts > chosen_TK.shape[1]:
+                out = case.sizes.seed % case.sizes.num_experts
+                others_TK = router.choose(logits_TE.index_fill(1, torch.tensor([out], device=x_TD.device), -torch.inf))
+                fail_unless((others_TK != out).all(), f"choose takes expert {out}, whose logit is minus infinity")
+        if experts_TK is None:
+            return
+        try:
+            weights_TK = router.weigh(logits_TE, experts_TK)
+        except NotImplementedError:
+            return
+        weighed = Routing(experts_TK, weights_TK.to(x_TD.dtype))
+        require_equal_effects(
+            case.effect(routing, x_TD),
+            case.effect(weighed, x_TD),
+            "weigh(logits, experts) gives other weights than route",
+            tolerance=1e-5,
+        )
+        left_TK = experts_TK.index_fill(1, torch.tensor([0], device=x_TD.device), -1)
+        weights_TK = router.weigh(logits_TE, left_TK)
+        fail_unless(
+            (weights_TK[:, 0] == 0).all() and weights_TK.isfinite().all(),
+            f"weigh gives no expert (-1) the weights {brief(weights_TK)}; they must be 0, and the others finite",
+        )
+
+    cases.each(law)

@@ -134,6 +134,7 @@ def _as_declared(cases: Cases, name: str, others: Callable[[Case, int], tuple[Te
             declared[training] = bool(getattr(router, name))
             x_TD, context = case.hidden(), case.context()
             assert context.token_ids is not None
+            assert context.attention is not None
             before = case.effect(case.route(router, x_TD, context), x_TD)
             for which in range(2):
                 changed_T, kept_T = (mask_T.to(x_TD.device) for mask_T in others(case, which))
@@ -144,7 +145,11 @@ def _as_declared(cases: Cases, name: str, others: Callable[[Case, int], tuple[Te
                     other_ids = case.context(ids_seed=which + 7).token_ids
                     assert other_ids is not None
                     ids = torch.where(changed_T, other_ids, context.token_ids)
-                    after = case.effect(case.route(router, y_TD, replace(context, token_ids=ids)), y_TD)
+                    others_attention = case.context(ids_seed=which + 7).attention
+                    assert others_attention is not None
+                    attention = torch.where(changed_T.view(-1, 1, 1), others_attention, context.attention)
+                    changed = replace(context, token_ids=ids, attention=attention)
+                    after = case.effect(case.route(router, y_TD, changed), y_TD)
                     if torch.equal(before[kept_T], after[kept_T]):
                         continue
                     seen[training] = True
@@ -202,7 +207,7 @@ def tokenwise(cases: Cases) -> None:
 
 def _taken(context: RoutingContext, places: Tensor) -> RoutingContext:
     """Return the context of these tokens."""
-    names = ("token_ids", "positions", "sequence_ids", "padding_mask")
+    names = ("token_ids", "positions", "sequence_ids", "padding_mask", "task_ids", "attention")
     return replace(context, **{name: getattr(context, name)[places] for name in names})
 
 

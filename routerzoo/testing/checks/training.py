@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from routerzoo.router import Router
 from routerzoo.routing import Routing
-from routerzoo.testing.cases import TOTAL_STEPS, Case, Cases, CheckFailure, takes_top_k
+from routerzoo.testing.cases import TOTAL_STEPS, Case, Cases, CheckFailure, seeded, takes_top_k
 from routerzoo.testing.checks.common import (
     MODES,
     fail_unless,
@@ -124,8 +124,14 @@ def _train(case: Case, router: Router, optimizer: torch.optim.Optimizer | None) 
         x_TD = case.hidden(10 + number).requires_grad_()
         context = case.context(ids_seed=10 + number, step=step)
         router.zero_grad()
-        routing = case.route(router, x_TD, context, seed=20 + number)
-        torch.autograd.backward(_objective(case, routing, x_TD))
+        context = replace(context, carry={}, routings={})
+        with seeded(case.sizes.seed + 20 + number):
+            routing: Routing = router(x_TD, context)
+        objective = _objective(case, routing, x_TD)
+        if router.wants_feedback:
+            told = router.feedback(routing, context, case.hidden(30 + number)[:, 0].abs())
+            objective = objective + sum(told.values())
+        torch.autograd.backward(objective)
         now = {}
         for name, value in router.named_parameters():
             if value.requires_grad:

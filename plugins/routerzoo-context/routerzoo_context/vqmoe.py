@@ -1,0 +1,84 @@
+"""VQMoERouter: a learned gate beside a codebook of experts (Do et al. 2024, https://arxiv.org/abs/2411.19402)."""
+# Shape suffixes: T tokens, D model width, E experts, K choices of the gate, C codes.
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
+from routerzoo.losses import balance_loss, masked_mean
+from routerzoo.selection import softmax_over_selected
+
+
+@register_router
+@final
+class VQMoERouter(Router):
+    """Two branches: a gate chooses k experts, and the nearest code of a learned codebook names one more.
+
+    The expert of code c is `c mod E`. Weights are `softmax(W_c x)` over the branches, times the softmax over the gate's
+    k largest in the first one; where both choose an expert, its weights add up. Losses: `balance` of the gate (0.01),
+    `codebook`, the squared distance of the code to the hidden state that chose it (0.08), and `commitment`, that of the
+    hidden state to its code (0.25 * 0.08); means over tokens and channels, with the authors' coefficients.
+
+    Inspired by: in the paper the second branch computes its expert on `LN(x (1 - r) + code r)`, r = 0.05, and
+    normalises what comes out. Here all experts compute on x, since what experts read is not a router's to change.
+
+    Args:
+        spec: sizes of the layer the router sits in.
+        top_k: experts per token that the gate chooses.
+        codes_per_expert: the codebook has so many codes for each expert.
+        init_std: standard deviation of the initial weights of gate and branches.
+
+    Raises:
+        ValueError: no codes.
+    """
+
+    paper = "Do et al. 2024, arXiv:2411.19402"
+    inspired_by = True
+    normalized = True
+    default_loss_weights: ClassVar[Mapping[str, float]] = {"balance": 1e-2, "codebook": 0.08, "commitment": 0.02}
+
+    def __init__(self, spec: LayerSpec, *, top_k: int = 2, codes_per_expert: int = 1, init_std: float = 0.02) -> None:
+        if codes_per_expert < 1:
+            raise ValueError(f"codes_per_expert must be at least 1, got {codes_per_expert}")
+        super().__init__(spec, top_k=top_k)
+        self.weight = nn.Parameter(torch.randn(spec.num_experts, spec.d_model) * init_std)
+        self.branches = nn.Parameter(torch.randn(2, spec.d_model) * init_std)
+        self.codebook = nn.Parameter(torch.randn(codes_per_expert * spec.num_experts, spec.d_model))
+
+    @torch.no_grad()
+    def scale_initial_logits(self, factor: float) -> None:
+        """Scale the gate."""
+        self.weight.mul_(factor)
+
+    def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
+        """Take the gate's k experts, and the nearest code's."""
+        logits_TE = F.linear(x_TD, self.weight)
+        weights_TK, experts_TK = softmax_over_selected(logits_TE, self.top_k)
+        # The nearest code has the largest x q - |q|^2 / 2.
+        codebook_CD = self.codebook.detach()
+        nearness_TC = F.linear(x_TD.detach(), codebook_CD, -0.5 * codebook_CD.square().sum(-1))
+        code_T = nearness_TC.argmax(-1)
+        coded_T1 = (code_T % self.spec.num_experts).unsqueeze(1)
+        branch_T2 = F.linear(x_TD, self.branches).softmax(-1)
+        again_TK = experts_TK == coded_T1
+        weights_TK = weights_TK * branch_T2[:, :1] + again_TK * branch_T2[:, 1:]
+        new_T1 = ~again_TK.any(1, keepdim=True)
+        losses = {}
+        if self.training and context.wants_losses:
+            mask = context.padding_mask
+            losses["balance"] = balance_loss(logits_TE.softmax(-1), experts_TK, padding_mask=mask)
+            code_TD = self.codebook.index_select(0, code_T)
+            losses["codebook"] = masked_mean((code_TD - x_TD.detach()).square().mean(-1), mask)
+            losses["commitment"] = masked_mean((code_TD.detach() - x_TD).square().mean(-1), mask)
+        return Routing(
+            torch.cat([experts_TK, coded_T1.masked_fill(~new_T1, -1)], dim=1),
+            torch.cat([weights_TK, branch_T2[:, 1:] * new_T1], dim=1),
+            logits_TE,
+            losses,
+        )

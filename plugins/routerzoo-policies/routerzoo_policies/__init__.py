@@ -1,0 +1,7 @@
+"""Policies around any router: a capacity for each expert, replay of recorded choices, steering of logits."""
+
+from routerzoo_policies.capacity import CapacityRouter
+from routerzoo_policies.replay import Recording, ReplayRouter, record, replay
+from routerzoo_policies.steering import SteeredRouter, steer
+
+__all__ = ["CapacityRouter", "Recording", "ReplayRouter", "SteeredRouter", "record", "replay", "steer"]

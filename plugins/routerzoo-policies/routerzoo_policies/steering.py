@@ -1,0 +1,129 @@
+"""SteeredRouter: additive offsets on a router's logits (Bandarkar et al. 2025, https://arxiv.org/abs/2510.04694)."""
+# Shape suffixes: T tokens, E experts, K choices per token.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from routerzoo import LayerSpec, Router, RouterWrapper, Routing, RoutingContext, moe_layers, register_router
+
+
+@register_router
+@final
+class SteeredRouter(RouterWrapper):
+    """Adds an offset for each expert to the logits of any router that chooses by logits, before it chooses.
+
+    A positive offset makes tokens prefer an expert, minus infinity rules it out. Used on trained models: to bring
+    tokens to the experts of another language (arXiv:2510.04694, inspired by: its strengths could not be read), or, with
+    `learn`, to tune the offsets on a prompt while all else stays ("rewiring" at test time).
+
+    An offset of zero leaves the inner router's answer as it is. Otherwise experts and weights follow from the steered
+    logits as in evaluation, without the noise that a router may draw in training; losses stay the inner router's.
+
+    Args:
+        spec: sizes of the layer the router sits in.
+        router: the inner router.
+        offsets: offset by index of the expert; the others have 0.
+        layers: MoE layers to steer; by default all.
+        learn: make the offsets a parameter.
+
+    Raises:
+        ValueError: no such expert or layer.
+        NotImplementedError: in use, a router that does not choose by logits.
+    """
+
+    paper = "Bandarkar et al. 2025, arXiv:2510.04694"
+    inspired_by = True
+    offset_E: Tensor
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        *,
+        router: str | Callable[[LayerSpec], Router] = "LinearRouter",
+        offsets: Mapping[int, float] | None = None,
+        layers: list[int] | None = None,
+        learn: bool = False,
+    ) -> None:
+        super().__init__(spec, router=router)
+        for expert in offsets or ():
+            if not 0 <= expert < spec.num_experts:
+                raise ValueError(f"offsets names expert {expert}; there are 0 to {spec.num_experts - 1}")
+        for layer in layers or ():
+            if not 0 <= layer < spec.num_layers:
+                raise ValueError(f"layers names MoE layer {layer}; there are 0 to {spec.num_layers - 1}")
+        offset_E = torch.zeros(spec.num_experts)
+        if layers is None or spec.layer in layers:
+            for expert, offset in (offsets or {}).items():
+                offset_E[expert] = offset
+        self.learn = learn
+        if learn:
+            self.offset_E = nn.Parameter(offset_E)
+        else:
+            self.register_buffer("offset_E", offset_E)
+
+    @property
+    def trainable(self) -> bool:  # type: ignore[override]
+        """Whether the offsets or the inner router learn."""
+        return self.learn or self.router.trainable
+
+    @property
+    def compiles(self) -> bool:  # type: ignore[override]
+        """Not where the offset must be looked at, to see whether there is any."""
+        return self.learn and super().compiles
+
+    def choose(self, logits_TE: Tensor) -> Tensor:
+        """Choose as the inner router does, and no expert that is ruled out, even where there are too few others."""
+        experts_TK = super().choose(logits_TE)
+        ruled_out_TK = logits_TE.gather(1, experts_TK.clamp_min(0)) == -torch.inf
+        return experts_TK.masked_fill(ruled_out_TK, -1)
+
+    def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
+        """Choose by the steered logits."""
+        routing = self.router.route(x_TD, context)
+        if not self.learn and not self.offset_E.any():
+            return routing
+        if routing.logits_TE is None:
+            raise NotImplementedError(f"{type(self.router).__name__} has no logits to steer")
+        logits_TE = routing.logits_TE + self.offset_E
+        experts_TK = self.choose(logits_TE)
+        weights_TK = self.weigh(logits_TE, experts_TK)
+        return Routing(experts_TK, weights_TK, logits_TE, routing.losses, routing.balance_probs_TE)
+
+
+@contextmanager
+def steer(model: nn.Module, offsets: Mapping[int, Tensor]) -> Iterator[None]:
+    """Steer the routers of a model for a while.
+
+    Args:
+        model: a model with MoE layers.
+        offsets: by index of the MoE layer, an offset `[num_experts]`; the other layers stay as they are.
+
+    Raises:
+        ValueError: no such layer, or an offset of another size.
+    """
+    layers = {layer.spec.layer: layer for layer in moe_layers(model)}
+    if unknown := sorted(set(offsets) - set(layers)):
+        raise ValueError(f"the model has no MoE layer {unknown[0]}; it has {', '.join(map(str, layers))}")
+    before = {index: layers[index].router for index in offsets}
+    try:
+        for index, offset_E in offsets.items():
+            spec, inner = layers[index].spec, before[index]
+            if offset_E.shape != (spec.num_experts,):
+                raise ValueError(
+                    f"the offset of MoE layer {index} has shape {list(offset_E.shape)}; it must be [{spec.num_experts}]"
+                )
+            # A wrapper is told the layer's own context fields: it requires nothing that the inner router does not.
+            steered = SteeredRouter(replace(spec, provides=spec.provides | inner.requires), router=lambda _, r=inner: r)
+            steered.offset_E = offset_E.to(steered.offset_E)
+            layers[index].router = steered.to(offset_E.device).train(inner.training)
+        yield
+    finally:
+        for index, inner in before.items():
+            layers[index].router = inner

@@ -1,0 +1,293 @@
+"""Policies around routers: laws, numbers by hand, and what a batch-mate can do."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from routerzoo_policies import CapacityRouter, ReplayRouter, SteeredRouter, record, replay, steer
+from torch.testing import assert_close
+
+from routerzoo import (
+    HashRouter,
+    HyperRouter,
+    LayerSpec,
+    LinearRouter,
+    MoE,
+    RandomFrozenRouter,
+    RoutingContext,
+    StableMoERouter,
+    XMoERouter,
+    moe_layers,
+)
+from routerzoo.models.decoder import Decoder
+from routerzoo.moe import NonCausalRouterError
+from routerzoo.testing import CHECKS, check_router
+from routerzoo.testing.attack import cross_batch_attack
+
+TIGHT = partial(CapacityRouter, capacity_factor=0.5)
+SWITCH = partial(LinearRouter, top_k=1, renormalize=False)
+VARIANTS = {
+    "capacity": TIGHT,
+    "capacity in evaluation": partial(TIGHT, in_evaluation=True),
+    "capacity of a Switch": partial(TIGHT, router=SWITCH),
+    "capacity of a hash": partial(TIGHT, router=HashRouter),
+    "capacity of StableMoE": partial(TIGHT, router=StableMoERouter),
+    "by choice": partial(TIGHT, order="choice"),
+    "by priority": partial(TIGHT, order="priority"),
+    "by weight": partial(TIGHT, order="weight"),
+    "over the batch": partial(TIGHT, scope="batch"),
+    "over the batch, in evaluation": partial(TIGHT, scope="batch", in_evaluation=True),
+    "next": partial(TIGHT, overflow="next", router=XMoERouter),
+    "next, by choice": partial(TIGHT, overflow="next", order="choice"),
+    "next, over the batch": partial(TIGHT, overflow="next", scope="batch", order="priority"),
+    "local": partial(TIGHT, overflow="local"),
+    "local, of two devices": partial(TIGHT, overflow="local", devices=2),
+    "fill": partial(TIGHT, fill=True),
+    "both rectifications": partial(TIGHT, overflow="local", fill=True, scope="batch", order="priority"),
+    "steered": partial(SteeredRouter, offsets={0: 1.0}),
+    "ruled out": partial(SteeredRouter, offsets={0: -math.inf}, router=HyperRouter),
+    "learned offsets": partial(SteeredRouter, learn=True, router=partial(RandomFrozenRouter, init_std=1.0)),
+    "not steered": partial(SteeredRouter, router=HashRouter),
+    "replay": ReplayRouter,
+    "capacity of a steered router": partial(TIGHT, overflow="next", router=partial(SteeredRouter, offsets={0: 0.5})),
+}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variant(variant, check):
+    check_router(VARIANTS[variant], only=[check], examples=8)
+
+
+def gate(policy, logits, num_experts=2, **options):
+    """Build a policy around a linear router that gives tokens `one-hot` the rows of `logits`."""
+    router = policy(LayerSpec(len(logits), num_experts), **options)
+    inner = router.router
+    inner.weight.data = torch.tensor(logits).T.contiguous()
+    return router.train(), torch.eye(len(logits))
+
+
+def context(*lengths):
+    return RoutingContext(sequence_ids=torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)))
+
+
+# Four tokens, two experts, k = 1: room for one token each at half the capacity, for two at the full one.
+ALL_WANT_0 = [[3.0, 0.0], [4.0, 1.0], [5.0, 0.0], [2.0, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"capacity_factor": 0.5}, [0, -1, -1, -1]),
+        ({"capacity_factor": 1.0}, [0, 0, -1, -1]),
+        ({"capacity_factor": 0.51}, [0, 0, -1, -1]),  # rounded up
+        ({"capacity_factor": 1.0, "order": "choice"}, [0, 0, -1, -1]),
+        ({"capacity_factor": 0.5, "order": "priority"}, [-1, -1, 0, -1]),
+        ({"capacity_factor": 0.5, "order": "weight"}, [-1, -1, 0, -1]),
+        ({"capacity_factor": 1.0, "order": "weight"}, [0, -1, 0, -1]),
+        ({"capacity_factor": 1.0, "overflow": "next"}, [0, 0, 1, 1]),
+        ({"capacity_factor": 0.5, "overflow": "next"}, [0, 1, -1, -1]),
+        ({"capacity_factor": 0.5, "overflow": "next", "order": "priority"}, [1, -1, 0, -1]),
+    ],
+)
+def test_who_finds_room(options, expected):
+    router, x_TD = gate(CapacityRouter, ALL_WANT_0, router=SWITCH, **options)
+    routing = router(x_TD, context(4))
+    assert routing.experts_TK.flatten().tolist() == expected
+    probs_TE = torch.tensor(ALL_WANT_0).softmax(-1)
+    weights = [0.0 if e < 0 else float(probs_TE[t, e]) for t, e in enumerate(expected)]
+    assert_close(routing.weights_TK.flatten(), torch.tensor(weights))
+    assert router.eval()(x_TD, context(4)).experts_TK.flatten().tolist() == [0, 0, 0, 0]
+
+
+def test_sequences_have_room_of_their_own():
+    router, x_TD = gate(CapacityRouter, ALL_WANT_0, router=SWITCH, capacity_factor=1.0)
+    assert router(x_TD, context(2, 2)).experts_TK.flatten().tolist() == [0, -1, 0, -1]
+    shared, x_TD = gate(CapacityRouter, ALL_WANT_0, router=SWITCH, capacity_factor=1.0, scope="batch")
+    assert shared(x_TD, context(2, 2)).experts_TK.flatten().tolist() == [0, 0, -1, -1]
+
+
+def test_padding_takes_no_place():
+    router, x_TD = gate(CapacityRouter, ALL_WANT_0, router=SWITCH, capacity_factor=1.0)
+    padded = RoutingContext(sequence_ids=torch.zeros(4).long(), padding_mask=torch.tensor([True, False, False, False]))
+    # Three tokens: ceil(1.5) places.
+    assert router(x_TD, padded).experts_TK.flatten().tolist() == [-1, 0, 0, -1]
+
+
+# Two choices each of three experts: the first token's second choice is what the second token wants first.
+FIRST_CHOICES_FIRST = [[2.0, 1.0, 0.0], [0.0, 2.0, 1.0], [0.0, 2.0, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [("token", [[0, 1], [-1, 2], [-1, -1]]), ("choice", [[0, -1], [1, 2], [-1, -1]])],
+)
+def test_the_order_of_service(order, expected):
+    options = {"router": partial(LinearRouter, top_k=2), "capacity_factor": 0.5, "order": order}
+    router, x_TD = gate(CapacityRouter, FIRST_CHOICES_FIRST, 3, **options)
+    assert router(x_TD, context(3)).experts_TK.tolist() == expected
+
+
+def test_lost_choices_fall_on_the_local_expert():
+    logits = [[3.0, 2.0, 1.0, 0.0]] * 4
+    options = {"router": partial(LinearRouter, top_k=2), "capacity_factor": 0.5, "overflow": "local"}
+    router, x_TD = gate(CapacityRouter, logits, 4, devices=2, **options)
+    routing = router(x_TD, context(4))
+    # One place in each expert: the first token has it. The others lose both choices, to their device's best expert:
+    # tokens 0 and 1 are on the device of experts 0 and 1, tokens 2 and 3 on that of 2 and 3.
+    chosen = [set(row.tolist()) - {-1} for row in routing.experts_TK]
+    assert chosen == [{0, 1}, {0}, {2}, {2}]
+    assert_close(routing.weights_TK.sum(1), torch.ones(4))
+    expected = torch.tensor([3.0, 2.0]).softmax(-1)
+    assert_close(routing.weights_TK[0, :2], expected)
+
+
+def test_a_local_expert_counts_as_often_as_choices_were_lost():
+    # Token 1 keeps expert 2 (logit 1), and loses expert 0 (logit 3), which is also its device's best.
+    logits = [[3.0, 2.0, 0.0, 0.0], [3.0, 0.0, 1.0, 0.0]]
+    options = {"router": partial(LinearRouter, top_k=2), "capacity_factor": 1.0, "overflow": "local"}
+    router, x_TD = gate(CapacityRouter, logits, 4, **options)
+    routing = router(x_TD, context(2))
+    weights = dict(zip(routing.experts_TK[1].tolist(), routing.weights_TK[1].tolist(), strict=True))
+    total = math.exp(1.0) + math.exp(3.0)
+    assert weights[2] == pytest.approx(math.exp(1.0) / total)
+    assert weights[0] == pytest.approx(math.exp(3.0) / total)
+
+
+def test_free_slots_go_to_the_largest_next_choices():
+    # Room for two tokens each; expert 1 is free, and tokens 1 and 3 are those that score it highest.
+    router, x_TD = gate(CapacityRouter, ALL_WANT_0, router=SWITCH, capacity_factor=1.0, fill=True)
+    routing = router(x_TD, context(4))
+    assert [row.tolist() for row in routing.experts_TK] == [[0, -1], [0, 1], [-1, -1], [-1, 1]]
+    both = torch.tensor([4.0, 1.0]).softmax(-1)
+    assert_close(routing.weights_TK[1], both)
+    routing.weights_TK[1, 0].backward()
+    # The denominator is a constant: the derivative of e^a / Z by its own logit is the weight itself.
+    assert_close(router.router.weight.grad[0, 1], both[0])
+    assert router.router.weight.grad[1, 1] == 0
+
+
+def test_the_unsafe_orders_are_declared_and_caught():
+    safe = partial(CapacityRouter, capacity_factor=0.5, in_evaluation=True)
+    assert cross_batch_attack(safe).hidden_TD is None
+    shared = partial(safe, scope="batch")
+    assert not shared(LayerSpec(8, 8)).batch_independent
+    assert cross_batch_attack(shared).change > 0.1
+
+
+def test_decoders_refuse_what_looks_ahead():
+    spec = LayerSpec(8, 4, decoder=True)
+    MoE(spec, CapacityRouter)
+    with pytest.raises(NonCausalRouterError, match="CapacityRouter with its default order"):
+        MoE(spec, partial(CapacityRouter, order="choice"))
+
+
+def test_k_and_state_are_the_inner_routers():
+    router = CapacityRouter(LayerSpec(8, 8), router=partial(LinearRouter, top_k=2))
+    router.top_k = 4
+    assert router.router.top_k == 4
+    other = CapacityRouter(LayerSpec(8, 8))
+    other.load_state_dict(router.state_dict())
+    assert other.top_k == 4
+    assert router.default_loss_weights == LinearRouter.default_loss_weights
+    router.freeze()
+    assert not any(p.requires_grad for p in router.parameters())
+    assert router.router.is_frozen
+
+
+def test_steering_by_hand():
+    router, x_TD = gate(SteeredRouter, ALL_WANT_0, router=SWITCH, offsets={1: 3.5})
+    routing = router(x_TD)
+    steered = torch.tensor(ALL_WANT_0) + torch.tensor([0.0, 3.5])
+    assert routing.experts_TK.flatten().tolist() == steered.argmax(-1).tolist() == [1, 1, 0, 1]
+    assert_close(routing.weights_TK, steered.softmax(-1).amax(-1, keepdim=True))
+    assert_close(routing.logits_TE, steered)
+
+
+def test_steering_some_layers():
+    routers = [SteeredRouter(LayerSpec(4, 4, layer=n, num_layers=2), offsets={2: 1.0}, layers=[1]) for n in range(2)]
+    assert [float(router.offset_E.sum()) for router in routers] == [0.0, 1.0]
+
+
+def model():
+    return Decoder(40, partial(LinearRouter, top_k=2), num_experts=4, d_model=16, num_blocks=2, num_heads=2)
+
+
+def test_a_model_is_steered_for_a_while():
+    net, ids = model().eval(), torch.randint(40, (2, 8))
+    before, routers = net(ids)[0], [layer.router for layer in moe_layers(net)]
+    with steer(net, {1: torch.tensor([0.0, 0.0, 0.0, -math.inf])}):
+        _, context = net(ids)
+        assert (context.routings[1].experts_TK != 3).all()
+    assert [layer.router for layer in moe_layers(net)] == routers
+    assert torch.equal(net(ids)[0], before)
+
+
+def test_replay_gives_the_same_outputs_and_gradients_for_other_choices():
+    net, ids = model(), torch.randint(40, (2, 8))
+    with record(net) as recording:
+        before = net(ids)[0]
+    assert set(recording) == {0, 1}
+    for layer in moe_layers(net):  # choices would now be others
+        layer.router.weight.data = layer.router.weight.data.flip(0)
+    with replay(net, recording.joined()):
+        logits, context = net(ids)
+        logits.sum().backward()
+    for layer in moe_layers(net):
+        recorded = recording[layer.spec.layer][0]
+        assert torch.equal(context.routings[layer.spec.layer].experts_TK, recorded.experts_TK)
+        assert layer.router.weight.grad.abs().sum() > 0  # through the current weights
+    with replay(net, recording.joined(), weights="recorded"):
+        assert_close(net(ids)[0], before)
+    assert type(next(moe_layers(net)).router) is LinearRouter
+
+
+def test_a_generation_is_replayed_as_one_pass():
+    net, ids = model().eval(), torch.randint(40, (2, 4))
+    with record(net) as recording:
+        stream = net.stream(ids, temperature=0.0)
+        tokens = [next(stream) for _ in range(5)]
+    # The last token was sampled, and not routed.
+    whole = torch.cat([ids, torch.stack(tokens[:-1], 1)], dim=1)
+    joined = recording.joined(num_sequences=2)
+    assert torch.equal(joined[0].experts_TK, net(whole)[1].routings[0].experts_TK)
+    with replay(net, joined):
+        assert torch.equal(net(whole)[1].routings[1].experts_TK, joined[1].experts_TK)
+
+
+def test_replay_says_what_does_not_fit():
+    net, ids = model(), torch.randint(40, (2, 8))
+    with record(net) as recording:
+        net(ids)
+    with (
+        pytest.raises(ValueError, match="the recording of MoE layer 0 is of 16 tokens, the call has 8"),
+        replay(net, recording.joined()),
+    ):
+        net(ids[:1])
+    with pytest.raises(ValueError, match="the model has no MoE layer 7; it has 0, 1"), replay(net, {7: None}):
+        pass
+    with pytest.raises(ValueError, match="nothing was recorded"), record(net) as empty:
+        empty.joined()
+    hashed = ReplayRouter(LayerSpec(4, 4, vocab_size=5), router=HashRouter)
+    hashed.forced = hashed(torch.randn(3, 4), RoutingContext(token_ids=torch.arange(3)))
+    with pytest.raises(NotImplementedError, match="HashRouter cannot weigh experts that it did not choose"):
+        hashed(torch.randn(3, 4), RoutingContext(token_ids=torch.arange(3)))
+
+
+@pytest.mark.parametrize(
+    ("router", "options", "message"),
+    [
+        (CapacityRouter, {"capacity_factor": 0.0}, "capacity_factor must be above 0, got 0.0"),
+        (CapacityRouter, {"order": "random"}, "order must be one of token, choice, priority, weight, got 'random'"),
+        (CapacityRouter, {"overflow": "wait"}, "overflow must be one of drop, next, local, got 'wait'"),
+        (CapacityRouter, {"scope": "world"}, "scope must be one of sequence, batch, got 'world'"),
+        (CapacityRouter, {"devices": 3}, "devices must divide num_experts = 8, got 3"),
+        (ReplayRouter, {"weights": "mine"}, "weights must be current or recorded, got 'mine'"),
+        (SteeredRouter, {"offsets": {8: 1.0}}, "offsets names expert 8; there are 0 to 7"),
+        (SteeredRouter, {"layers": [1]}, "layers names MoE layer 1; there are 0 to 0"),
+    ],
+)
+def test_bad_arguments(router, options, message):
+    with pytest.raises(ValueError, match=message):
+        router(LayerSpec(8, 8), **options)

@@ -1,0 +1,63 @@
+"""`RoutingPictures`: patches or characters coloured by expert, now and then in training."""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from routerzoo.look.observe import observe
+from routerzoo.look.trainer import draw
+from routerzoo.moe import moe_layers
+from routerzoo.tasks.base import MoETask
+
+
+@final
+class RoutingPictures(Callback):
+    """Draws the first batch of the validation split in the colours of its experts, into TensorBoard.
+
+    At the first validation and at every so many after it. It changes nothing of the run.
+
+    Args:
+        every_n_validations: how rarely.
+        examples: images to draw; of text, the first sequence is.
+    """
+
+    def __init__(self, every_n_validations: int = 10, examples: int = 4) -> None:
+        if every_n_validations < 1 or examples < 1:
+            raise ValueError(
+                f"every_n_validations and examples must be at least 1, got {every_n_validations} and {examples}"
+            )
+        self.every_n_validations, self.examples = every_n_validations, examples
+        self.validations = 0
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw, if it is time."""
+        if trainer.sanity_checking or trainer.state.fn != "fit" or not isinstance(pl_module, MoETask):
+            return
+        self.validations += 1
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        data: Any = getattr(trainer, "datamodule", None)
+        if (self.validations - 1) % self.every_n_validations or not loggers or data is None:
+            return
+        if trainer.fast_dev_run or next(moe_layers(pl_module.net), None) is None:  # type: ignore[attr-defined]
+            return
+        with torch.random.fork_rng():  # a loader draws a number when it is iterated
+            batch = next(iter(data.val_dataloader()))
+        batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
+        # On every rank: where parameters are sharded, all must take part.
+        observation = observe(pl_module, batch)
+        if trainer.is_global_zero:
+            figure = draw(pl_module, data, observation, self.examples)
+            for logger in loggers:
+                logger.experiment.add_figure("routing/by expert", figure, trainer.global_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the count."""
+        return {"validations": self.validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it up."""
+        self.validations = state_dict["validations"]

@@ -1,0 +1,123 @@
+"""Pictures of who was chosen: patches and characters coloured by expert."""
+# Shape suffixes: B images, S tokens, E experts, H and W pixels, R and C patches, V red, green and blue.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from routerzoo.data.images import ImageBatch
+from routerzoo.look.observe import Observation
+
+OPACITY = 0.55
+CHARACTERS_A_LINE = 64
+
+
+def expert_colours(num_experts: int) -> list[str]:
+    """Return a colour for each expert, the same everywhere; neighbours in number differ."""
+    if num_experts <= 10:
+        return [to_hex(matplotlib.colormaps["tab10"](i)) for i in range(num_experts)]
+    if num_experts <= 20:
+        return [to_hex(matplotlib.colormaps["tab20"](i)) for i in range(num_experts)]
+    # The golden ratio spreads hues evenly, however many there are.
+    hues = [(i * 0.618034) % 1.0 for i in range(num_experts)]
+    return [
+        to_hex(tuple(matplotlib.colors.hsv_to_rgb((hue, 0.55 + 0.35 * (i % 2), 0.9)))) for i, hue in enumerate(hues)
+    ]
+
+
+def patches_by_expert(
+    observation: Observation, grid_size: tuple[int, int], num_prefix_tokens: int, names: Sequence[str], most: int = 6
+) -> Figure:
+    """Draw images, and beside each, for every MoE layer, its patches in the colours of their experts.
+
+    Args:
+        observation: of images.
+        grid_size: rows and columns of patches.
+        num_prefix_tokens: tokens before the patches, which are not drawn.
+        names: of the classes.
+        most: images to draw.
+    """
+    batch = observation.batch
+    assert isinstance(batch, ImageBatch)
+    count = min(most, len(batch.images_BCHW))
+    layers = sorted(observation.weights)
+    figure = Figure(figsize=(1.6 * (len(layers) + 1), 1.6 * count + 0.7), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels: Any = figure.subplots(count, len(layers) + 1, squeeze=False)
+    num_experts = max(weights.shape[-1] for weights in observation.weights.values())
+    palette = expert_colours(num_experts)
+    for row, image in zip(panels, range(count), strict=True):
+        picture_HWV = _displayed(batch.images_BCHW[image].permute(1, 2, 0).numpy())
+        row[0].imshow(picture_HWV)
+        row[0].set_ylabel(names[int(batch.labels_B[image])] if batch.labels_B is not None else "", fontsize=8)
+        for ax, layer in zip(row[1:], layers, strict=True):
+            experts_RC = observation.experts(layer)[image, num_prefix_tokens:].view(grid_size).numpy()
+            ax.imshow(_tinted(picture_HWV, experts_RC, palette))
+            if image == 0:
+                ax.set_title(f"MoE layer {layer}", fontsize=9)
+        for ax in row:
+            ax.set(xticks=[], yticks=[])
+    shown = [Patch(color=colour, label=str(expert)) for expert, colour in enumerate(palette)]
+    figure.legend(handles=shown, loc="outside lower center", ncols=min(16, num_experts), fontsize=7, title="expert")
+    return figure
+
+
+def text_by_expert(observation: Observation, pieces: Sequence[str], most: int = 512) -> Figure:
+    """Draw the first text of a batch, every piece of it on the colour of its expert, a panel for each MoE layer.
+
+    Args:
+        observation: of text.
+        pieces: the text of each token of the first sequence.
+        most: tokens to draw.
+    """
+    layers = sorted(observation.weights)
+    num_experts = max(weights.shape[-1] for weights in observation.weights.values())
+    palette = expert_colours(num_experts)
+    count = min(most, len(pieces))
+    lines = -(-count // CHARACTERS_A_LINE)
+    figure = Figure(figsize=(10, len(layers) * (0.2 * lines + 0.4) + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels: Any = figure.subplots(len(layers), 1, squeeze=False)
+    for (ax,), layer in zip(panels, layers, strict=True):
+        experts_S = observation.experts(layer)[0].numpy()
+        cells = np.ones((lines, CHARACTERS_A_LINE, 3))
+        for place in range(count):
+            line, column = divmod(place, CHARACTERS_A_LINE)
+            if experts_S[place] >= 0:
+                cells[line, column] = matplotlib.colors.to_rgb(palette[experts_S[place]])
+            shown = pieces[place].replace("\n", "⏎").replace("$", r"\$")[:2]
+            ax.text(column, line, shown, ha="center", va="center", fontsize=7, family="monospace")
+        ax.imshow(1 - 0.6 * (1 - cells), aspect="auto")
+        ax.set(xticks=[], yticks=[])
+        ax.set_title(f"MoE layer {layer}", fontsize=9, loc="left")
+    handles = [Patch(color=colour, alpha=0.6, label=str(expert)) for expert, colour in enumerate(palette)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(16, num_experts), fontsize=7, title="expert")
+    return figure
+
+
+def _displayed(picture_HWV: np.ndarray) -> np.ndarray:
+    """Return a normalised image as red, green and blue in [0, 1]."""
+    low, high = picture_HWV.min(), picture_HWV.max()
+    scaled = (picture_HWV - low) / max(high - low, 1e-6)
+    return np.repeat(scaled, 3, axis=2) if scaled.shape[2] == 1 else scaled[:, :, :3]
+
+
+def _tinted(picture_HWV: np.ndarray, experts_RC: np.ndarray, palette: Sequence[str]) -> np.ndarray:
+    height, width = picture_HWV.shape[:2]
+    # The patch of every pixel.
+    rows_H = np.arange(height) * experts_RC.shape[0] // height
+    columns_W = np.arange(width) * experts_RC.shape[1] // width
+    experts_HW = experts_RC[rows_H][:, columns_W]
+    colours = np.array([matplotlib.colors.to_rgb(colour) for colour in palette])
+    grey_HW1 = picture_HWV.mean(2, keepdims=True)
+    tint_HWV = colours[np.maximum(experts_HW, 0)]
+    tinted_HWV = (1 - OPACITY) * grey_HW1 + OPACITY * tint_HWV
+    return np.asarray(np.where(experts_HW[:, :, None] >= 0, tinted_HWV, grey_HW1))

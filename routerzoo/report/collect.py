@@ -1,0 +1,178 @@
+"""The runs of a sweep's folder, as a report reads them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from routerzoo.callbacks.report import LOWER_IS_BETTER
+from routerzoo.errors import UserError
+from routerzoo.sweep.ledger import FILE, Ledger, Run
+
+HEADLINES = ("bpb", "bpc", "ppl", "accuracy", "loss")
+Curve = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a task's runs came to.
+
+    Args:
+        name: of the task.
+        metric: that is reported.
+        values: the metric on the test split by variant and seed.
+        runs: finished runs by variant and seed.
+        curves: by variant and seed, curves over steps by the name of the log's column.
+    """
+
+    name: str
+    metric: str
+    values: Mapping[str, Mapping[int, float]]
+    runs: Mapping[str, Mapping[int, Run]]
+    curves: Mapping[str, Mapping[int, Mapping[str, Curve]]]
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Of the metric."""
+        return self.metric in LOWER_IS_BETTER
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep's folder.
+
+    Args:
+        folder: of the sweep.
+        config: the sweep's YAML file, as the latest command had it.
+        baseline: label of the router that the others are compared with.
+        margin: relative difference that counts as equivalent.
+        tasks: what it found.
+        runs: all planned runs.
+        earlier: finished runs that the plan no longer has.
+        refused: configs that no run can be made of, and why, by label.
+    """
+
+    folder: Path
+    config: str
+    baseline: str
+    margin: float
+    tasks: Sequence[Task]
+    runs: Sequence[Run]
+    earlier: Sequence[Run]
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    def variants(self, router: str) -> set[str]:
+        """Return the variants of a router."""
+        return {run.variant for run in self.runs if run.router == router}
+
+    def baseline_of(self, variant: str) -> str | None:
+        """Return the baseline that a variant is compared with: that on the same place of the other axes."""
+        mine = next((run for run in self.runs if run.variant == variant), None)
+        if mine is None:
+            return None
+        rest = mine.variant.removeprefix(mine.router)
+        return f"{self.baseline}{rest}"
+
+
+def read_sweep(folder: Path) -> Sweep:
+    """Read a sweep's folder.
+
+    Raises:
+        UserError: it is none, or nothing has finished in it.
+    """
+    if not (folder / FILE).is_file():
+        raise UserError(f"{folder} holds no sweep: there is no {FILE}. Run: python -m routerzoo sweep --config ...")
+    runs = Ledger(folder).runs()
+    planned = [run for run in runs if run.planned]
+    finished: dict[str, dict[str, dict[int, Run]]] = defaultdict(lambda: defaultdict(dict))
+    for run in planned:
+        if run.status == "finished":
+            finished[run.task][run.variant][run.seed] = run
+    if not finished:
+        raise UserError(f"no run in {folder} has finished yet")
+    tasks = []
+    for name, by_variant in finished.items():
+        first = next(iter(next(iter(by_variant.values())).values()))
+        metric = next((metric for metric in HEADLINES if metric in first.results.get("test", {})), "loss")
+        values = {
+            variant: {seed: float(run.results["test"].get(metric, math.nan)) for seed, run in by_seed.items()}
+            for variant, by_seed in by_variant.items()
+        }
+        curves = {
+            variant: {seed: read_curves(folder / run.folder) for seed, run in by_seed.items()}
+            for variant, by_seed in by_variant.items()
+        }
+        tasks.append(Task(name, metric, values, {v: dict(runs) for v, runs in by_variant.items()}, curves))
+    try:
+        plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+        config, baseline, margin = str(plan["config"]), str(plan["baseline"]), float(plan["margin"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'plan.json'} is missing or damaged; the sweep's command writes it anew") from error
+    try:
+        refused = json.loads((folder / "refused.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        refused = {}
+    earlier = [run for run in runs if not run.planned and run.status == "finished"]
+    return Sweep(folder, config, baseline, margin, tasks, planned, earlier, refused)
+
+
+def read_curves(folder: Path) -> dict[str, Curve]:
+    """Return what a run has logged over its steps, by column; nothing where there is no log."""
+    curves: dict[str, Curve] = defaultdict(list)
+    try:
+        with (folder / "logs" / "metrics.csv").open(newline="") as file:
+            for row in csv.DictReader(file):
+                step = row.pop("step", None)
+                if not step:
+                    continue
+                for name, value in row.items():
+                    if value:
+                        curves[name].append((float(step), float(value)))
+    except (OSError, ValueError, TypeError):
+        return dict(curves)
+    try:
+        stability = json.loads((folder / "stability.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return dict(curves)
+    for layer, record in stability.items():
+        for name in ("fluctuation", "saturation", "settled"):
+            curves[f"stability/moe{layer}/{name}"] = list(zip(record["steps"], record[name], strict=True))
+    return dict(curves)
+
+
+def over_layers(curves: Mapping[str, Curve], stage: str, metric: str) -> Curve:
+    """Return the mean over MoE layers of a metric."""
+    by_step: dict[float, list[float]] = defaultdict(list)
+    for name, curve in curves.items():
+        parts = name.split("/")
+        if len(parts) == 3 and parts[0] == stage and parts[1].startswith("moe") and parts[2] == metric:
+            for step, value in curve:
+                by_step[step].append(value)
+    return [(step, sum(values) / len(values)) for step, values in sorted(by_step.items())]
+
+
+def differences(one: str, other: str) -> list[str]:
+    """Say in which keys two configs differ."""
+    first, second = (flat(yaml.safe_load(text)) for text in (one, other))
+    return [
+        f"{key}: {first.get(key, 'nothing')} became {second.get(key, 'nothing')}"
+        for key in sorted(first.keys() | second.keys())
+        if first.get(key, "nothing") != second.get(key, "nothing")
+    ]
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Turn nested mappings into dotted keys."""
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    return {
+        key: leaf for name, inner in value.items() for key, leaf in flat(inner, f"{prefix}.{name}".lstrip(".")).items()
+    }

@@ -1,0 +1,196 @@
+"""Pictures of a sweep. Each returns a figure; `page` puts them into the report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from routerzoo.report.collect import Curve, Task, over_layers
+from routerzoo.report.statistics import Interval, interval
+
+HEALTH = {
+    "load_max": "most loaded expert,\nrelative to the mean",
+    "load_entropy": "entropy of the load",
+    "dead_experts": "experts without tokens",
+    "gate_entropy": "entropy of the gate",
+}
+STABILITY = {
+    "fluctuation": "tokens' experts that\nchanged since the last record",
+    "saturation": "final experts that\na token has already",
+}
+
+
+def colours(names: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    """Return one colour for each name, the same in every picture."""
+    palette = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"]
+    return {name: palette(place % palette.N) for place, name in enumerate(names)}
+
+
+def by_router(task: Task, names: Sequence[str], baseline: str) -> Figure:
+    """Draw the metric of every router: each seed, the mean and its interval."""
+    figure, (ax,) = _panels(1, width=7.0, height=0.5 + 0.38 * len(names))
+    known = [name for name in reversed(names) if name in task.values]
+    palette = colours(names)
+    for place, name in enumerate(known):
+        values = list(task.values[name].values())
+        middle = interval(values)
+        ax.plot(values, [place] * len(values), "o", color=palette[name], alpha=0.35, markersize=5)
+        _bar(ax, middle, place, palette[name])
+        if name == baseline:
+            ax.axvline(middle.mean, color="grey", linestyle="--", linewidth=1)
+    ax.set_yticks(range(len(known)), labels=known)
+    ax.set(xlabel=f"{task.metric} of the test split ({_direction(task)})")
+    ax.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def training(task: Task, names: Sequence[str]) -> Figure:
+    """Draw the validation metric over training: mean over seeds, and the span of them."""
+    figure, (ax,) = _panels(1, width=7.0, height=3.6)
+    palette = colours(names)
+    for name in names:
+        curves = [seeds.get(f"val/{task.metric}", []) for seeds in task.curves.get(name, {}).values()]
+        _band(ax, curves, name, palette[name])
+    ax.set(xlabel="step", ylabel=f"validation {task.metric}")
+    _finish(ax)
+    return figure
+
+
+COSTS = {
+    "active parameters": ("active parameters", "test", 1.0),
+    "FLOPs per token": ("FLOPs per token, forward", "test", 1.0),
+    "seconds": ("seconds of training", "fit", 1.0),
+    "peak memory, bytes": ("peak memory, GB", "fit", 1e-9),
+}
+
+
+def by_cost(task: Task, names: Sequence[str]) -> Figure:
+    """Draw the metric against what the routers cost."""
+    figure, axes = _panels(len(COSTS), width=3.0 * len(COSTS), height=3.2)
+    palette = colours(names)
+    for ax, (key, (label, stage, unit)) in zip(axes, COSTS.items(), strict=True):
+        for name in names:
+            runs = task.runs.get(name, {})
+            costs = [run.results.get(stage, {}).get(key) for run in runs.values()]
+            known = [cost * unit for cost in costs if cost is not None]
+            if not known:
+                continue
+            middle = interval(list(task.values[name].values()))
+            ax.plot(np.mean(known), middle.mean, "o", color=palette[name], label=name)
+            if not math.isnan(middle.low):
+                ax.plot([np.mean(known)] * 2, [middle.low, middle.high], color=palette[name], alpha=0.6)
+        ax.set(xlabel=label)
+        ax.grid(alpha=0.3)
+    axes[0].set(ylabel=f"{task.metric} ({_direction(task)})")
+    _legend_below(figure, axes[0])
+    return figure
+
+
+def by_k(task: Task, names: Sequence[str]) -> Figure | None:
+    """Draw the metric against the k that one checkpoint is tested with; None where one k was tested."""
+    figure, (ax,) = _panels(1, width=7.0, height=3.6)
+    palette, drawn = colours(names), False
+    for name in names:
+        curves = []
+        for run in task.runs.get(name, {}).values():
+            rows = run.results.get("test", {}).get("by k", [])
+            curves.append(sorted((float(row["k"]), float(row[task.metric])) for row in rows))
+        if any(curves):
+            _band(ax, curves, name, palette[name])
+            drawn = True
+    ax.set(xlabel="experts per token in the test", ylabel=f"{task.metric} ({_direction(task)})")
+    if not drawn:
+        return None
+    _finish(ax)
+    return figure
+
+
+def health(task: Task, names: Sequence[str]) -> Figure | None:
+    """Draw what the routers do over training, on the validation split, as means over layers and seeds."""
+    palette = colours(names)
+    panels: list[tuple[str, str, str]] = [("val", metric, label) for metric, label in HEALTH.items()]
+    panels += [("stability", metric, label) for metric, label in STABILITY.items()]
+    known = []
+    for stage, metric, label in panels:
+        curves = {
+            name: [over_layers(seed, stage, metric) for seed in task.curves.get(name, {}).values()] for name in names
+        }
+        if any(any(seeds) for seeds in curves.values()):
+            known.append((label, curves))
+    if not known:
+        return None
+    figure, axes = _panels(len(known), width=9.0, height=2.6 * math.ceil(len(known) / 3), columns=3)
+    for ax, (label, by_name) in zip(axes, known, strict=False):
+        for name, seeds in by_name.items():
+            _band(ax, seeds, name, palette[name])
+        ax.set(xlabel="step")
+        ax.set_title(label, fontsize=9)
+        ax.grid(alpha=0.3)
+    _legend_below(figure, axes[0])
+    return figure
+
+
+def ranking(mean_ranks: Mapping[str, Interval], names: Sequence[str]) -> Figure:
+    """Draw the mean rank over tasks, the best on top."""
+    ordered = sorted(mean_ranks, key=lambda name: -mean_ranks[name].mean)
+    figure, (ax,) = _panels(1, width=7.0, height=0.5 + 0.38 * len(ordered))
+    palette = colours(names)
+    for place, name in enumerate(ordered):
+        _bar(ax, mean_ranks[name], place, palette[name])
+    ax.set_yticks(range(len(ordered)), labels=ordered)
+    ax.set(xlabel="mean rank over tasks (1 is best)")
+    ax.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def _panels(count: int, *, width: float, height: float, columns: int | None = None) -> tuple[Figure, list[Axes]]:
+    columns = min(columns or count, count)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(math.ceil(count / columns), columns, squeeze=False)
+    axes = [ax for row in grid for ax in row]
+    for ax in axes[count:]:
+        ax.set_axis_off()
+    return figure, axes
+
+
+def _bar(ax: Axes, middle: Interval, place: float, colour: tuple[float, ...]) -> None:
+    if not math.isnan(middle.low):
+        ax.plot([middle.low, middle.high], [place, place], color=colour, linewidth=2)
+    ax.plot([middle.mean], [place], "D", color=colour, markersize=6)
+
+
+def _band(ax: Axes, curves: Sequence[Curve], name: str, colour: tuple[float, ...]) -> None:
+    by_step: dict[float, list[float]] = {}
+    for curve in curves:
+        for step, value in curve:
+            by_step.setdefault(step, []).append(value)
+    if not by_step:
+        return
+    steps = sorted(by_step)
+    ax.plot(steps, [float(np.mean(by_step[step])) for step in steps], marker=".", color=colour, label=name)
+    ax.fill_between(
+        steps, [min(by_step[s]) for s in steps], [max(by_step[s]) for s in steps], color=colour, alpha=0.15, linewidth=0
+    )
+
+
+def _finish(ax: Axes) -> None:
+    ax.grid(alpha=0.3)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(fontsize=8)
+
+
+def _legend_below(figure: Figure, ax: Axes) -> None:
+    handles, labels = ax.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), fontsize=8)
+
+
+def _direction(task: Task) -> str:
+    return "lower is better" if task.lower_is_better else "higher is better"

@@ -1,0 +1,91 @@
+"""Engines: who does the runs. Local processes here; a Ray cluster in `ray_engine`."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Protocol
+
+from routerzoo.sweep import work
+from routerzoo.sweep.ledger import Run
+
+
+class Engine(Protocol):
+    """Does runs, several at a time."""
+
+    slots: int
+    """How many at a time."""
+
+    def start(self, run: Run, folder: Path) -> None:
+        """Start a run in its folder."""
+
+    def ended(self) -> list[tuple[Run, str, str]]:
+        """Return the runs that have ended since it was last asked: each with status and reason."""
+
+    def stop(self) -> list[Run]:
+        """Stop all; return those that had not ended."""
+
+    def close(self) -> None:
+        """Let go of everything."""
+
+
+class LocalEngine:
+    """Processes of this machine, forked from a server that has imported everything: a run starts within a second.
+
+    Args:
+        slots: runs at a time.
+        threads: of each.
+    """
+
+    def __init__(self, slots: int, threads: int) -> None:
+        self.slots, self.threads = slots, threads
+        self._context = multiprocessing.get_context("forkserver")
+        # Imported once, before the first fork. Nothing of it may start threads or touch an accelerator.
+        self._context.set_forkserver_preload(["routerzoo.sweep.preloaded"])
+        self._running: list[tuple[Run, Path, BaseProcess]] = []
+        # What a run's threads are to be must be known before the server loads its libraries.
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+
+    def start(self, run: Run, folder: Path) -> None:
+        """Fork a process for a run."""
+        (folder / work.OUTCOME).unlink(missing_ok=True)
+        process = self._context.Process(target=work.run, args=(str(folder), run.test, self.threads))
+        process.start()
+        self._running.append((run, folder, process))
+
+    def ended(self) -> list[tuple[Run, str, str]]:
+        """Return the runs whose processes have ended."""
+        found = [(run, folder, process) for run, folder, process in self._running if not process.is_alive()]
+        self._running = [entry for entry in self._running if entry not in found]
+        for _, _, process in found:
+            process.join()
+        return [(run, *work.outcome(folder, process.exitcode)) for run, folder, process in found]
+
+    def stop(self) -> list[Run]:
+        """Kill what is running: checkpoints are whole at any moment, so that nothing is gained by asking."""
+        stopped = []
+        for run, _, process in self._running:
+            process.kill()
+            process.join()
+            stopped.append(run)
+        self._running = []
+        return stopped
+
+    def close(self) -> None:
+        """Nothing is left open: the server ends with this process."""
+
+    def resolve(self, commands: list[list[str]]) -> list[tuple[str, str]]:
+        """Return the whole config of each `fit` command, or why there is none; see `work.resolve`."""
+        receiver, sender = self._context.Pipe(duplex=False)
+        process = self._context.Process(target=work.resolve_all, args=(commands, sender))
+        process.start()
+        sender.close()
+        answers: list[tuple[str, str]] = []
+        try:
+            answers.extend(receiver.recv() for _ in commands)
+        except EOFError:
+            answers += [("", "the process that reads configs died")] * (len(commands) - len(answers))
+        process.join()
+        return answers

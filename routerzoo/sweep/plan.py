@@ -1,0 +1,232 @@
+"""`Plan`: the grid that a sweep's YAML describes, as ordinary `fit` commands."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from routerzoo.errors import UserError
+
+KEYS = ("tasks", "routers", "seeds", "grid", "set", "test", "baseline", "margin")
+ROUTER_KEYS = ("label", "config", "class_path", "init_args", "set", "tasks")
+ROUTER = "model.init_args.router"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the grid.
+
+    Args:
+        task: name of its base config.
+        router: label of its router.
+        seed: of the run.
+        settings: its place on the other axes of the grid, by config key.
+        configs: base configs, in their order.
+        overlay: what the grid changes in them.
+        test: what differs when it is tested.
+    """
+
+    task: str
+    router: str
+    seed: int
+    settings: Mapping[str, Any]
+    configs: tuple[Path, ...]
+    overlay: Mapping[str, Any]
+    test: Mapping[str, Any]
+
+    @property
+    def label(self) -> str:
+        """What to call it, in a line."""
+        return " ".join([self.task, self.variant, f"seed {self.seed}"])
+
+    @property
+    def variant(self) -> str:
+        """The router and its place on the axes of the grid: all that seeds have in common within a task."""
+        return " ".join([self.router, *(f"{key.rpartition('.')[2]}={shown(v)}" for key, v in self.settings.items())])
+
+    def arguments(self, overlay: Path) -> list[str]:
+        """Return the `fit` command, with the overlay in a file."""
+        return ["fit", *(part for path in (*self.configs, overlay) for part in ("--config", str(path)))]
+
+    @property
+    def test_arguments(self) -> list[str]:
+        """Return what the `test` command is given beside the checkpoint."""
+        return [f"--{key}={yaml.safe_dump(value, default_flow_style=True, width=10**6).split(chr(10))[0]}"
+                for key, value in self.test.items()]  # fmt: skip
+
+
+class Axis(NamedTuple):
+    """A router of the plan, or one value of another axis."""
+
+    label: str
+    configs: tuple[Path, ...]
+    overlay: Mapping[str, Any]
+    tasks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep runs.
+
+    Args:
+        path: the YAML file.
+        tasks: base configs by the name of the task.
+        routers: the routers to compare.
+        seeds: of each.
+        grid: further axes, lists by config key.
+        common: config values of all runs, by key.
+        test: config values of the tests alone, such as several k.
+        baseline: label of the router that the others are compared with.
+        margin: relative difference of the metric below which two routers count as equivalent.
+    """
+
+    path: Path
+    tasks: Mapping[str, tuple[Path, ...]]
+    routers: tuple[Axis, ...]
+    seeds: tuple[int, ...]
+    grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    common: Mapping[str, Any] = field(default_factory=dict)
+    test: Mapping[str, Any] = field(default_factory=dict)
+    baseline: str = "LinearRouter"
+    margin: float = 0.01
+
+    def cells(self) -> Iterator[Cell]:
+        """Yield the points, all first seeds before the second ones, so that a sweep that is stopped has covered all."""
+        for seed in self.seeds:
+            for task, configs in self.tasks.items():
+                for router in self.routers:
+                    if router.tasks and task not in router.tasks:
+                        continue
+                    for values in itertools.product(*self.grid.values()):
+                        settings = dict(zip(self.grid, values, strict=True))
+                        keys = {**self.common, **router.overlay, **settings, "seed_everything": seed}
+                        yield Cell(
+                            task, router.label, seed, settings, (*configs, *router.configs), nested(keys), self.test
+                        )
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a sweep's YAML file.
+
+    Raises:
+        UserError: missing, not such a file, or with something in it that no sweep has; it says what.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the sweep {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} describes no sweep; a sweep has {', '.join(KEYS)}")
+    if unknown := [key for key in content if key not in KEYS]:
+        raise UserError(f"{path}: a sweep has no {unknown[0]!r}; it has {', '.join(KEYS)}")
+    tasks = _mapping(path, content, "tasks")
+    if not tasks:
+        raise UserError(f"{path}: a sweep needs tasks, configs by name: {{language: configs/tasks/language.yaml}}")
+    bases = {str(name): _paths(path, configs, f"tasks.{name}") for name, configs in tasks.items()}
+    routers = content.get("routers") or []
+    if not isinstance(routers, list) or not routers:
+        raise UserError(f"{path}: a sweep needs routers, a list of names: [LinearRouter, HyperRouter]")
+    read = tuple(_router(path, router, tuple(map(str, tasks))) for router in routers)
+    labels = [router.label for router in read]
+    if twice := {label for label in labels if labels.count(label) > 1}:
+        raise UserError(f"{path}: two routers are called {min(twice)!r}; give one a label of its own")
+    seeds = content.get("seeds", [0])
+    if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
+        raise UserError(f"{path}: seeds must be a list of whole numbers, got {seeds!r}")
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"{path}: a seed is there twice: {seeds}")
+    grid = _mapping(path, content, "grid")
+    for key, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise UserError(f"{path}: grid.{key} must be a list of values, got {values!r}")
+    baseline = content.get("baseline", "LinearRouter" if "LinearRouter" in labels else labels[0])
+    if baseline not in labels:
+        raise UserError(f"{path}: the baseline {baseline!r} is none of the routers {', '.join(labels)}")
+    margin = content.get("margin", 0.01)
+    if not isinstance(margin, (int, float)) or not 0 < margin < 1:
+        raise UserError(f"{path}: margin must be between 0 and 1, got {margin!r}")
+    return Plan(
+        path,
+        bases,
+        read,
+        tuple(seeds),
+        {str(key): tuple(values) for key, values in grid.items()},
+        _mapping(path, content, "set"),
+        _mapping(path, content, "test"),
+        baseline,
+        float(margin),
+    )
+
+
+def _router(path: Path, entry: Any, tasks: tuple[str, ...]) -> Axis:
+    if isinstance(entry, str):
+        return Axis(entry, (), {ROUTER: {"class_path": entry}}, ())
+    if not isinstance(entry, dict):
+        raise UserError(f"{path}: a router is a name, or has {', '.join(ROUTER_KEYS)}; got {entry!r}")
+    if unknown := [key for key in entry if key not in ROUTER_KEYS]:
+        raise UserError(f"{path}: a router has no {unknown[0]!r}; it has {', '.join(ROUTER_KEYS)}")
+    configs = _paths(path, entry.get("config", []), "routers")
+    label = entry.get("label") or entry.get("class_path") or (configs and configs[-1].stem)
+    if not label:
+        raise UserError(f"{path}: a router needs a label, a class_path or a config; got {entry!r}")
+    overlay = dict(entry.get("set") or {})
+    if "class_path" in entry:
+        overlay[ROUTER] = {"class_path": entry["class_path"], "init_args": entry.get("init_args") or {}}
+    elif "init_args" in entry:
+        overlay[f"{ROUTER}.init_args"] = entry["init_args"]
+    only = tuple(entry.get("tasks") or ())
+    if unknown := [task for task in only if task not in tasks]:
+        raise UserError(f"{path}: {label} is for the task {unknown[0]!r}, which the sweep does not have")
+    return Axis(str(label), configs, overlay, only)
+
+
+def _mapping(path: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = content.get(key) or {}
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: {key} must map names to values, got {value!r}")
+    return value
+
+
+def _paths(path: Path, value: Any, where: str) -> tuple[Path, ...]:
+    """Find config files, from the working directory or from the sweep's folder."""
+    found = []
+    for name in [value] if isinstance(value, str) else value:
+        candidates = [Path(str(name)), path.parent / str(name)]
+        existing = [candidate for candidate in candidates if candidate.is_file()]
+        if not existing:
+            raise UserError(f"{path}: {where} names {name}, which is neither here nor in {path.parent}")
+        found.append(existing[0].resolve())
+    return tuple(found)
+
+
+def nested(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn dotted keys into nested mappings; later ones go into earlier ones.
+
+    Example:
+        >>> nested({"a.b": {"c": 1}, "a.b.d": 2})
+        {'a': {'b': {'c': 1, 'd': 2}}}
+    """
+    result: dict[str, Any] = {}
+    for key, value in keys.items():
+        *parents, last = key.split(".")
+        place = result
+        for parent in parents:
+            inner = place.get(parent)
+            place[parent] = dict(inner) if isinstance(inner, dict) else {}
+            place = place[parent]
+        place[last] = value
+    return result
+
+
+def shown(value: Any) -> str:
+    """Show a value of an axis, short."""
+    if isinstance(value, dict) and "class_path" in value:
+        return str(value["class_path"]).rpartition(".")[2]
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,178 @@
+"""One run, in a process of its own: train, test, and leave word of how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import ctypes.util
+import fcntl
+import io
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+OUTCOME = "outcome.json"
+LOG = "log.txt"
+PROGRESS = "progress.json"
+CELL = "cell.yaml"
+TAKEN = "another process is at this run"
+
+
+def preload() -> None:
+    """Import what every run needs, once, in the server that runs are forked from."""
+    import routerzoo.cli  # noqa: F401
+    from routerzoo import registry
+
+    registry.load_plugins()
+
+
+def resolve(arguments: list[str]) -> tuple[str, str]:
+    """Return the whole config of a `fit` command, or why there is none."""
+    from routerzoo import cli
+
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            cli.main([*arguments, "--print_config"])
+    except SystemExit as ended:
+        if ended.code in (0, None):
+            return out.getvalue(), ""
+        return "", _reason(str(ended.code) if isinstance(ended.code, str) else err.getvalue())
+    except Exception as error:
+        return "", f"{type(error).__name__}: {error}"
+    return "", "the command printed no config"
+
+
+def resolve_all(commands: list[list[str]], channel: Any) -> None:
+    """Resolve commands one after the other, and send each answer."""
+    for arguments in commands:
+        channel.send(resolve(arguments))
+    channel.close()
+
+
+def run(folder: str, test: list[str], threads: int) -> None:
+    """Train and test what `cell.yaml` in a folder describes, from the last checkpoint if there is one.
+
+    Everything that is printed goes into `log.txt`, and how it ended into `outcome.json`.
+
+    Args:
+        folder: of the run.
+        test: further arguments of the test.
+        threads: of torch.
+    """
+    _die_with_parent()
+    with contextlib.suppress(OSError):
+        os.setsid()  # an interrupt of the terminal is the sweep's to handle
+    place = Path(folder)
+    with _lock(place) as mine:
+        if not mine:
+            _write(place / OUTCOME, {"status": "waiting", "reason": TAKEN})
+            return
+        _log_into(place / LOG)
+        _write(place / OUTCOME, _outcome(place, test, threads))
+
+
+def _outcome(folder: Path, test: list[str], threads: int) -> dict[str, Any]:
+    try:
+        import torch
+
+        from routerzoo import cli
+        from routerzoo.cpu import tune_cpu
+
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        os.environ[cli.PROGRESS_VARIABLE] = str(folder / PROGRESS)
+        torch.set_num_threads(threads)
+        if os.environ.get("ROUTERZOO_TUNE_CPU", "1") != "0":
+            tune_cpu()  # as the command line does, so that a run by hand gives the same numbers
+        # Progress goes through the file; a bar would only fill the log.
+        quiet = ["--trainer.enable_progress_bar=false", "--run_dir", str(folder)]
+        last = folder / "checkpoints" / "last.ckpt"
+        if "fit" not in results(folder):
+            resume = ["--ckpt_path", str(last)] if last.is_file() else []
+            cli.main(["fit", "--config", str(folder / CELL), *quiet, *resume])
+        best = folder / "checkpoints" / "best.ckpt"
+        checkpoint = best if best.is_file() else last
+        cli.main(["test", "--config", str(folder / CELL), *quiet, "--ckpt_path", str(checkpoint), *test])
+    except SystemExit as ended:
+        if ended.code not in (0, None):
+            print(ended.code, file=sys.stderr)
+            return {"status": "failed", "reason": _reason(str(ended.code))}
+    except MemoryError:
+        traceback.print_exc()
+        return {"status": "failed", "reason": "out of memory"}
+    except BaseException as error:
+        traceback.print_exc()
+        first = str(error).strip().split("\n")[0]
+        return {"status": "failed", "reason": f"{type(error).__name__}: {first}"}
+    return {"status": "finished", "reason": ""}
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """Return what a run has measured so far; nothing where it has not, or the file is broken."""
+    try:
+        content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def outcome(folder: Path, exit_code: int | None) -> tuple[str, str]:
+    """Return how a run ended, from what it left and how its process ended: status and reason."""
+    try:
+        content = json.loads((folder / OUTCOME).read_text(encoding="utf-8"))
+        return str(content["status"]), str(content["reason"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    if exit_code is not None and exit_code < 0:
+        name = signal.Signals(-exit_code).name
+        hint = ", as the system does when memory runs out" if name == "SIGKILL" else ""
+        return "failed", f"killed by {name}{hint}"
+    return "failed", f"the process ended with code {exit_code} and left no word; see {folder / LOG}"
+
+
+def _reason(text: str) -> str:
+    """Return the last line that says something, without its mark."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return (lines[-1] if lines else "no reason given").removeprefix("error: ")
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content), encoding="utf-8")
+    part.replace(path)
+
+
+def _log_into(path: Path) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[bool]:
+    """Keep others from the folder while this process lives."""
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+
+
+def _die_with_parent() -> None:
+    """Ask the system to kill this process when the server that it was forked from dies: a killed sweep leaves none."""
+    with contextlib.suppress(AttributeError, OSError):  # Linux alone has it; elsewhere the lock has to do
+        ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True).prctl(1, signal.SIGKILL)
+
+
+if __name__ == "__main__":  # as the Ray engine starts it
+    run(sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,137 @@
+"""The ledger loses nothing, and gives a run to one sweep alone."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sqlite3
+import time
+
+import pytest
+
+from routerzoo.errors import UserError
+from routerzoo.sweep.ledger import FILE, LEASE_SECONDS, Ledger
+
+
+def row(key, **changes):
+    known = {"task": "t", "router": "R", "variant": "R", "seed": 0, "folder": f"runs/{key}", "config": "", "test": []}
+    return {"key": key, **known, **changes}
+
+
+def test_runs_are_claimed_in_order_and_once(tmp_path):
+    ledger = Ledger(tmp_path)
+    ledger.plan([row("a"), row("b")])
+    first = ledger.claim("code")
+    assert (first.key, first.status, first.attempts, first.code) == ("a", "running", 1, "code")
+    assert ledger.claim("code").key == "b"
+    assert ledger.claim("code") is None
+    ledger.finish("a", "finished", results={"test": {"loss": 1.0}})
+    ledger.finish("b", "failed", "out of memory")
+    one, other = ledger.runs()
+    assert (one.status, one.results, other.status, other.reason) == (
+        "finished",
+        {"test": {"loss": 1.0}},
+        "failed",
+        "out of memory",
+    )
+    assert one.seconds >= 0
+
+
+def test_a_changed_plan_keeps_what_is_done(tmp_path):
+    ledger = Ledger(tmp_path)
+    ledger.plan([row("a"), row("b")])
+    ledger.claim("code")
+    ledger.finish("a", "finished")
+    ledger.plan([row("c"), row("a", variant="renamed")])
+    runs = {run.key: run for run in ledger.runs()}
+    assert runs["a"].status == "finished"
+    assert runs["a"].variant == "renamed"
+    assert not runs["b"].planned
+    assert ledger.claim("code").key == "c"
+    assert ledger.claim("code") is None
+
+
+def test_failed_and_old_runs_are_done_again_when_asked(tmp_path):
+    ledger = Ledger(tmp_path)
+    ledger.plan([row("a"), row("b")])
+    for key, code in (("a", "old"), ("b", "new")):
+        ledger.claim(code)
+        ledger.finish(key, "finished")
+    assert ledger.again(["failed"]) == 0
+    assert ledger.again(["finished", "failed"], other_code_than="new") == 1
+    assert ledger.claim("new").key == "a"
+
+
+def _claim_and_wait(folder, ready):
+    Ledger(folder).claim("code")
+    ready.set()
+    time.sleep(60)
+
+
+def test_the_runs_of_a_killed_sweep_are_taken_over_at_once(tmp_path):
+    Ledger(tmp_path).plan([row("a")])
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    process = context.Process(target=_claim_and_wait, args=(tmp_path, ready))
+    process.start()
+    assert ready.wait(60)
+    assert Ledger(tmp_path).claim("code") is None  # it lives
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    again = Ledger(tmp_path).claim("code")
+    assert (again.key, again.attempts) == ("a", 2)
+
+
+def test_the_runs_of_another_machine_are_taken_over_when_it_is_silent(tmp_path):
+    ledger = Ledger(tmp_path)
+    ledger.plan([row("a")])
+    for age, expected in ((LEASE_SECONDS - 60, None), (LEASE_SECONDS + 1, "a")):
+        with sqlite3.connect(tmp_path / FILE) as database:
+            database.execute(
+                "UPDATE runs SET status = 'running', owner = 'elsewhere:1:2', heartbeat = ?", (time.time() - age,)
+            )
+        claimed = ledger.claim("code")
+        assert (claimed and claimed.key) == expected
+    assert claimed.host == socket.gethostname()
+
+
+def test_what_belongs_to_another_sweep_is_not_finished_by_this_one(tmp_path):
+    one, other = Ledger(tmp_path), Ledger(tmp_path)
+    other.owner = "elsewhere:1:2"
+    one.plan([row("a")])
+    other.claim("code")
+    one.finish("a", "finished")
+    assert one.runs()[0].status == "running"
+
+
+def _claim_all(folder, taken):
+    ledger = Ledger(folder)
+    while (run := ledger.claim("code")) is not None:
+        taken.put(run.key)
+        ledger.finish(run.key, "finished")
+
+
+def test_sweeps_side_by_side_share_the_runs(tmp_path):
+    keys = {f"run{number}" for number in range(40)}
+    Ledger(tmp_path).plan([row(key) for key in keys])
+    context = multiprocessing.get_context("spawn")
+    taken = context.Queue()
+    processes = [context.Process(target=_claim_all, args=(tmp_path, taken)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    got = [taken.get(timeout=100) for _ in keys]
+    for process in processes:
+        process.join()
+    assert sorted(got) == sorted(keys)
+    assert all(run.status == "finished" and run.attempts == 1 for run in Ledger(tmp_path).runs())
+
+
+@pytest.mark.parametrize("damage", ["not a database at all", ""])
+def test_a_broken_file_is_named(tmp_path, damage):
+    Ledger(tmp_path).plan([row("a")])
+    path = tmp_path / FILE
+    for extra in tmp_path.glob(f"{FILE}-*"):
+        extra.unlink()
+    path.write_text(damage or "x" * 5000)
+    with pytest.raises(UserError, match=rf"{FILE} is not a sweep's ledger, or a damaged one"):
+        Ledger(tmp_path)
