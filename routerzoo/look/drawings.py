@@ -22,10 +22,10 @@ CHARACTERS_A_LINE = 64
 
 def expert_colours(num_experts: int) -> list[str]:
     """Return a colour for each expert, the same everywhere; neighbours in number differ."""
-    if num_experts <= 10:
-        return [to_hex(matplotlib.colormaps["tab10"](i)) for i in range(num_experts)]
-    if num_experts <= 20:
-        return [to_hex(matplotlib.colormaps["tab20"](i)) for i in range(num_experts)]
+    for name, greys in (("tab10", {7: "#f4c20d"}), ("tab20", {14: "#f4c20d", 15: "#ffe999"})):
+        palette = matplotlib.colormaps[name]
+        if num_experts <= palette.N:  # without its greys, which would look like no expert
+            return [greys.get(i, to_hex(palette(i))) for i in range(num_experts)]
     # The golden ratio spreads hues evenly, however many there are.
     hues = [(i * 0.618034) % 1.0 for i in range(num_experts)]
     return [

@@ -65,7 +65,7 @@ def observe(task: MoETask, batch: Any) -> Observation:
     for layer in layers:
         routing = context.routings[layer.spec.layer]
         weights_TE = expert_weights(routing, layer.spec.num_experts, len(context.positions))
-        weights[layer.spec.layer] = weights_TE.unflatten(0, (num_sequences, -1)).float().cpu()
+        weights[layer.spec.layer] = weights_TE.view(num_sequences, -1, layer.spec.num_experts).float().cpu()
     length = next(iter(weights.values())).shape[1]
     labels = batch.ids_BS if isinstance(batch, TextBatch) else batch.labels_B.unsqueeze(1).expand(-1, length)
     kept = type(batch)(*(value.cpu() if isinstance(value, Tensor) else value for value in batch))

@@ -30,6 +30,8 @@ RUNS = "runs"
 PLAN = "plan.json"
 POLL_SECONDS = 0.2
 BEAT_SECONDS = 10.0
+TAKEN_SECONDS = 5.0
+"""After so long a run that another process held is tried again."""
 
 
 def main(args: Sequence[str]) -> None:
@@ -182,8 +184,9 @@ def _print_commands(folder: Path, runs: Sequence[Run], threads: int, console: Co
         test = " ".join(map(shlex.quote, run.test))
         python = f"OMP_NUM_THREADS={threads} python -m routerzoo"
         console.print(f"# {run.label}", markup=False)
-        console.print(f"{python} fit --config {shlex.quote(str(place / work.CELL))} --run_dir RUN", markup=False)
-        console.print(f"{python} test --run_dir RUN --ckpt_path best {test}".rstrip() + "\n", markup=False)
+        by_hand = shlex.quote(str(Path("by-hand") / place.name))
+        fit = f"{python} fit --config {shlex.quote(str(place / work.CELL))} --run_dir {by_hand}"
+        console.print(f"{fit} && {python} test --run_dir {by_hand} --ckpt_path best {test}".rstrip(), markup=False)
 
 
 def _say_what_is_known(planned: Sequence[Run], refused: dict[str, str], code: str, console: Console) -> None:
@@ -203,25 +206,32 @@ def _say_what_is_known(planned: Sequence[Run], refused: dict[str, str], code: st
 def _work_through(folder: Path, ledger: Ledger, engine: Engine, progress: Progress, code: str) -> None:
     """Do runs until none is left that nobody is at."""
     started: dict[str, float] = {}
+    taken: dict[str, float] = {}  # runs that some other process holds, and when that was seen
     beaten = 0.0
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         while True:
             for run, status, reason in engine.ended():
                 place = folder / run.folder
+                if reason == work.TAKEN:
+                    ledger.finish(run.key, "waiting", reason)
+                    del started[run.key]
+                    taken[run.key] = time.time()
+                    continue
                 measured = work.results(place) if status == "finished" else {}
                 if status == "finished" and "test" not in measured:
                     status, reason = "failed", f"finished without results; see {place / work.LOG}"
                 ledger.finish(run.key, status, reason, measured)
                 seconds = time.time() - started.pop(run.key)
                 progress.ended(run, status, reason, seconds, [r for r in ledger.runs() if r.planned])
-            while len(started) < engine.slots and (claimed := ledger.claim(code)) is not None:
+            taken = {key: seen for key, seen in taken.items() if time.time() - seen < TAKEN_SECONDS}
+            while len(started) < engine.slots and (claimed := ledger.claim(code, taken)) is not None:
                 place = folder / claimed.folder
                 resumes = (place / "checkpoints" / "last.ckpt").is_file()
                 started[claimed.key] = time.time()
                 engine.start(claimed, place)
                 progress.started(claimed, resumes)
-            if not started:
+            if not started and not taken:
                 return
             if time.time() - beaten > BEAT_SECONDS:
                 ledger.beat()

@@ -45,13 +45,15 @@ class LocalEngine:
         # Imported once, before the first fork. Nothing of it may start threads or touch an accelerator.
         self._context.set_forkserver_preload(["routerzoo.sweep.preloaded"])
         self._running: list[tuple[Run, Path, BaseProcess]] = []
+        # Runs read from it; nobody writes. It closes when this process ends, even by SIGKILL, and the runs end too.
+        self._for_runs, self._kept = self._context.Pipe(duplex=False)
         # What a run's threads are to be must be known before the server loads its libraries.
         os.environ["OMP_NUM_THREADS"] = str(threads)
 
     def start(self, run: Run, folder: Path) -> None:
         """Fork a process for a run."""
         (folder / work.OUTCOME).unlink(missing_ok=True)
-        process = self._context.Process(target=work.run, args=(str(folder), run.test, self.threads))
+        process = self._context.Process(target=work.run, args=(str(folder), run.test, self.threads, self._for_runs))
         process.start()
         self._running.append((run, folder, process))
 

@@ -7,7 +7,7 @@ import os
 import socket
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,13 +146,20 @@ class Ledger:
         except (sqlite3.DatabaseError, json.JSONDecodeError) as error:
             raise UserError(f"{self.path} is damaged: {error}") from error
 
-    def claim(self, code: str) -> Run | None:
-        """Take the next run that nobody is at, or None."""
+    def claim(self, code: str, besides: Collection[str] = ()) -> Run | None:
+        """Take the next run that nobody is at, or None.
+
+        Args:
+            code: that will make it.
+            besides: keys of runs to leave alone.
+        """
         with self._transaction() as database:
             now = time.time()
             for row in database.execute(
                 "SELECT * FROM runs WHERE planned = 1 AND status IN ('waiting', 'running') ORDER BY place"
             ).fetchall():
+                if row["key"] in besides:
+                    continue
                 if row["status"] == "running" and not self._is_abandoned(row["owner"], row["heartbeat"], now):
                     continue
                 database.execute(

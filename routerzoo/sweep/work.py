@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import ctypes.util
 import fcntl
 import io
 import json
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def resolve_all(commands: list[list[str]], channel: Any) -> None:
     channel.close()
 
 
-def run(folder: str, test: list[str], threads: int) -> None:
+def run(folder: str, test: list[str], threads: int, sweep: Connection | None = None) -> None:
     """Train and test what `cell.yaml` in a folder describes, from the last checkpoint if there is one.
 
     Everything that is printed goes into `log.txt`, and how it ended into `outcome.json`.
@@ -64,8 +64,9 @@ def run(folder: str, test: list[str], threads: int) -> None:
         folder: of the run.
         test: further arguments of the test.
         threads: of torch.
+        sweep: reading end of a pipe that the sweep alone can write to; when that ends, so does the run.
     """
-    _die_with_parent()
+    _die_with(sweep)
     with contextlib.suppress(OSError):
         os.setsid()  # an interrupt of the terminal is the sweep's to handle
     place = Path(folder)
@@ -168,10 +169,17 @@ def _lock(folder: Path) -> Iterator[bool]:
             yield True
 
 
-def _die_with_parent() -> None:
-    """Ask the system to kill this process when the server that it was forked from dies: a killed sweep leaves none."""
-    with contextlib.suppress(AttributeError, OSError):  # Linux alone has it; elsewhere the lock has to do
-        ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True).prctl(1, signal.SIGKILL)
+def _die_with(sweep: Connection | None) -> None:
+    """End this process when the sweep's end of a pipe closes, as it does however the sweep ends."""
+    if sweep is None:
+        return
+
+    def wait() -> None:
+        with contextlib.suppress(EOFError, OSError):
+            sweep.recv()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 if __name__ == "__main__":  # as the Ray engine starts it

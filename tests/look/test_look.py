@@ -1,0 +1,129 @@
+"""Looking at routing: who is chosen, in numbers, pictures and a page."""
+
+import re
+from functools import partial
+
+import pytest
+import torch
+from lightning import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from routerzoo import HashRouter, ImageClassification, ImageData, LanguageModeling, LinearRouter, Routing, TextData, cli
+from routerzoo.callbacks import RoutingPictures
+from routerzoo.data.tokens import TextBatch
+from routerzoo.errors import UserError
+from routerzoo.look import claims, observe
+from routerzoo.look.drawings import expert_colours
+from routerzoo.look.observe import expert_weights
+
+TEXT = {"d_model": 16, "num_blocks": 2, "num_heads": 2, "num_experts": 4, "max_length": 16}
+IMAGES = {
+    "image_size": 28,
+    "in_channels": 1,
+    "num_experts": 4,
+    "patch_ids": "position",
+    "backbone_arguments": {"patch_size": 14, "embed_dim": 12, "depth": 2, "num_heads": 2},
+}
+
+
+def test_weights_of_every_form():
+    sparse = Routing(torch.tensor([[1, -1], [0, 2]]), torch.tensor([[0.5, 0.0], [0.3, 0.7]]))
+    assert expert_weights(sparse, 3, 2).tolist() == [[0, 0.5, 0], pytest.approx([0.3, 0, 0.7])]
+    flat = Routing(token_N=torch.tensor([1, 1]), expert_N=torch.tensor([0, 2]), weight_N=torch.tensor([1.0, 2.0]))
+    assert expert_weights(flat, 3, 2).tolist() == [[0, 0, 0], [1, 0, 2]]
+    share = torch.rand(1, 2, 3, 2)
+    assert torch.equal(expert_weights(Routing(dispatch_GSEP=share, combine_GSEP=share), 3, 2), share.sum(-1)[0])
+    merged = Routing(merge_GE=torch.tensor([[0.2, 0.8, 0.0]]), group_T=torch.tensor([0, -1]))
+    assert expert_weights(merged, 3, 2).tolist() == [pytest.approx([0.2, 0.8, 0.0]), [0, 0, 0]]
+
+
+def test_claims_count_tokens_by_label():
+    task = LanguageModeling(router=HashRouter, vocab_size=256, **TEXT)
+    ids = torch.randint(97, 100, (3, 16))
+    observation = observe(task, TextBatch(ids, ids))
+    counts = claims([observation, observation], 256)
+    for layer in task.net.blocks:
+        table = layer.feed_forward.router.table[:, 0].long()
+        counted = counts[layer.feed_forward.spec.layer]
+        for label in range(97, 100):
+            assert counted[table[label], label] == 2 * (ids == label).sum()
+        assert counted.sum() == 2 * ids.numel()
+    assert task.training  # as it was
+
+
+def test_what_has_no_routing_is_refused():
+    with pytest.raises(UserError, match="the model has no MoE layer"):
+        observe(LanguageModeling(moe_blocks="none", **TEXT), None)
+    with pytest.raises(UserError, match="in text and images, not in a dict"):
+        observe(LanguageModeling(**TEXT), {})
+
+
+@pytest.mark.parametrize("num_experts", [2, 10, 16, 64])
+def test_experts_have_different_colours(num_experts):
+    colours = expert_colours(num_experts)
+    assert len(set(colours)) == num_experts
+    assert all(re.fullmatch("#[0-9a-f]{6}", colour) for colour in colours)
+
+
+@pytest.mark.parametrize("domain", ["language", "vision"])
+def test_a_checkpoint_is_looked_at(domain, tmp_path, capsys):
+    if domain == "language":
+        model = [
+            "--model=LanguageModeling",
+            *(f"--model.{name}={value}" for name, value in TEXT.items() if name != "max_length"),
+        ]
+        data = ["--data=TextData", "--data.sequence_length=16", "--data.batch_size=4"]
+    else:
+        model = ["--model=ImageClassification", "--model.num_experts=4", "--model.patch_ids=position"]
+        model += [f"--model.backbone_arguments={IMAGES['backbone_arguments']}"]
+        data = ["--data=ImageData", "--data.batch_size=8"]
+    quick = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.num_sanity_val_steps=0"]
+    quick += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--run_dir=run"]
+    cli.main(["fit", *model, *data, *quick])
+    before = (tmp_path / "run" / "results.json").read_text()
+    cli.main(["look", "--ckpt_path", "run/checkpoints/last.ckpt", "--batches", "2", "--examples", "2"])
+    assert (tmp_path / "run" / "results.json").read_text() == before
+    page = (tmp_path / "run" / "look.html").read_text()
+    assert "MoE layer 0" in page
+    assert "claims" in page
+    assert "http" not in page.replace("http-equiv", "")  # it needs no other file
+    assert (tmp_path / "run" / "look.png").stat().st_size > 5000
+    if domain == "language":
+        shown = re.findall(r'<span style="background:#\w+" title="expert \d: 0\.\d\d, expert \d: 0\.\d\d">(.)', page)
+        assert len(shown) >= 40
+    else:
+        assert "data:image/png;base64," in page
+        assert "Sneaker" in page
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["look", "--ckpt_path", "run/checkpoints/last.ckpt", "--batches", "0"])
+    assert "examples and batches must be at least 1" in str(ended.value.code)
+
+
+def test_tensorboard_gets_a_picture_now_and_then_and_the_run_is_the_same(tmp_path):
+    quiet = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+    limits = {"max_steps": 8, "val_check_interval": 2, "limit_val_batches": 1, "num_sanity_val_steps": 0}
+    losses = []
+    for callbacks in ([RoutingPictures(every_n_validations=2)], []):
+        torch.manual_seed(0)
+        task = LanguageModeling(router=partial(LinearRouter, top_k=2), dropout=0.2, **TEXT)
+        logger = TensorBoardLogger(tmp_path, name="", version=f"logs{len(callbacks)}")
+        data = TextData(sequence_length=16, batch_size=4)
+        trainer = Trainer(**quiet, **limits, logger=logger, callbacks=callbacks, enable_checkpointing=False)
+        trainer.fit(task, data)
+        losses.append(float(trainer.callback_metrics["train/loss"]))
+    assert losses[0] == losses[1]
+    events = EventAccumulator(str(tmp_path / "logs1"))
+    events.Reload()
+    assert [event.step for event in events.Images("routing/by expert")] == [2, 6]
+
+
+def test_images_are_drawn_with_their_classes():
+    from routerzoo.look.trainer import draw
+
+    task = ImageClassification(router=HashRouter, num_classes=10, **IMAGES)
+    data = ImageData(batch_size=3)
+    data.setup("test")
+    figure = draw(task, data, observe(task, next(iter(data.test_dataloader()))), examples=2)
+    assert len(figure.axes) == 2 * (1 + 1)  # of each image, itself and one MoE layer
+    assert figure.axes[0].get_ylabel() in data.class_names
