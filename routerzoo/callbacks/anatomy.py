@@ -35,11 +35,12 @@ class RoutingAnatomy(Callback):
 
     Args:
         min_count: tokens that a label must have to count.
+        while_training: log the same at each validation of a training run, without a picture.
         picture: end of the file's name, after the split, in the run's folder; None for no picture.
     """
 
-    def __init__(self, min_count: int = 10, picture: str | None = "anatomy.png") -> None:
-        self.min_count, self.picture = min_count, picture
+    def __init__(self, min_count: int = 10, while_training: bool = False, picture: str | None = "anatomy.png") -> None:
+        self.min_count, self.while_training, self.picture = min_count, while_training, picture
         self._metrics: dict[MoE, _LayerMetrics] = {}
         self._handles: list[RemovableHandle] = []
         self._top_ks: dict[MoE, int] = {}
@@ -94,7 +95,8 @@ class RoutingAnatomy(Callback):
             # Computed over all ranks already; Lightning wants to be told to average them, equal as they are.
             pl_module.log_dict({f"{prefix}/{n}": v for n, v in values.items() if not v.isnan()}, sync_dist=True)
             computed.append((layer.spec.layer, together_EE.cpu(), special["share_VE"].cpu() if special else None))
-        if self.picture is not None and computed and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        drawing = self.picture is not None and trainer.state.fn != "fit"
+        if drawing and computed and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             path = Path(trainer.default_root_dir) / f"{split}_{self.picture}"
             path.parent.mkdir(parents=True, exist_ok=True)
             anatomy(computed, self._names(trainer)).savefig(path, dpi=110)
@@ -107,9 +109,12 @@ class RoutingAnatomy(Callback):
             return [repr(data.decode(torch.tensor([label])))[1:-1] for label in range(data.vocab_size)]
         return None
 
+    def _describes(self, trainer: Trainer) -> bool:
+        return trainer.state.fn == "validate" or (self.while_training and not trainer.sanity_checking)
+
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start, where this is no validation in the midst of training."""
-        if trainer.state.fn == "validate":
+        """Start, unless this is a validation in the midst of training."""
+        if self._describes(trainer):
             self._start(trainer, pl_module)
 
     def on_validation_batch_start(
@@ -120,7 +125,7 @@ class RoutingAnatomy(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log and draw."""
-        if trainer.state.fn == "validate":
+        if self._describes(trainer):
             self._finish(trainer, pl_module, "val")
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -148,10 +148,13 @@ def findings(
                 sentence += " " + text.format(sweep.baseline, ", ".join(by_verdict[verdict]))
         told.append(sentence)
     if ranked:
-        first, *others = sorted(ranked, key=lambda name: ranked[name].mean)
-        rival = [name for name in others if not ranked[name].low > ranked[first].high]
-        sentence = f"Over {len(sweep.tasks)} tasks {first} has the best mean rank, {ranked[first].mean:.2f}."
-        sentence += f" Its interval overlaps with that of {', '.join(rival)}." if rival else ""
+        best = min(middle.mean for middle in ranked.values())
+        first = [name for name, middle in ranked.items() if math.isclose(middle.mean, best)]
+        highest = max(ranked[name].high for name in first)
+        rivals = [name for name in ranked if name not in first and not ranked[name].low > highest]
+        has = "has the best mean rank" if len(first) == 1 else "share the best mean rank"
+        sentence = f"Over {len(sweep.tasks)} tasks {' and '.join(first)} {has}, {best:.2f}."
+        sentence += f" The intervals of {', '.join(rivals)} overlap with that." if rivals else ""
         told.append(sentence)
     lost = [run for run in sweep.runs if run.status == "failed"]
     waiting = [run for run in sweep.runs if run.status in ("waiting", "running")]

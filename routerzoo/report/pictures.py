@@ -19,6 +19,7 @@ HEALTH = {
     "load_entropy": "entropy of the load",
     "dead_experts": "experts without tokens",
     "gate_entropy": "entropy of the gate",
+    "collapse": "X-MoE's measure of collapse\n(smaller is more collapsed)",
 }
 STABILITY = {
     "fluctuation": "tokens' experts that\nchanged since the last record",

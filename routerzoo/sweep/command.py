@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from rich.console import Console
 
@@ -60,17 +61,18 @@ def main(args: Sequence[str]) -> None:
     try:
         plan = read_plan(options.config)
         folder = options.folder or Path("sweeps") / options.config.stem
-        workers = options.workers or max(cores // options.threads, 1)
-        failed = _sweep(plan, folder, workers, options)
+        gpus = torch.cuda.device_count() if options.engine == "local" else 0
+        workers = options.workers or gpus or max(cores // options.threads, 1)
+        failed = _sweep(plan, folder, workers, gpus, options)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
     if failed:
         raise SystemExit(1)
 
 
-def _sweep(plan: Plan, folder: Path, workers: int, options: argparse.Namespace) -> int:
+def _sweep(plan: Plan, folder: Path, workers: int, gpus: int, options: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
-    local = LocalEngine(workers, options.threads)
+    local = LocalEngine(workers, options.threads, gpus)
     ledger = Ledger(folder)
     code = code_version()
     told = {"config": str(plan.path), "baseline": plan.baseline, "margin": plan.margin}

@@ -37,14 +37,15 @@ class LocalEngine:
     Args:
         slots: runs at a time.
         threads: of each.
+        gpus: GPUs of this machine, which runs take turns on.
     """
 
-    def __init__(self, slots: int, threads: int) -> None:
-        self.slots, self.threads = slots, threads
+    def __init__(self, slots: int, threads: int, gpus: int = 0) -> None:
+        self.slots, self.threads, self.gpus = slots, threads, gpus
         self._context = multiprocessing.get_context("forkserver")
         # Imported once, before the first fork. Nothing of it may start threads or touch an accelerator.
         self._context.set_forkserver_preload(["routerzoo.sweep.preloaded"])
-        self._running: list[tuple[Run, Path, BaseProcess]] = []
+        self._running: list[tuple[Run, Path, BaseProcess, int | None]] = []
         # Runs read from it; nobody writes. It closes when this process ends, even by SIGKILL, and the runs end too.
         self._for_runs, self._kept = self._context.Pipe(duplex=False)
         # What a run's threads are to be must be known before the server loads its libraries.
@@ -53,22 +54,28 @@ class LocalEngine:
     def start(self, run: Run, folder: Path) -> None:
         """Fork a process for a run."""
         (folder / work.OUTCOME).unlink(missing_ok=True)
-        process = self._context.Process(target=work.run, args=(str(folder), run.test, self.threads, self._for_runs))
+        gpu = self._least_used_gpu()
+        arguments = (str(folder), run.test, self.threads, self._for_runs, gpu)
+        process = self._context.Process(target=work.run, args=arguments)
         process.start()
-        self._running.append((run, folder, process))
+        self._running.append((run, folder, process, gpu))
+
+    def _least_used_gpu(self) -> int | None:
+        used = [gpu for *_, gpu in self._running]
+        return min(range(self.gpus), key=used.count, default=None)
 
     def ended(self) -> list[tuple[Run, str, str]]:
         """Return the runs whose processes have ended."""
-        found = [(run, folder, process) for run, folder, process in self._running if not process.is_alive()]
+        found = [entry for entry in self._running if not entry[2].is_alive()]
         self._running = [entry for entry in self._running if entry not in found]
-        for _, _, process in found:
+        for _, _, process, _ in found:
             process.join()
-        return [(run, *work.outcome(folder, process.exitcode)) for run, folder, process in found]
+        return [(run, *work.outcome(folder, process.exitcode)) for run, folder, process, _ in found]
 
     def stop(self) -> list[Run]:
         """Kill what is running: checkpoints are whole at any moment, so that nothing is gained by asking."""
         stopped = []
-        for run, _, process in self._running:
+        for run, _, process, _ in self._running:
             process.kill()
             process.join()
             stopped.append(run)

@@ -207,22 +207,24 @@ def _paths(path: Path, value: Any, where: str) -> tuple[Path, ...]:
 
 
 def nested(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn dotted keys into nested mappings; later ones go into earlier ones.
+    """Turn dotted keys into nested mappings. What comes later is put into what came before, and wins.
 
     Example:
-        >>> nested({"a.b": {"c": 1}, "a.b.d": 2})
-        {'a': {'b': {'c': 1, 'd': 2}}}
+        >>> nested({"a.b": {"c": 1}, "a.b.d": 2, "a": {"b": {"c": 3}}})
+        {'a': {'b': {'c': 3, 'd': 2}}}
     """
     result: dict[str, Any] = {}
     for key, value in keys.items():
-        *parents, last = key.split(".")
-        place = result
-        for parent in parents:
-            inner = place.get(parent)
-            place[parent] = dict(inner) if isinstance(inner, dict) else {}
-            place = place[parent]
-        place[last] = value
+        for name in reversed(key.split(".")):
+            value = {name: value}
+        result = _merged(result, value)
     return result
+
+
+def _merged(one: Any, other: Any) -> Any:
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return other
+    return {**one, **{key: _merged(one[key], value) if key in one else value for key, value in other.items()}}
 
 
 def shown(value: Any) -> str:

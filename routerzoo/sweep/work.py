@@ -55,7 +55,7 @@ def resolve_all(commands: list[list[str]], channel: Any) -> None:
     channel.close()
 
 
-def run(folder: str, test: list[str], threads: int, sweep: Connection | None = None) -> None:
+def run(folder: str, test: list[str], threads: int, sweep: Connection | None = None, gpu: int | None = None) -> None:
     """Train and test what `cell.yaml` in a folder describes, from the last checkpoint if there is one.
 
     Everything that is printed goes into `log.txt`, and how it ended into `outcome.json`.
@@ -65,7 +65,11 @@ def run(folder: str, test: list[str], threads: int, sweep: Connection | None = N
         test: further arguments of the test.
         threads: of torch.
         sweep: reading end of a pipe that the sweep alone can write to; when that ends, so does the run.
+        gpu: the only one that the run may see.
     """
+    if gpu is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[gpu] if gpu < len(visible) and visible[0] else str(gpu)
     _die_with(sweep)
     with contextlib.suppress(OSError):
         os.setsid()  # an interrupt of the terminal is the sweep's to handle

@@ -40,3 +40,13 @@ def test_padding_is_not_described():
         assert metrics.co_activation.pairs_EE.diagonal().sum() == 6 * 2
         assert metrics.collapse.tokens_C.sum() == 6
         assert metrics.specialization.tokens_V.sum() == 6
+
+
+@pytest.mark.parametrize("while_training", [True, False])
+def test_collapse_is_followed_over_training_when_asked(while_training, tmp_path):
+    options = {**QUIET, "default_root_dir": tmp_path, "enable_checkpointing": False, "max_steps": 2}
+    limits = {"limit_val_batches": 2, "val_check_interval": 2}
+    trainer = Trainer(**options, **limits, callbacks=[RoutingAnatomy(min_count=2, while_training=while_training)])
+    trainer.fit(language("LinearRouter"), text_data())
+    assert ("val/moe0/collapse" in trainer.callback_metrics) == while_training
+    assert not list(tmp_path.glob("*anatomy*"))

@@ -113,3 +113,20 @@ def test_what_is_no_sweep_is_refused(tmp_path):
 
 def test_dotted_keys_nest():
     assert nested({"a": {"b": 1}, "a.c": 2, "a.b": 3, "d": [4]}) == {"a": {"b": 3, "c": 2}, "d": [4]}
+
+
+def test_values_for_all_reach_into_routers_that_are_named(write):
+    router = "model.init_args.router.init_args.top_k"
+    plan = write(set={router: 4}, routers=["LinearRouter", {"class_path": "HashRouter", "init_args": {"top_k": 1}}])
+    linear, hashed = list(plan.cells())[:4:2]
+    place = ("model", "init_args", "router")
+    chosen = []
+    for cell in (linear, hashed):
+        value = cell.overlay
+        for key in place:
+            value = value[key]
+        chosen.append(value)
+    assert chosen == [
+        {"init_args": {"top_k": 4}, "class_path": "LinearRouter"},
+        {"class_path": "HashRouter", "init_args": {"top_k": 1}},
+    ]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import yaml
@@ -237,7 +238,27 @@ def test_a_process_that_left_no_word_is_judged_by_how_it_ended(tmp_path, code, e
     assert expected in reason
 
 
-def _die(folder, test, threads, sweep):
+def _tell_gpu(folder, test, threads, sweep, gpu):
+    (Path(folder) / "gpu").write_text(str(gpu))
+    time.sleep(1.0)
+
+
+def test_runs_take_turns_on_gpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(work, "run", _tell_gpu)
+    engine, ledger = LocalEngine(4, 1, gpus=2), Ledger(tmp_path)
+    row = {"task": "t", "router": "R", "variant": "R", "seed": 0, "config": "", "test": []}
+    ledger.plan([{**row, "key": key, "folder": key} for key in "abcd"])
+    for key in "abcd":
+        (tmp_path / key).mkdir()
+        engine.start(ledger.claim("code"), tmp_path / key)
+    deadline, ended = time.monotonic() + 60, []
+    while len(ended) < 4 and time.monotonic() < deadline:
+        ended += engine.ended()
+        time.sleep(0.05)
+    assert sorted((tmp_path / key / "gpu").read_text() for key in "abcd") == ["0", "0", "1", "1"]
+
+
+def _die(folder, test, threads, sweep, gpu):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
