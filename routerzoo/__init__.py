@@ -33,10 +33,12 @@ _LAZY = {
     "ImageClassification": "routerzoo.tasks",
     "ImageData": "routerzoo.data",
     "KSchedule": "routerzoo.callbacks",
+    "LabelledText": "routerzoo.data",
     "LanguageModeling": "routerzoo.tasks",
     "RoutingAnatomy": "routerzoo.callbacks",
     "RoutingMonitor": "routerzoo.callbacks",
     "StabilityMonitor": "routerzoo.callbacks",
+    "TextClassification": "routerzoo.tasks",
     "TextData": "routerzoo.data",
 }
 

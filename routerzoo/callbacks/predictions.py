@@ -13,7 +13,8 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from rich.console import Console
 from rich.markup import escape
 
-from routerzoo.tasks.image_classification import ImagePredictions
+from routerzoo.data.labelled_text import LabelledText
+from routerzoo.tasks.image_classification import ClassPredictions
 from routerzoo.tasks.language_modeling import Continuation
 
 SHOWN = 3
@@ -51,7 +52,7 @@ class PredictionWriter(BasePredictionWriter):
     ) -> None:
         """Write a batch."""
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if isinstance(prediction, ImagePredictions):
+        if isinstance(prediction, ClassPredictions):
             self._write_images(trainer, prediction, datamodule.class_names)
         elif isinstance(prediction, list) and all(isinstance(item, Continuation) for item in prediction):
             self._write_text(trainer, prediction, datamodule)
@@ -77,18 +78,23 @@ class PredictionWriter(BasePredictionWriter):
                 self._console.print(f"[bold]{escape(prompt)}[/bold]{escape(continuation)}\n", highlight=False)
             self._written += 1
 
-    def _write_images(self, trainer: Trainer, predictions: ImagePredictions, names: Sequence[str]) -> None:
+    def _write_images(self, trainer: Trainer, predictions: ClassPredictions, names: Sequence[str]) -> None:
         first = self._file is None
         writer = csv.writer(self._open(trainer, "predictions.csv"))
         if first:
-            writer.writerow(["image", "label", "predicted", *names])
+            writer.writerow([self._what(trainer), "label", "predicted", *names])
         for row, probs_L in enumerate(predictions.probs_BL.tolist()):
             predicted = names[max(range(len(probs_L)), key=probs_L.__getitem__)]
             label = "" if predictions.labels_B is None else names[int(predictions.labels_B[row])]
             writer.writerow([self._written, label, predicted, *(f"{prob:.6f}" for prob in probs_L)])
             if self._written < SHOWN:
-                self._console.print(f"image {self._written}: {predicted} ({max(probs_L):.1%}); label {label}")
+                self._console.print(
+                    f"{self._what(trainer)} {self._written}: {predicted} ({max(probs_L):.1%}); label {label}"
+                )
             self._written += 1
+
+    def _what(self, trainer: Trainer) -> str:
+        return "text" if isinstance(trainer.datamodule, LabelledText) else "image"  # type: ignore[attr-defined]
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where the file lies."""

@@ -8,6 +8,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from routerzoo.data.images import ImageBatch
+from routerzoo.data.tokens import TextBatch
 from routerzoo.look.observe import observe
 from routerzoo.look.trainer import draw
 from routerzoo.moe import moe_layers
@@ -46,6 +48,8 @@ class RoutingPictures(Callback):
             return
         with torch.random.fork_rng():  # a loader draws a number when it is iterated
             batch = next(iter(data.val_dataloader()))
+        if not isinstance(batch, (TextBatch, ImageBatch)):
+            return
         batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
         # On every rank: where parameters are sharded, all must take part.
         observation = observe(pl_module, batch)

@@ -1,6 +1,7 @@
-"""Lightning data modules: text for language modelling, images for classification."""
+"""Lightning data modules: text for language modelling, images and labelled texts for classification."""
 
 from routerzoo.data.images import ImageData
+from routerzoo.data.labelled_text import LabelledText
 from routerzoo.data.text import TextData
 
-__all__ = ["ImageData", "TextData"]
+__all__ = ["ImageData", "LabelledText", "TextData"]

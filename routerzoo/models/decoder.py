@@ -283,8 +283,20 @@ class Decoder(nn.Module):
             step: optimiser steps taken, where known.
             total_steps: optimiser steps that the run will take, where known.
         """
-        logits_BSV, context, _ = self._run(ids_BS, None, padding_mask_BS, task_ids_B, step, total_steps)
-        return logits_BSV, context
+        x_BSD, context, _ = self._run(ids_BS, None, padding_mask_BS, task_ids_B, step, total_steps)
+        return self.head(x_BSD), context
+
+    def hidden(
+        self,
+        ids_BS: Tensor,
+        *,
+        padding_mask_BS: Tensor | None = None,
+        step: int | None = None,
+        total_steps: int | None = None,
+    ) -> tuple[Tensor, RoutingContext]:
+        """Return what the output layer would read, `[B, S, D]`, and the context; arguments as in `forward`."""
+        x_BSD, context, _ = self._run(ids_BS, None, padding_mask_BS, None, step, total_steps)
+        return x_BSD, context
 
     def _run(
         self,
@@ -322,7 +334,7 @@ class Decoder(nn.Module):
             else:
                 x_BSD, key_values = block(x_BSD, rotation, context, earlier)
             present.append(key_values)
-        return self.head(self.norm(x_BSD)), context, present
+        return self.norm(x_BSD), context, present
 
     @torch.no_grad()
     def stream(
@@ -357,8 +369,8 @@ class Decoder(nn.Module):
         ids_BS, past, seen = ids_BS[:, -self.max_length :], None, 0
         one_by_one = all(layer.router.tokenwise for layer in moe_layers(self))
         while True:
-            logits_BSV, _, present = self._run(ids_BS, past, task_ids_B=task_ids_B, seen=seen)
-            next_B = _sample(logits_BSV[:, -1].float(), temperature, top_p, generator)
+            x_BSD, _, present = self._run(ids_BS, past, task_ids_B=task_ids_B, seen=seen)
+            next_B = _sample(self.head(x_BSD[:, -1]).float(), temperature, top_p, generator)
             yield next_B
             if one_by_one:
                 seen += ids_BS.shape[1]

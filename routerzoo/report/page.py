@@ -148,12 +148,12 @@ def findings(
                 sentence += " " + text.format(sweep.baseline, ", ".join(by_verdict[verdict]))
         told.append(sentence)
     if ranked:
-        best = min(middle.mean for middle in ranked.values())
-        first = [name for name, middle in ranked.items() if math.isclose(middle.mean, best)]
+        lowest = min(middle.mean for middle in ranked.values())
+        first = [name for name, middle in ranked.items() if math.isclose(middle.mean, lowest)]
         highest = max(ranked[name].high for name in first)
         rivals = [name for name in ranked if name not in first and not ranked[name].low > highest]
         has = "has the best mean rank" if len(first) == 1 else "share the best mean rank"
-        sentence = f"Over {len(sweep.tasks)} tasks {' and '.join(first)} {has}, {best:.2f}."
+        sentence = f"Over {len(sweep.tasks)} tasks {' and '.join(first)} {has}, {lowest:.2f}."
         sentence += f" The intervals of {', '.join(rivals)} overlap with that." if rivals else ""
         told.append(sentence)
     lost = [run for run in sweep.runs if run.status == "failed"]

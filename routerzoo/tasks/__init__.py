@@ -2,5 +2,6 @@
 
 from routerzoo.tasks.image_classification import ImageClassification
 from routerzoo.tasks.language_modeling import LanguageModeling
+from routerzoo.tasks.text_classification import TextClassification
 
-__all__ = ["ImageClassification", "LanguageModeling"]
+__all__ = ["ImageClassification", "LanguageModeling", "TextClassification"]

@@ -210,7 +210,7 @@ class MoETask(LightningModule, ABC):
 
     def configure_optimizers(self) -> Any:
         """Build optimiser and schedule, which advances by the step."""
-        optimizer = self.optimizer(parameter_groups(self.net))
+        optimizer = self.optimizer(parameter_groups(self))
         scheduler = self.lr_scheduler(optimizer, self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

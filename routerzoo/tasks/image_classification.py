@@ -28,7 +28,7 @@ from routerzoo.tasks.optimization import WarmupCosine
 CALIBRATION_IMAGES = 512
 
 
-class ImagePredictions(NamedTuple):
+class ClassPredictions(NamedTuple):
     """What `predict` gives for a batch: `probs_BL` class probabilities; `labels_B` the true labels, where known."""
 
     probs_BL: Tensor
@@ -203,8 +203,8 @@ class ImageClassification(MoETask):
         assert context.positions is not None  # the net fills them in
         return len(context.positions)
 
-    def predict_step(self, batch: ImageBatch, batch_idx: int) -> ImagePredictions:
+    def predict_step(self, batch: ImageBatch, batch_idx: int) -> ClassPredictions:
         """Return the class probabilities of a batch."""
         with self.evaluation_top_k():
             logits_BL, _ = self.net(batch.images_BCHW)
-        return ImagePredictions(logits_BL.float().softmax(-1), batch.labels_B)
+        return ClassPredictions(logits_BL.float().softmax(-1), batch.labels_B)
