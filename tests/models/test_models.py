@@ -47,14 +47,15 @@ def test_decoder_predicts_no_token_from_later_ones(router_name):
     assert_close(model(changed)[0][:, :7], logits[:, :7])
 
 
-def test_decoder_with_kept_keys_and_values_gives_the_same_logits(router_name):
+def test_decoder_with_kept_keys_and_values_gives_the_same_hidden_states(router_name):
     model, ids = decoder(router_name), torch.randint(40, (2, 12))
-    expected = model(ids)[0]
-    logits, _, past = model._run(ids[:, :5], None)
-    parts = [logits]
+    expected = model.hidden(ids)[0]
+    assert_close(model.head(expected), model(ids)[0])
+    hidden, _, past = model._run(ids[:, :5], None)
+    parts = [hidden]
     for chunk in (ids[:, 5:8], ids[:, 8:9], ids[:, 9:12]):
-        logits, _, past = model._run(chunk, past, seen=past[0].keys.shape[2])
-        parts.append(logits)
+        hidden, _, past = model._run(chunk, past, seen=past[0].keys.shape[2])
+        parts.append(hidden)
     assert_close(torch.cat(parts, 1), expected)
 
 
