@@ -162,7 +162,9 @@ class Router(nn.Module, ABC):
             value = getattr(context, name)
             if value is None:
                 raise ValueError(f"{type(self).__name__} requires {name}; pass RoutingContext({name}=...)")
-            if isinstance(value, Tensor) and value.shape[:1] != x_TD.shape[:1]:
+            # One entry a token; attention alone has more dimensions, behind that one.
+            found = value.shape[:1] if name == "attention" else getattr(value, "shape", None)
+            if isinstance(value, Tensor) and found != x_TD.shape[:1]:
                 raise ValueError(f"{name} has shape {list(value.shape)}, the hidden states are {list(x_TD.shape)}")
         with torch.autocast(x_TD.device.type, enabled=False):
             routing = self.route(x_TD if x_TD.dtype == torch.float64 else x_TD.float(), context)

@@ -35,7 +35,7 @@ class FiniteLoss(Callback):
         """
         if trainer.global_step % self.every_n_steps or bool(loss.isfinite()):
             return
-        raise UserError(f"the loss is {float(loss):g} at step {trainer.global_step}: {_where(pl_module)}")
+        raise UserError(f"the loss is {float(loss.detach()):g} at step {trainer.global_step}: {_where(pl_module)}")
 
 
 def _where(module: LightningModule) -> str:

@@ -53,7 +53,7 @@ class PredictionWriter(BasePredictionWriter):
         """Write a batch."""
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(prediction, ClassPredictions):
-            self._write_images(trainer, prediction, datamodule.class_names)
+            self._write_classes(trainer, prediction, datamodule.class_names)
         elif isinstance(prediction, list) and all(isinstance(item, Continuation) for item in prediction):
             self._write_text(trainer, prediction, datamodule)
 
@@ -78,7 +78,7 @@ class PredictionWriter(BasePredictionWriter):
                 self._console.print(f"[bold]{escape(prompt)}[/bold]{escape(continuation)}\n", highlight=False)
             self._written += 1
 
-    def _write_images(self, trainer: Trainer, predictions: ClassPredictions, names: Sequence[str]) -> None:
+    def _write_classes(self, trainer: Trainer, predictions: ClassPredictions, names: Sequence[str]) -> None:
         first = self._file is None
         writer = csv.writer(self._open(trainer, "predictions.csv"))
         if first:

@@ -18,6 +18,7 @@ from routerzoo.errors import UserError
 from routerzoo.look.drawings import patches_by_expert, text_by_expert
 from routerzoo.look.observe import Observation, claims, observe
 from routerzoo.look.page import write_page
+from routerzoo.moe import moe_layers
 from routerzoo.tasks.base import MoETask
 
 PAGE, PICTURE = "look.html", "look.png"
@@ -74,7 +75,7 @@ class LookingTrainer(Trainer):
         command = f"python -m routerzoo look --ckpt_path {shlex.quote(ckpt_path or '...')}"
         write_page(
             folder / PAGE,
-            f"Routing of the {split} split: {type(next(iter(_routers(model)))).__name__}",
+            f"Routing of the {split} split: {type(next(moe_layers(model.net)).router).__name__}",
             seen[0],
             claims(seen, len(names)),
             names,
@@ -107,9 +108,3 @@ def pieces(datamodule: Any, ids_S: Any) -> list[str]:
     """Return the text of each token; words with the space that follows."""
     space = " " if getattr(datamodule, "unit", "bytes") == "words" else ""
     return [datamodule.decode([int(index)]) + space for index in ids_S]
-
-
-def _routers(model: MoETask) -> Any:
-    from routerzoo.moe import moe_layers
-
-    return (layer.router for layer in moe_layers(model.net))

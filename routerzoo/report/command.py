@@ -10,8 +10,7 @@ from rich.console import Console
 
 from routerzoo.errors import UserError
 from routerzoo.report.collect import read_sweep
-from routerzoo.report.page import comparisons, findings, write_report
-from routerzoo.report.statistics import mean_ranks
+from routerzoo.report.page import write_report
 
 
 def main(args: Sequence[str]) -> None:
@@ -26,14 +25,10 @@ def main(args: Sequence[str]) -> None:
     options = parser.parse_args(args)
     console = Console(highlight=False, soft_wrap=True)
     try:
-        sweep = read_sweep(options.folder)
-        written = write_report(sweep)
+        report = write_report(read_sweep(options.folder))
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
-    compared = {task.name: comparisons(sweep, task) for task in sweep.tasks}
-    lower = {task.name: task.lower_is_better for task in sweep.tasks}
-    ranked = mean_ranks({task.name: task.values for task in sweep.tasks}, lower) if len(sweep.tasks) > 1 else {}
-    for sentence in findings(sweep, compared, ranked):
+    for sentence in report.findings:
         console.print(f"- {sentence}", markup=False)
-    for path in written:
+    for path in report.files:
         console.print(str(path), markup=False)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 from jinja2 import Environment
@@ -25,7 +25,6 @@ from routerzoo.report.statistics import Comparison, Interval, adjusted, compare,
 from routerzoo.sweep.ledger import Run
 from routerzoo.sweep.work import CELL, LOG
 
-FILES = ("report.html", "report.md", "runs.csv", "comparisons.csv", "ranking.csv")
 LARGEST_DIFFERENCES = 12
 
 
@@ -63,8 +62,15 @@ class Section:
     pictures: Sequence[Picture]
 
 
-def write_report(sweep: Sweep) -> list[Path]:
-    """Write the report into the sweep's folder, and return its files."""
+class Report(NamedTuple):
+    """What was written, and what it says in sentences."""
+
+    files: list[Path]
+    findings: list[str]
+
+
+def write_report(sweep: Sweep) -> Report:
+    """Write the report into the sweep's folder."""
     command = f"python -m routerzoo report {shlex.quote(str(sweep.folder))}"
     names = variants(sweep)
     compared = {task.name: comparisons(sweep, task) for task in sweep.tasks}
@@ -104,7 +110,7 @@ def write_report(sweep: Sweep) -> list[Path]:
         part = sweep.folder / f"{name}.part"
         part.write_text(text, encoding="utf-8")
         part.replace(sweep.folder / name)
-    return [sweep.folder / name for name in written]
+    return Report([sweep.folder / name for name in written], content["findings"])
 
 
 def variants(sweep: Sweep) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,8 +57,7 @@ class Cell:
     @property
     def test_arguments(self) -> list[str]:
         """Return what the `test` command is given beside the checkpoint."""
-        return [f"--{key}={yaml.safe_dump(value, default_flow_style=True, width=10**6).split(chr(10))[0]}"
-                for key, value in self.test.items()]  # fmt: skip
+        return [f"--{key}={json.dumps(value)}" for key, value in self.test.items()]
 
 
 class Axis(NamedTuple):

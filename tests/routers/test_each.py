@@ -203,3 +203,9 @@ def test_stablemoe_distillation_teaches_the_student_alone():
     assert x.grad is None
     assert router.expert_centroids.grad is None
     assert router.routing_embedding.grad.abs().sum() > 0
+
+
+def test_only_attention_has_more_than_one_entry_a_token():
+    router = HashRouter(LayerSpec(4, 4, vocab_size=10))
+    with pytest.raises(ValueError, match=r"token_ids has shape \[3, 2\], the hidden states are \[3, 4\]"):
+        router(torch.randn(3, 4), RoutingContext(token_ids=torch.zeros(3, 2).long()))

@@ -24,6 +24,8 @@ Overflow = Literal["drop", "next", "local"]
 class CapacityRouter(RouterWrapper):
     """Lets each expert take at most `ceil(capacity_factor * S * k / E)` of the S tokens of a group, around any router.
 
+    A router without a fixed number of choices counts with k = 1.
+
     By default a group is a sequence and tokens are served in their order, each with all its choices before the next
     one's: then no later token and no other sequence can take a token's place. The published layers share the capacity
     over the batch, which lets one user's input drop another's tokens (Hayes et al. 2024,

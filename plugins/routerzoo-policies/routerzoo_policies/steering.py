@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -121,8 +122,9 @@ def steer(model: nn.Module, offsets: Mapping[int, Tensor]) -> Iterator[None]:
                 )
             # A wrapper is told the layer's own context fields: it requires nothing that the inner router does not.
             steered = SteeredRouter(replace(spec, provides=spec.provides | inner.requires), router=lambda _, r=inner: r)
-            steered.offset_E = offset_E.to(steered.offset_E)
-            layers[index].router = steered.to(offset_E.device).train(inner.training)
+            where = next(itertools.chain(inner.parameters(), inner.buffers()), offset_E).device
+            steered.offset_E = offset_E.to(where, steered.offset_E.dtype)
+            layers[index].router = steered.train(inner.training)
         yield
     finally:
         for index, inner in before.items():

@@ -15,6 +15,8 @@ from routerzoo import (
     LinearRouter,
     MoE,
     RandomFrozenRouter,
+    Router,
+    Routing,
     RoutingContext,
     StableMoERouter,
     XMoERouter,
@@ -291,3 +293,45 @@ def test_replay_says_what_does_not_fit():
 def test_bad_arguments(router, options, message):
     with pytest.raises(ValueError, match=message):
         router(LayerSpec(8, 8), **options)
+
+
+class Flat(Router):
+    """Gives the experts of a mask, in the flat form."""
+
+    paper = "test"
+
+    def __init__(self, spec):
+        super().__init__(spec, top_k=1, max_top_k=1)
+
+    def route(self, x_TD, context):
+        token_N, expert_N = (x_TD[:, : self.spec.num_experts] > 0).nonzero().unbind(1)
+        return Routing(token_N=token_N, expert_N=expert_N, weight_N=x_TD[token_N, expert_N], may_pad=False)
+
+
+def test_a_capacity_around_choices_of_varying_number():
+    # Four tokens, two experts: two places each, k counting as 1.
+    x_TD = torch.tensor([[1.0, 2.0], [3.0, 0.0], [5.0, 4.0], [6.0, 7.0]])
+    for order, kept in (("token", {(0, 0), (0, 1), (1, 0), (2, 1)}), ("weight", {(2, 0), (2, 1), (3, 0), (3, 1)})):
+        router = CapacityRouter(LayerSpec(2, 2), router=Flat, capacity_factor=1.0, order=order).train()
+        pairs = router(x_TD, context(4)).assignments()
+        found = [(t, e, w) for t, e, w in zip(*(v.tolist() for v in pairs[:3]), strict=True) if e >= 0]
+        assert {(t, e) for t, e, _ in found} == kept
+        assert all(w == x_TD[t, e] for t, e, w in found)
+        assert (pairs.weight_N[pairs.expert_N < 0] == 0).all()
+    in_columns = CapacityRouter(LayerSpec(2, 2), router=Flat, order="choice").train()
+    with pytest.raises(ValueError, match="the order choice needs choices in columns; take token or weight"):
+        in_columns(x_TD, context(4))
+
+
+class Mixing(Flat):
+    """Mixes tokens into slots."""
+
+    def route(self, x_TD, context):
+        share_GSEP = torch.ones(1, len(x_TD), self.spec.num_experts, 1)
+        return Routing(dispatch_GSEP=share_GSEP, combine_GSEP=share_GSEP)
+
+
+def test_what_mixes_tokens_has_no_capacity():
+    router = CapacityRouter(LayerSpec(2, 2), router=Mixing).train()
+    with pytest.raises(ValueError, match="a capacity bounds assignments; Mixing mixes tokens or experts"):
+        router(torch.randn(4, 2), context(4))

@@ -1,0 +1,49 @@
+"""A run ends at a loss that is no number, and says where that began."""
+
+import pytest
+import torch
+from lightning import Callback, Trainer
+
+from routerzoo.callbacks import FiniteLoss
+from routerzoo.errors import UserError
+from routerzoo.moe import moe_layers
+from tests.tasks.test_tasks import QUIET, language, text_data
+
+
+class Break(Callback):
+    """Writes a number that is none into a parameter before the third step."""
+
+    def __init__(self, find):
+        self.find = find
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 2:
+            with torch.no_grad():
+                self.find(pl_module).view(-1)[0] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("find", "message"),
+    [
+        (
+            lambda task: list(moe_layers(task))[1].router.weight,
+            "LinearRouter's router.weight of MoE layer 1",
+        ),
+        (lambda task: next(moe_layers(task)).experts.down, "experts.down of MoE layer 0 is no longer finite"),
+        (lambda task: task.net.norm.weight, "net.norm.weight is no longer finite. Try a smaller learning rate"),
+    ],
+)
+def test_the_step_and_the_layer_are_named(find, message):
+    trainer = Trainer(**QUIET, max_steps=5, enable_checkpointing=False, callbacks=[Break(find), FiniteLoss()])
+    with pytest.raises(UserError, match=f"the loss is nan at step 2: {message}"):
+        trainer.fit(language("LinearRouter"), text_data())
+
+
+def test_looking_less_often():
+    with pytest.raises(ValueError, match="every_n_steps must be at least 1, got 0"):
+        FiniteLoss(0)
+    task, data = language("LinearRouter"), text_data()
+    finding = Break(lambda task: task.net.norm.weight)
+    trainer = Trainer(**QUIET, max_steps=8, enable_checkpointing=False, callbacks=[finding, FiniteLoss(4)])
+    with pytest.raises(UserError, match="the loss is nan at step 4"):
+        trainer.fit(task, data)
