@@ -1,5 +1,6 @@
 """Every sweep that ships resolves: each of its runs is a config."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,19 @@ SWEEPS = [path for path in DEFINITIONS if "routers" in yaml.safe_load(path.read_
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_sweep(path, tmp_path, monkeypatch):
+    assert f"--config {path.relative_to(ROOT)}" in path.read_text()
+    each_run_is_a_config_of_its_own(path, tmp_path, monkeypatch)
+
+
+def test_the_grid_of_the_docs(tmp_path, monkeypatch):
+    (grid,) = re.findall("```yaml\n(.*?)```", (ROOT / "docs" / "sweeps.md").read_text(), re.DOTALL)
+    (tmp_path / "docs.yaml").write_text(grid)
+    each_run_is_a_config_of_its_own(tmp_path / "docs.yaml", tmp_path, monkeypatch)
+
+
+def each_run_is_a_config_of_its_own(path, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     plan = read_plan(path)
-    assert f"--config {path.relative_to(ROOT)}" in path.read_text()
     # One seed of each is enough: the others differ by it alone.
     cells = [cell for cell in plan.cells() if cell.seed == plan.seeds[0]]
     seen = set()
