@@ -1,8 +1,9 @@
 """Auxiliary losses of routing: one normalisation of each, in one place.
 
 Each is a raw scalar that does not grow with the number of tokens. The task multiplies it with its coefficient. Losses
-that count or average experts take a `scope`: over all tokens of the micro-batch, or in each sequence by itself,
-averaged over sequences weighted by their length. The others are means over tokens, the same in either scope.
+that count or average experts take a `scope`: over all tokens of the micro-batch, on all processes where the context
+names them; or in each sequence by itself, averaged over sequences weighted by their length. The others are means over
+tokens, the same in either scope.
 """
 # Shape suffixes: T tokens, K choices per token, E experts, G groups (sequences; or one, the whole batch).
 
@@ -14,7 +15,9 @@ from typing import Literal, NamedTuple, TypedDict, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from routerzoo.ranks import sum_over_ranks
 from routerzoo.routing import Routing, RoutingContext
 
 Scope = Literal["batch", "sequence"]
@@ -38,11 +41,27 @@ class ScopeArguments(TypedDict):
     scope: Scope
     sequence_ids: Tensor | None
     padding_mask: Tensor | None
+    process_group: ProcessGroup | None
 
 
 def scope_of(scope: Scope, context: RoutingContext) -> ScopeArguments:
     """Return the arguments of a loss of that scope."""
-    return {"scope": scope, "sequence_ids": context.sequence_ids, "padding_mask": context.padding_mask}
+    return {
+        "scope": scope,
+        "sequence_ids": context.sequence_ids,
+        "padding_mask": context.padding_mask,
+        "process_group": context.process_group,
+    }
+
+
+def sums_in(scope: Scope, context: RoutingContext, *values_TE: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Add up values over the tokens that a loss of that scope looks at together, for losses of a router's own.
+
+    Returns:
+        The sums, `[G, E]` for each of the values, and the number of tokens, `[G, 1]`: padding left out, and over all
+        processes that train together in the scope of a batch. Where `G` is not 1, groups without tokens are 0.
+    """
+    return _groups(values_TE[0], **scope_of(scope, context)).sums(*values_TE)
 
 
 def balance_loss(
@@ -52,6 +71,7 @@ def balance_loss(
     scope: Scope = "batch",
     sequence_ids: Tensor | None = None,
     padding_mask: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Return Switch's load-balancing loss, `E * sum_e f_e * P_e` (Fedus et al. 2022, equations 4 to 6).
 
@@ -66,6 +86,7 @@ def balance_loss(
         scope: `batch` or `sequence`.
         sequence_ids: [tokens] int64, below the number of tokens; needed in the scope of a sequence.
         padding_mask: [tokens] bool, True for tokens to leave out.
+        process_group: processes whose tokens make up the batch together; matters in the scope of a batch.
 
     Returns:
         A scalar; 0 where there is no token.
@@ -77,11 +98,11 @@ def balance_loss(
     probs_TE = probs_TE / probs_TE.sum(-1, keepdim=True).clamp_min(torch.finfo(probs_TE.dtype).tiny)
     chosen_TE = probs_TE.new_zeros(len(probs_TE), num_experts + 1)
     chosen_TE = chosen_TE.scatter(1, experts_TK.remainder(num_experts + 1), 1.0)[:, :num_experts]
-    groups = _groups(probs_TE, scope, sequence_ids, padding_mask)
-    chosen_GE = groups.sum(chosen_TE)
+    groups = _groups(probs_TE, scope, sequence_ids, padding_mask, process_group)
+    (chosen_GE, probs_GE), tokens_G1 = groups.sums(chosen_TE, probs_TE)
     f_GE = chosen_GE / chosen_GE.sum(1, keepdim=True).clamp_min(1)
-    P_GE = groups.mean(probs_TE)
-    return groups.average(num_experts * (f_GE * P_GE).sum(1))
+    P_GE = probs_GE / tokens_G1.clamp_min(1)
+    return _average(num_experts * (f_GE * P_GE).sum(1), tokens_G1)
 
 
 def importance_loss(
@@ -90,6 +111,7 @@ def importance_loss(
     scope: Scope = "batch",
     sequence_ids: Tensor | None = None,
     padding_mask: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Return the squared coefficient of variation of the experts' importance.
 
@@ -102,9 +124,10 @@ def importance_loss(
         scope: see `balance_loss`; likewise the other arguments, the result and the errors.
         sequence_ids: see `balance_loss`.
         padding_mask: see `balance_loss`.
+        process_group: see `balance_loss`.
     """
-    groups = _groups(gates_TE, scope, sequence_ids, padding_mask)
-    return groups.average(_squared_variation(groups.mean(gates_TE)))
+    groups = _groups(gates_TE, scope, sequence_ids, padding_mask, process_group)
+    return _variation_of(groups, gates_TE)
 
 
 def load_loss(
@@ -117,6 +140,7 @@ def load_loss(
     scope: Scope = "batch",
     sequence_ids: Tensor | None = None,
     padding_mask: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Return the squared coefficient of variation of the experts' load, a smooth estimate of how many tokens each gets.
 
@@ -135,21 +159,22 @@ def load_loss(
         scope: see `balance_loss`; likewise the arguments that follow, the result and the errors.
         sequence_ids: see `balance_loss`.
         padding_mask: see `balance_loss`.
+        process_group: see `balance_loss`.
     """
     num_experts = logits_TE.shape[1]
     noisy_logits_TE = logits_TE if noisy_logits_TE is None else noisy_logits_TE
     noise_std = 1 / num_experts if noise_std is None else noise_std
-    groups = _groups(logits_TE, scope, sequence_ids, padding_mask)
+    groups = _groups(logits_TE, scope, sequence_ids, padding_mask, process_group)
     if exclude_itself and top_k == num_experts:
         # Every expert is chosen whatever the noise.
-        return groups.average(_squared_variation(groups.mean(torch.ones_like(logits_TE)))) + 0.0 * logits_TE.sum()
+        return _variation_of(groups, torch.ones_like(logits_TE)) + 0.0 * logits_TE.sum()
     largest_TK = noisy_logits_TE.topk(min(top_k + exclude_itself, num_experts), dim=-1).values
     threshold_TE = largest_TK[:, top_k - 1 : top_k].expand_as(logits_TE)
     if exclude_itself:
         among_TE = noisy_logits_TE > largest_TK[:, top_k:]
         threshold_TE = torch.where(among_TE, largest_TK[:, top_k:], threshold_TE)
     chance_TE = torch.special.ndtr((logits_TE - threshold_TE) / noise_std)
-    return groups.average(_squared_variation(groups.mean(chance_TE)))
+    return _variation_of(groups, chance_TE)
 
 
 def z_loss(logits_TE: Tensor, *, padding_mask: Tensor | None = None) -> Tensor:
@@ -165,6 +190,7 @@ def stablemoe_balance_loss(
     scope: Scope = "batch",
     sequence_ids: Tensor | None = None,
     padding_mask: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Return StableMoE's balance loss (Dai et al. 2022, equation 8) as a mean over tokens, without its factor alpha.
 
@@ -178,13 +204,14 @@ def stablemoe_balance_loss(
         scope: see `balance_loss`; likewise the arguments that follow, the result and the errors.
         sequence_ids: see `balance_loss`.
         padding_mask: see `balance_loss`.
+        process_group: see `balance_loss`.
     """
     padding_mask = experts_T < 0 if padding_mask is None else padding_mask | (experts_T < 0)
     chosen_TE = F.one_hot(experts_T.clamp_min(0), num_experts).to(gates_T.dtype)
-    groups = _groups(gates_T, scope, sequence_ids, padding_mask)
-    share_GE = groups.mean(chosen_TE)
-    gates_GE = groups.mean(chosen_TE * gates_T.unsqueeze(1))
-    return groups.average(((share_GE * num_experts - 1) * gates_GE).sum(1))
+    groups = _groups(gates_T, scope, sequence_ids, padding_mask, process_group)
+    (load_GE, gates_GE), tokens_G1 = groups.sums(chosen_TE, chosen_TE * gates_T.unsqueeze(1))
+    share_GE = load_GE / tokens_G1.clamp_min(1)
+    return _average(((share_GE * num_experts - 1) * gates_GE / tokens_G1.clamp_min(1)).sum(1), tokens_G1)
 
 
 def distillation_loss(student_TE: Tensor, teacher_T: Tensor, *, padding_mask: Tensor | None = None) -> Tensor:
@@ -205,34 +232,49 @@ class _Groups(NamedTuple):
     Args:
         group_T: group of each token; None where all tokens are one.
         keep_T1: 1 for tokens that count, 0 for padding.
-        tokens_G1: how many tokens of each group count.
+        process_group: processes whose tokens are one group together with these; None for this one alone.
     """
 
     group_T: Tensor | None
     keep_T1: Tensor
-    tokens_G1: Tensor
+    process_group: ProcessGroup | None
 
-    def sum(self, values_TE: Tensor) -> Tensor:
-        """Add up over the tokens of each group, `[G, E]`."""
-        return _sum_by_group(values_TE * self.keep_T1, self.group_T)
+    def sums(self, *values_TE: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Add up over the tokens of each group, `[G, E]` for each of the values, and count them, `[G, 1]`.
 
-    def mean(self, values_TE: Tensor) -> Tensor:
-        """Average over the tokens of each group, `[G, E]`; 0 where there are none."""
-        return self.sum(values_TE) / self.tokens_G1.clamp_min(1)
-
-    def average(self, losses_G: Tensor) -> Tensor:
-        """Average over groups, weighted by their number of tokens."""
-        tokens_G = self.tokens_G1.squeeze(1)
-        return (losses_G * tokens_G).sum() / tokens_G.sum().clamp_min(1)
+        All in one message, where it takes one.
+        """
+        sums = [_sum_by_group(values * self.keep_T1, self.group_T) for values in values_TE]
+        together = torch.cat([*sums, _sum_by_group(self.keep_T1, self.group_T)], dim=1)
+        widths = [*(values.shape[1] for values in sums), 1]
+        *totals, tokens_G1 = torch.split(sum_over_ranks(together, self.process_group), widths, dim=1)
+        return tuple(totals), tokens_G1
 
 
-def _groups(like: Tensor, scope: Scope, sequence_ids: Tensor | None, padding_mask: Tensor | None) -> _Groups:
+def _groups(
+    like: Tensor,
+    scope: Scope,
+    sequence_ids: Tensor | None,
+    padding_mask: Tensor | None,
+    process_group: ProcessGroup | None,
+) -> _Groups:
     num_tokens = len(like)
     if "sequence_ids" in fields_of_scope(scope) and sequence_ids is None:
         raise ValueError("a loss in the scope of a sequence needs sequence_ids; the context has none")
     keep_T1 = like.new_ones(num_tokens, 1) if padding_mask is None else (~padding_mask).unsqueeze(1).to(like.dtype)
-    group_T = sequence_ids if scope == "sequence" else None
-    return _Groups(group_T, keep_T1, _sum_by_group(keep_T1, group_T))
+    # No sequence lies on two processes.
+    return _Groups(sequence_ids, keep_T1, None) if scope == "sequence" else _Groups(None, keep_T1, process_group)
+
+
+def _average(losses_G: Tensor, tokens_G1: Tensor) -> Tensor:
+    """Average over groups, weighted by their number of tokens."""
+    tokens_G = tokens_G1.squeeze(1)
+    return (losses_G * tokens_G).sum() / tokens_G.sum().clamp_min(1)
+
+
+def _variation_of(groups: _Groups, values_TE: Tensor) -> Tensor:
+    (sums_GE,), tokens_G1 = groups.sums(values_TE)
+    return _average(_squared_variation(sums_GE / tokens_G1.clamp_min(1)), tokens_G1)
 
 
 def _sum_by_group(values_TE: Tensor, group_T: Tensor | None) -> Tensor:

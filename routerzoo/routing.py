@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 CONTEXT_FIELDS = frozenset(
     {"token_ids", "positions", "sequence_ids", "padding_mask", "task_ids", "attention", "step", "total_steps"}
@@ -79,6 +80,8 @@ class RoutingContext:
         step: optimiser steps taken so far.
         total_steps: optimiser steps that the run will take.
         carry: what one MoE layer leaves for the next (recurrent and shared routers live on it).
+        process_group: processes that train on parts of one batch. What is defined over the batch, such as balance
+            losses, is then taken over the tokens of all of them, and all of them must route at the same time.
         routings: the answer of each layer's router by layer index, filled in by the layers during the pass.
         wants_losses: False where nobody will read the routings' losses, so that a router need not compute them.
     """
@@ -91,6 +94,7 @@ class RoutingContext:
     attention: Tensor | None = None
     step: int | None = None
     total_steps: int | None = None
+    process_group: ProcessGroup | None = None
     carry: dict[str, Any] = field(default_factory=dict)
     routings: dict[int, Routing] = field(default_factory=dict)
     wants_losses: bool = True

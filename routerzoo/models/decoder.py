@@ -10,6 +10,7 @@ from typing import NamedTuple, final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from routerzoo.experts import MLPExperts
@@ -273,6 +274,7 @@ class Decoder(nn.Module):
         task_ids_B: Tensor | None = None,
         step: int | None = None,
         total_steps: int | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> tuple[Tensor, RoutingContext]:
         """Return next-token logits `[B, S, V]`, and the context with the routing of every MoE layer.
 
@@ -282,8 +284,10 @@ class Decoder(nn.Module):
             task_ids_B: the task of each sequence; by default the first one's.
             step: optimiser steps taken, where known.
             total_steps: optimiser steps that the run will take, where known.
+            process_group: processes that train on parts of this batch; see `RoutingContext`.
         """
-        x_BSD, context, _ = self._run(ids_BS, None, padding_mask_BS, task_ids_B, step, total_steps)
+        progress = (step, total_steps, process_group)
+        x_BSD, context, _ = self._run(ids_BS, None, padding_mask_BS, task_ids_B, progress)
         return self.head(x_BSD), context
 
     def hidden(
@@ -293,9 +297,11 @@ class Decoder(nn.Module):
         padding_mask_BS: Tensor | None = None,
         step: int | None = None,
         total_steps: int | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> tuple[Tensor, RoutingContext]:
         """Return what the output layer would read, `[B, S, D]`, and the context; arguments as in `forward`."""
-        x_BSD, context, _ = self._run(ids_BS, None, padding_mask_BS, None, step, total_steps)
+        progress = (step, total_steps, process_group)
+        x_BSD, context, _ = self._run(ids_BS, None, padding_mask_BS, None, progress)
         return x_BSD, context
 
     def _run(
@@ -304,8 +310,7 @@ class Decoder(nn.Module):
         past: list[KeyValues] | None,
         padding_mask_BS: Tensor | None = None,
         task_ids_B: Tensor | None = None,
-        step: int | None = None,
-        total_steps: int | None = None,
+        progress: tuple[int | None, int | None, ProcessGroup | None] = (None, None, None),
         seen: int = 0,
     ) -> tuple[Tensor, RoutingContext, list[KeyValues]]:
         batch, length = ids_BS.shape
@@ -321,8 +326,9 @@ class Decoder(nn.Module):
             ),
             padding_mask=None if padding_mask_BS is None else padding_mask_BS.reshape(-1),
             task_ids=None if task_ids_B is None else task_ids_B.repeat_interleave(length, output_size=batch * length),
-            step=step,
-            total_steps=total_steps,
+            step=progress[0],
+            total_steps=progress[1],
+            process_group=progress[2],
         )
         x_BSD = F.dropout(self.embedding(ids_BS), self.dropout, self.training)
         rotation = _rotation(positions_S, self.head_width, self.rotary_base)

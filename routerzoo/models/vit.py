@@ -10,6 +10,7 @@ from typing import Any, final
 import timm
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from routerzoo.experts import MLPExperts
 from routerzoo.grouped import Backend
@@ -129,7 +130,12 @@ class ViTMoE(nn.Module):
         return None if self.patch_ids is None else self.patch_ids.vocab_size + self.num_prefix_tokens
 
     def forward(
-        self, images_BCHW: Tensor, *, step: int | None = None, total_steps: int | None = None
+        self,
+        images_BCHW: Tensor,
+        *,
+        step: int | None = None,
+        total_steps: int | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> tuple[Tensor, RoutingContext]:
         """Return class logits `[B, L]`, and the context with the routing of every MoE layer.
 
@@ -137,6 +143,7 @@ class ViTMoE(nn.Module):
             images_BCHW: normalised images.
             step: optimiser steps taken, where known.
             total_steps: optimiser steps that the run will take, where known.
+            process_group: processes that train on parts of this batch; see `RoutingContext`.
         """
         batch, _, height, width = images_BCHW.shape
         if (height, width) != self.image_size:
@@ -151,6 +158,7 @@ class ViTMoE(nn.Module):
             sequence_ids=torch.arange(batch, device=device).repeat_interleave(tokens, output_size=batch * tokens),
             step=step,
             total_steps=total_steps,
+            process_group=process_group,
         )
         provide_context(self.vit, context)
         return self.vit(images_BCHW), context

@@ -24,6 +24,7 @@ from routerzoo.errors import UserError
 from routerzoo.logit_scale import match_logit_std
 from routerzoo.losses import auxiliary_loss
 from routerzoo.moe import moe_layers
+from routerzoo.ranks import all_ranks
 from routerzoo.routing import RoutingContext
 from routerzoo.tasks.optimization import WarmupCosine, parameter_groups
 
@@ -192,9 +193,9 @@ class MoETask(LightningModule, ABC):
         return 2 if self.consistency else 1
 
     @property
-    def progress(self) -> dict[str, int]:
-        """Step and total steps, as the routers see them."""
-        return {"step": self.global_step, "total_steps": self.total_steps}
+    def progress(self) -> dict[str, Any]:
+        """Step, total steps and the processes that train together, as the routers see them."""
+        return {"step": self.global_step, "total_steps": self.total_steps, "process_group": all_ranks()}
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Tell the routers that a step starts."""

@@ -167,7 +167,7 @@ class TextClassification(MoETask):
         counts = getattr(getattr(self.trainer, "datamodule", None), "token_counts", None)
         return None if counts is None else torch.from_numpy(counts())
 
-    def forward(self, batch: LabelledBatch, **progress: int) -> tuple[Tensor, RoutingContext]:
+    def forward(self, batch: LabelledBatch, **progress: Any) -> tuple[Tensor, RoutingContext]:
         """Return the logits of labels, `[B, L]`, and the context with the routing of every MoE layer."""
         x_BSD, context = self.net.hidden(batch.ids_BS, padding_mask_BS=batch.padding_mask_BS, **progress)
         last_B = (~batch.padding_mask_BS).sum(1).clamp_min(1) - 1

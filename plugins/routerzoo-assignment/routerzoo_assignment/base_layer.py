@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
+from routerzoo.ranks import rows_of_all_ranks
 from routerzoo.selection import top_k_experts
 
 
@@ -21,7 +22,8 @@ class BaseLayerRouter(Router):
     Top-1. The score is `x . e` for an expert embedding e, the weight its sigmoid. Training solves the assignment by
     auction, over the tokens of the batch; evaluation takes the best expert (Lewis et al. 2021, section 3). No loss.
 
-    The paper assigns within a worker's tokens after shuffling them over workers; here each process assigns its own.
+    The paper assigns within a worker's tokens, after shuffling them over workers; here the tokens of all processes that
+    train together are assigned together, so that results do not depend on how many there are.
     Like `SBaseRouter`, its training looks at other tokens and its evaluation does not.
 
     Args:
@@ -72,7 +74,8 @@ class BaseLayerRouter(Router):
             scores_TE = logits_TE.detach()
             real_R = None if context.padding_mask is None else (~context.padding_mask).nonzero().squeeze(1)
             scores_RE = scores_TE if real_R is None else scores_TE.index_select(0, real_R)
-            assigned_R1 = balanced_assignment(scores_RE, self.precision, self.max_rounds).unsqueeze(1)
+            all_RE, own = rows_of_all_ranks(scores_RE, context.process_group)
+            assigned_R1 = balanced_assignment(all_RE, self.precision, self.max_rounds)[own].unsqueeze(1)
             experts_T1 = assigned_R1 if real_R is None else experts_T1.index_copy(0, real_R, assigned_R1)
         return Routing(experts_T1, logits_TE.gather(1, experts_T1).sigmoid(), logits_TE, may_pad=False)
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
+from routerzoo.ranks import rows_of_all_ranks
 from routerzoo.sequences import sequences_of
 
 
@@ -77,8 +78,8 @@ class ExpertThresholdRouter(Router):
     """Expert choice for decoders: expert e takes every token whose probability is above the expert's threshold.
 
     The threshold follows, over training, the probability of the token that would just be among the `top_k * T / E` best
-    of the batch: `tau_e <- (1 - speed) tau_e + speed * tau_e(batch)`, once per optimiser step, averaged over gradient
-    accumulation and all processes, padding left out. A token's choice then needs no other token, in training as in
+    of the batch (on all processes that train together): `tau_e <- (1 - speed) tau_e + speed * tau_e(batch)`, once per
+    optimiser step, averaged over gradient accumulation, padding left out. A token's choice then needs no other token, in training as in
     evaluation, and the mean number of experts per token stays near `top_k`. In the first step each token takes its
     `top_k` best experts.
 
@@ -130,16 +131,17 @@ class ExpertThresholdRouter(Router):
         # What is no number must not look like a token without experts.
         chosen_TE = chosen_TE | (probs_TE.isnan() & best_TE)
         if self.training:
-            self._observe(probs_TE.detach(), context.padding_mask)
+            self._observe(probs_TE.detach(), context)
         token_N, expert_N = chosen_TE.nonzero().unbind(1)
         return Routing(
             token_N=token_N, expert_N=expert_N, weight_N=probs_TE[token_N, expert_N], logits_TE=logits_TE, may_pad=False
         )
 
     @torch.no_grad()
-    def _observe(self, probs_TE: Tensor, padding_mask: Tensor | None) -> None:
-        if padding_mask is not None:
-            probs_TE = probs_TE[~padding_mask]
+    def _observe(self, probs_TE: Tensor, context: RoutingContext) -> None:
+        if context.padding_mask is not None:
+            probs_TE = probs_TE[~context.padding_mask]
+        probs_TE, _ = rows_of_all_ranks(probs_TE, context.process_group)
         if len(probs_TE):
             place = min(-(-len(probs_TE) * self.top_k // self.spec.num_experts), len(probs_TE) - 1)
             self.batch_thresholds_E += probs_TE.sort(dim=0, descending=True).values[place].to(self.thresholds_E.dtype)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.losses import balance_loss, masked_mean
+from routerzoo.losses import balance_loss, masked_mean, scope_of
 from routerzoo.selection import largest_logits, weights_at
 
 _CARRIED = "routerzoo_assignment.RLRouter.value"
@@ -83,7 +83,7 @@ class RLRouter(Router):
         weights_TK = (x_TD.detach().sum(-1, keepdim=True) * 0.0 + 1.0 / self.top_k).expand(-1, self.top_k)
         losses = {}
         if self.training and context.wants_losses:
-            losses["balance"] = balance_loss(logits_TE.softmax(-1), experts_TK, padding_mask=context.padding_mask)
+            losses["balance"] = balance_loss(logits_TE.softmax(-1), experts_TK, **scope_of("batch", context))
             # The baseline looks at the model, and does not change it.
             context.carry[_CARRIED, self.spec.layer] = self.baseline(x_TD.detach()).squeeze(-1)
         return Routing(experts_TK, weights_TK, logits_TE, losses, may_pad=False)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
 from routerzoo.losses import Scope, fields_of_scope
+from routerzoo.ranks import of_first_rank, rows_of_all_ranks
 from routerzoo.selection import softmax_over_selected, top_k_experts
 from routerzoo.sequences import sequences_of
 from routerzoo_assignment.sinkhorn import log_sinkhorn
@@ -39,17 +40,21 @@ class _TransportRouter(Router):
         iterations: int,
         tolerance: float,
     ) -> Tensor:
-        """Return the logarithm of the plan `[T, E]`; padding keeps its scores."""
+        """Return the logarithm of the plan `[T, E]`; padding keeps its scores.
+
+        The plan of a batch is that of all processes that train together.
+        """
+        options = {"epsilon": epsilon, "iterations": iterations, "tolerance": tolerance}
         ids_T = context.sequence_ids if scope == "sequence" else None
         sequences = sequences_of(len(scores_TE), ids_T, context.padding_mask, scores_TE.device)
-        plan_GSE = log_sinkhorn(
-            sequences.spread(scores_TE.detach()),
-            sequences.real_GS,
-            epsilon=epsilon,
-            iterations=iterations,
-            tolerance=tolerance,
-        )
-        plan_TE = sequences.gather(plan_GSE, len(scores_TE))
+        if scope == "batch":
+            all_RE, own = rows_of_all_ranks(scores_TE.detach()[sequences.token_R], context.process_group)
+            real_1R = torch.ones(1, len(all_RE), dtype=torch.bool, device=all_RE.device)
+            plan_RE = log_sinkhorn(all_RE.unsqueeze(0), real_1R, **options)[0, own]
+            plan_TE = plan_RE.new_zeros(scores_TE.shape).index_copy(0, sequences.token_R, plan_RE)
+        else:
+            plan_GSE = log_sinkhorn(sequences.spread(scores_TE.detach()), sequences.real_GS, **options)
+            plan_TE = sequences.gather(plan_GSE, len(scores_TE))
         return plan_TE if context.padding_mask is None else plan_TE.where(~context.padding_mask.unsqueeze(1), scores_TE)
 
 
@@ -242,7 +247,7 @@ class SelectiveSinkhornRouter(_TransportRouter):
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Take the k largest, of the plan in chosen steps."""
         logits_TE = F.linear(x_TD, self.weight)
-        if not self.training or torch.rand(()) >= self.probability:
+        if not self.training or not self._transports(context):
             weights_TK, experts_TK = softmax_over_selected(logits_TE, self.top_k)
             return Routing(experts_TK, weights_TK, logits_TE, may_pad=False)
         scores_TE = logits_TE if self.scores == "logits" else logits_TE.softmax(-1)
@@ -253,6 +258,12 @@ class SelectiveSinkhornRouter(_TransportRouter):
         kernel_TE = scores_TE.detach() if self.detach else scores_TE
         log_TE = plan_TE + (kernel_TE - scores_TE.detach()) / self.epsilon
         return Routing(experts_TK, log_TE.gather(1, experts_TK).softmax(-1), logits_TE, may_pad=False)
+
+    def _transports(self, context: RoutingContext) -> bool:
+        drawn = torch.rand(())
+        if context.process_group is not None:
+            drawn = of_first_rank(drawn.to(self.weight.device), context.process_group)  # all of them, or none
+        return bool(drawn < self.probability)
 
 
 def _check_transport(epsilon: float, iterations: int) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.losses import balance_loss
+from routerzoo.losses import balance_loss, scope_of
 from routerzoo.selection import largest_logits, top_k_experts, weights_at
 
 _CARRIED = "routerzoo_context.OmniRouter"
@@ -79,5 +79,5 @@ class OmniRouter(Router):
         weights_TK, experts_TK = top_k_experts(probs_TE, self.top_k)
         losses = {}
         if self.training and context.wants_losses:
-            losses["balance"] = balance_loss(probs_TE, experts_TK, padding_mask=context.padding_mask)
+            losses["balance"] = balance_loss(probs_TE, experts_TK, **scope_of("batch", context))
         return Routing(experts_TK, weights_TK, logits_TE, losses, probs_TE, may_pad=False)

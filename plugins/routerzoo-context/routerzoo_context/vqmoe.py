@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.losses import balance_loss, masked_mean
+from routerzoo.losses import balance_loss, masked_mean, scope_of
 from routerzoo.selection import softmax_over_selected
 
 
@@ -72,7 +72,7 @@ class VQMoERouter(Router):
         losses = {}
         if self.training and context.wants_losses:
             mask = context.padding_mask
-            losses["balance"] = balance_loss(logits_TE.softmax(-1), experts_TK, padding_mask=mask)
+            losses["balance"] = balance_loss(logits_TE.softmax(-1), experts_TK, **scope_of("batch", context))
             code_TD = self.codebook.index_select(0, code_T)
             losses["codebook"] = masked_mean((code_TD - x_TD.detach()).square().mean(-1), mask)
             losses["commitment"] = masked_mean((code_TD.detach() - x_TD).square().mean(-1), mask)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.losses import balance_loss
+from routerzoo.losses import balance_loss, scope_of
 from routerzoo.selection import softmax_over, top_k_experts
 
 Importance = Literal["received", "spread"]
@@ -79,7 +79,7 @@ class DAMoERouter(Router):
         experts_TK = experts_TK.masked_fill(beyond_TK, -1)
         losses = {}
         if self.training and context.wants_losses:
-            losses["balance"] = balance_loss(logits_TE.softmax(-1), experts_TK, padding_mask=context.padding_mask)
+            losses["balance"] = balance_loss(logits_TE.softmax(-1), experts_TK, **scope_of("batch", context))
         return Routing(experts_TK, softmax_over(logits_TE, experts_TK), logits_TE, losses)
 
     @torch.no_grad()

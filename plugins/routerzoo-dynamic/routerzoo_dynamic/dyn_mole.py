@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.losses import masked_mean
+from routerzoo.losses import masked_mean, sums_in
 from routerzoo.selection import weights_at
 from routerzoo_dynamic.chosen import choices, routing_of
 
@@ -95,13 +95,10 @@ class DynMoLERouter(Router):
         chosen_TE = self._chosen(probs_TE, entropy_T)
         losses = {}
         if self.training and context.wants_losses:
-            mask = context.padding_mask
-            real_T1 = torch.ones_like(probs_TE[:, :1]) if mask is None else (~mask).unsqueeze(1).to(probs_TE.dtype)
-            weight_E = (probs_TE * chosen_TE * real_T1).sum(0)
-            mean_E = (probs_TE * real_T1).sum(0) / real_T1.sum().clamp_min(1)
-            share_E = weight_E / weight_E.sum().clamp_min(1e-20)
-            losses["balance"] = self.spec.num_experts * (share_E * mean_E).sum()
-            losses["entropy"] = masked_mean(entropy_T, mask)
+            (weight_1E, probs_1E), tokens_11 = sums_in("batch", context, probs_TE * chosen_TE, probs_TE)
+            share_1E = weight_1E / weight_1E.sum().clamp_min(1e-20)
+            losses["balance"] = self.spec.num_experts * (share_1E * probs_1E / tokens_11.clamp_min(1)).sum()
+            losses["entropy"] = masked_mean(entropy_T, context.padding_mask)
         return routing_of(chosen_TE, probs_TE, logits_TE, losses)
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.losses import balance_loss, masked_mean
+from routerzoo.losses import balance_loss, masked_mean, scope_of
 from routerzoo.selection import weights_at
 from routerzoo_dynamic.chosen import choices, routing_of
 
@@ -68,7 +68,7 @@ class TopPRouter(Router):
         if self.training and context.wants_losses:
             mask = context.padding_mask
             entropy_T = torch.special.entr(probs_TE).sum(-1)
-            losses["balance"] = balance_loss(probs_TE, choices(chosen_TE), padding_mask=mask)
+            losses["balance"] = balance_loss(probs_TE, choices(chosen_TE), **scope_of("batch", context))
             losses["entropy"] = masked_mean(entropy_T, mask)
         return routing_of(chosen_TE, probs_TE, logits_TE, losses)
 

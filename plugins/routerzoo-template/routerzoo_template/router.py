@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.losses import balance_loss
+from routerzoo.losses import balance_loss, scope_of
 from routerzoo.selection import largest_logits, softmax_over, softmax_over_selected
 
 
@@ -64,5 +64,5 @@ class TemplateRouter(Router):
         losses = {}
         if self.training and context.wants_losses:
             # Raw: the task multiplies it with its coefficient. Padding counts for nothing.
-            losses["balance"] = balance_loss(logits_TE.softmax(-1), experts_TK, padding_mask=context.padding_mask)
+            losses["balance"] = balance_loss(logits_TE.softmax(-1), experts_TK, **scope_of("batch", context))
         return Routing(experts_TK, weights_TK, logits_TE, losses, may_pad=False)

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.losses import balance_loss, importance_loss, load_loss, z_loss
+from routerzoo.losses import balance_loss, importance_loss, load_loss, scope_of, z_loss
+from routerzoo.ranks import rows_of_all_ranks, sum_over_ranks
 from routerzoo.selection import top_k_experts, weights_at
 
 Score = Literal["softmax", "sigmoid", "sqrt_softplus"]
@@ -39,7 +40,7 @@ class TopKRouter(Router):
 
     Quantile balancing (Megatron-core 0.19) sets the bias instead of stepping it: experts are chosen by `logit - beta`,
     where, with alpha_t the (k+1)-th largest of a token's `logit - beta`, beta_e is the value that T * k / E of the
-    `logit - alpha` of expert e exceed; an average over gradient accumulation and processes, taken anew each step.
+    `logit - alpha` of expert e exceed, over all processes; an average over gradient accumulation, taken anew each step.
 
     Training gives the losses `balance` and `z`, with `noise` also `importance` and `load`, with `orthogonal` also
     `orthogonality`: the sum of `|W W^T - I|` (SimBal, https://arxiv.org/abs/2506.14038, coefficient 0.1). The generic
@@ -164,7 +165,7 @@ class TopKRouter(Router):
         if self.renormalize:
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
         if self.training:
-            self._observe(logits_TE.detach(), biased_TE, experts_TK, context.padding_mask)
+            self._observe(logits_TE.detach(), biased_TE, experts_TK, context)
         losses = self._losses(clean_TE, logits_TE, scores_TE, experts_TK, context) if self.training else {}
         if self.sample_choices and self.training:
             left_out_TK = torch.rand_like(weights_TK) >= 2 * weights_TK
@@ -180,20 +181,21 @@ class TopKRouter(Router):
             return {}
         mask = context.padding_mask
         losses = {
-            "balance": balance_loss(scores_TE, experts_TK, padding_mask=mask),
+            "balance": balance_loss(scores_TE, experts_TK, **scope_of("batch", context)),
             "z": z_loss(clean_TE, padding_mask=mask),
         }
         if self.noise:
-            losses["importance"] = importance_loss(clean_TE.softmax(-1), padding_mask=mask)
-            losses["load"] = load_loss(clean_TE, self.top_k, noisy_logits_TE=logits_TE, padding_mask=mask)
+            losses["importance"] = importance_loss(clean_TE.softmax(-1), **scope_of("batch", context))
+            losses["load"] = load_loss(clean_TE, self.top_k, noisy_logits_TE=logits_TE, **scope_of("batch", context))
         if self.orthogonal:
             identity_EE = torch.eye(self.spec.num_experts, device=clean_TE.device, dtype=self.weight.dtype)
             losses["orthogonality"] = (self.weight @ self.weight.T - identity_EE).abs().sum()
         return losses
 
     @torch.no_grad()
-    def _observe(self, logits_TE: Tensor, biased_TE: Tensor, experts_TK: Tensor, padding_mask: Tensor | None) -> None:
+    def _observe(self, logits_TE: Tensor, biased_TE: Tensor, experts_TK: Tensor, context: RoutingContext) -> None:
         """Take down what the next bias is made of."""
+        padding_mask = context.padding_mask
         if self.bias_speed:
             kept_TK = torch.ones(experts_TK.shape, device=experts_TK.device, dtype=self.load_E.dtype)
             if padding_mask is not None:
@@ -206,9 +208,11 @@ class TopKRouter(Router):
             if padding_mask is not None:
                 margin_TE = margin_TE.masked_fill(padding_mask.unsqueeze(1), -torch.inf)
                 tokens = (~padding_mask).sum()
+            margin_TE, _ = rows_of_all_ranks(margin_TE, context.process_group)
+            tokens = sum_over_ranks(tokens, context.process_group)
             share = (tokens * self.top_k).div(self.spec.num_experts, rounding_mode="floor")
             threshold_1E = margin_TE.sort(dim=0, descending=True).values.index_select(
-                0, share.clamp_max(len(logits_TE) - 1).view(1)
+                0, share.clamp_max(len(margin_TE) - 1).view(1)
             )
             # A quantile that padding or a batch without tokens leaves open says nothing.
             known = threshold_1E.isfinite().all()

@@ -1,0 +1,146 @@
+"""Train a small model with each router on this process's share of a batch, and write its losses down.
+
+Run as many times at once as there are ranks: python -m tests.distributed.data_parallel RANK RANKS PORT FILE
+"""
+# Shape suffixes: T tokens, B sequences, S tokens of a sequence, D model width.
+
+import json
+import os
+import sys
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import routerzoo
+from routerzoo import LayerSpec, MoE, RoutingContext
+from routerzoo.losses import auxiliary_loss
+from routerzoo.ranks import all_ranks, sum_over_ranks
+
+SEQUENCES, LENGTH, WIDTH, EXPERTS, VOCABULARY, STEPS = 8, 6, 16, 4, 20, 4
+
+
+class Model(nn.Module):
+    """An embedding, two MoE layers and a head."""
+
+    def __init__(self, router):
+        super().__init__()
+        specs = [
+            LayerSpec(WIDTH, EXPERTS, layer, 2, VOCABULARY, LENGTH, hidden_dim=2 * WIDTH, num_tasks=2)
+            for layer in range(2)
+        ]
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.layers = nn.ModuleList([MoE(spec, router) for spec in specs])
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, ids_BS, first, step):
+        batch = len(ids_BS)
+        tokens = torch.arange(batch * LENGTH)
+        own = slice(first * LENGTH, (first + batch) * LENGTH)
+        drawn = torch.Generator().manual_seed(step)
+        attention = torch.randn(SEQUENCES * LENGTH, 2, LENGTH, dtype=torch.float64, generator=drawn)
+        # No two tokens are the same: an assignment would break ties by the last bit.
+        different_TD = torch.randn(SEQUENCES * LENGTH, WIDTH, dtype=torch.float64, generator=drawn)[own]
+        context = RoutingContext(
+            token_ids=ids_BS.flatten(),
+            positions=tokens % LENGTH,
+            sequence_ids=tokens // LENGTH,
+            task_ids=(tokens // LENGTH + first) % 2,
+            attention=attention.softmax(-1)[own],
+            step=step,
+            total_steps=STEPS,
+            process_group=all_ranks(),
+        )
+        x_TD = self.embedding(ids_BS.flatten()) + different_TD
+        for layer in self.layers:
+            x_TD = x_TD + layer(F.layer_norm(x_TD, (WIDTH,)), context)
+        targets_T = ids_BS.roll(1, dims=1).flatten()
+        losses_T = F.cross_entropy(self.head(x_TD), targets_T, reduction="none")
+        loss = losses_T.mean()
+        for layer in self.layers:
+            router, routing = layer.router, context.routings[layer.spec.layer]
+            if router.wants_feedback:
+                told = router.feedback(routing, context, losses_T.detach())
+                routing = replace(routing, losses={**routing.losses, **told})
+            # Every loss that a router has, and those that can be had of it.
+            for name in {*routing.losses, *router.default_loss_weights}:
+                loss = loss + 0.1 * auxiliary_loss(name, routing, context)
+        return loss
+
+
+def noise_by_place():
+    """Let random draws depend on nothing, so that a share of a batch draws what the whole would."""
+    torch.randn_like = torch.zeros_like
+    torch.rand_like = lambda x, **options: torch.full_like(x, 0.25)
+    torch.Tensor.uniform_ = lambda x, low=0.0, high=1.0, **options: x.fill_((low + high) / 2)
+    torch.Tensor.exponential_ = lambda x, rate=1.0, **options: x.fill_(1 / rate)
+
+
+def train(name, rank, ranks):
+    torch.manual_seed(0)
+    model = Model(name).double().train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    for layer in model.layers:
+        layer.router.calibrate(torch.arange(VOCABULARY) + 1)
+    parallel = DistributedDataParallel(model) if ranks > 1 else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    share = SEQUENCES // ranks
+    losses = []
+    for step in range(STEPS):
+        ids_BS = torch.randint(VOCABULARY, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(100 + step))
+        for layer in model.layers:
+            layer.router.on_step_start(step, STEPS)
+        first = rank * share
+        torch.manual_seed(step)
+        loss = parallel(ids_BS[first : first + share], first, step)
+        optimizer.zero_grad()
+        loss.backward()
+        for layer in model.layers:
+            layer.router.before_optimizer_step()
+        optimizer.step()
+        losses.append(float(sum_over_ranks(loss.detach(), all_ranks())) / ranks)
+    buffers = {
+        name: value.double().sum().item() for name, value in model.state_dict().items() if torch.is_tensor(value)
+    }
+    return {"losses": losses, "state": buffers}
+
+
+def variants():
+    """Return routers of which an option changes what is taken over a batch."""
+    top_k = routerzoo.registry.router_class("TopKRouter")
+    selective = routerzoo.registry.router_class("SelectiveSinkhornRouter")
+    return {
+        "noisy": partial(routerzoo.LinearRouter, noisy=True),
+        "loss-free": partial(top_k, bias_speed=0.01),
+        "quantile": partial(top_k, quantile_balancing=True),
+        "transport": partial(selective, probability=0.5),
+    }
+
+
+def main(rank, ranks, port, file):
+    torch.set_num_threads(1)
+    routerzoo.registry.load_plugins()
+    if ranks > 1:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        dist.init_process_group("gloo", rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
+    noise_by_place()
+    results = {}
+    for name in routerzoo.list_routers():
+        results[name] = train(name, rank, ranks)
+    results.update({label: train(router, rank, ranks) for label, router in variants().items()})
+    if rank == 0:
+        with open(file, "w", encoding="utf-8") as out:
+            json.dump(results, out)
+    if ranks > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
