@@ -37,6 +37,7 @@ _LAZY = {
     "LanguageModeling": "routerzoo.tasks",
     "RoutingAnatomy": "routerzoo.callbacks",
     "RoutingMonitor": "routerzoo.callbacks",
+    "ShardedStrategy": "routerzoo.distributed.strategy",
     "StabilityMonitor": "routerzoo.callbacks",
     "TextClassification": "routerzoo.tasks",
     "TextData": "routerzoo.data",

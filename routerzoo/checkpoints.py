@@ -1,15 +1,79 @@
-"""Reading checkpoint files without letting them run code."""
+"""Checkpoint files: written whole or not at all, and read without letting them run code."""
 
 from __future__ import annotations
 
+import os
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 
+from routerzoo.distributed import checkpoints as folders
 from routerzoo.errors import UserError
+
+
+@final
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes checkpoint files whole or not at all, and reads them, and folders of several processes, without code.
+
+    Lightning writes into the system's temporary folder and moves the file, which is a copy where that is another file
+    system: a run that is killed meanwhile leaves a torn checkpoint. Here the file is written beside its place, handed
+    to the disk, and renamed.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a file.
+
+        Raises:
+            UserError: there is no room, or no permission. The file that was there is as it was.
+        """
+        path = Path(path)
+        part = path.with_name(path.name + folders.PART)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if path.is_dir():
+                shutil.rmtree(path)
+            part.replace(path)
+        except (OSError, RuntimeError) as error:
+            part.unlink(missing_ok=True)
+            kept = f"; {path} is still the one before" if path.exists() else ""
+            raise UserError(f"cannot write the checkpoint {path}: {_reason(error)}{kept}") from error
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a file or a folder; with `weights_only`, whatever is asked for."""
+        return read_checkpoint(Path(path))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a file or a folder."""
+        super().remove_checkpoint(path)
+
+
+def _reason(error: BaseException) -> str:
+    # torch says that writing failed, and its cause says why.
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    known = next((c for c in causes if isinstance(c, OSError) and c.strerror), None)
+    return str(known.strerror) if isinstance(known, OSError) else str(error).splitlines()[0]
+
+
+def read_outline(path: Path) -> dict[str, Any]:
+    """Read a checkpoint; of a folder of several processes, all but its tensors.
+
+    Raises:
+        UserError: see `read_checkpoint`.
+    """
+    return folders.read_meta(path) if folders.is_folder(path) else read_checkpoint(path)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -18,6 +82,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UserError: not a checkpoint, broken, or one that needs code to be read.
     """
+    if folders.is_folder(path):
+        return folders.read_whole(path)
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} is not a checkpoint, or a broken one: it is not an archive as torch.save writes it")
     try:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -24,7 +25,8 @@ from routerzoo.callbacks import FiniteLoss, PredictionWriter, RoutingMonitor, Ro
 from routerzoo.callbacks.checkpoint import RunCheckpoint
 from routerzoo.callbacks.progress_file import ProgressFile
 from routerzoo.callbacks.report import LOWER_IS_BETTER
-from routerzoo.checkpoints import read_checkpoint
+from routerzoo.checkpoints import WholeCheckpoints, read_outline
+from routerzoo.distributed.checkpoints import is_folder
 from routerzoo.errors import UserError
 from routerzoo.loggers import AppendingCSVLogger
 from routerzoo.look.trainer import LookingTrainer
@@ -139,17 +141,16 @@ class RouterZooCLI(LightningCLI):
         if checkpoint in ("last", "best"):
             folder = Path(config["run_dir"]) if config["run_dir"] else runs.latest_run(checkpoint, name)
             path = folder / runs.CHECKPOINTS / f"{checkpoint}.ckpt"
-            if not path.is_file():
+            if not path.is_file() and not is_folder(path):
                 raise UserError(f"no checkpoint to continue from: {path} does not exist")
             config["ckpt_path"] = str(path)
         elif checkpoint:
             path = Path(checkpoint)
-            if not path.exists():
+            if not is_folder(path) and not path.exists():
                 raise UserError(f"the checkpoint {path} does not exist")
         if config.get("ckpt_path"):
             self.run_dir = Path(config["run_dir"]) if config["run_dir"] else runs.run_of(Path(config["ckpt_path"]))
-            if path.is_file():
-                self._check_checkpoint(path, config)
+            self._check_checkpoint(path, config)
         else:
             self.run_dir = Path(config["run_dir"]) if config["run_dir"] else runs.new_run(name)
 
@@ -165,7 +166,7 @@ class RouterZooCLI(LightningCLI):
 
     def _check_checkpoint(self, path: Path, config: Any) -> None:
         """Refuse a checkpoint of another model than the command describes, and say where a run goes on."""
-        saved = read_checkpoint(path)
+        saved = read_outline(path)
         asked = config["model"]
         hparams = dict(saved.get("hyper_parameters", {}))
         hparams.pop("_instantiator", None)
@@ -223,6 +224,9 @@ class RouterZooCLI(LightningCLI):
             ]
         if given["default_root_dir"] is None:
             kwargs["default_root_dir"] = str(folder)
+        plugins = given["plugins"] if isinstance(given["plugins"], list) else [given["plugins"]]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*(plugin for plugin in plugins if plugin is not None), WholeCheckpoints()]
         callbacks = list(given["callbacks"] or [])
         kinds = tuple(type(callback) for callback in callbacks)
         added: list[Callback] = []
@@ -326,6 +330,8 @@ def _quiet_needless_warnings(datamodule: Any) -> None:
     """Silence what Lightning says of its own code, or against the facts; nothing else."""
     # Lightning's own use of torch (https://github.com/Lightning-AI/pytorch-lightning/issues/21326).
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`", category=FutureWarning)
+    # Ours returns keys and values that are views, and changes nothing in place.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     published = getattr(datamodule, "published", None)
     if isinstance(datamodule, routerzoo.data.TextData) or published is not None:
         # These samples are slices of memory; processes to load them would cost more than they bring.

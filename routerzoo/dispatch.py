@@ -7,6 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from routerzoo.distributed.expert_parallel import compute
+from routerzoo.errors import UserError
 from routerzoo.experts import Experts
 from routerzoo.permutation import permutation_of, permute, unpermute
 from routerzoo.routing import Assignments, Routing
@@ -54,7 +56,7 @@ def _through_assignments(x_TD: Tensor, assignments: Assignments, experts: Expert
     real_N1 = (sorted_N < num_experts).unsqueeze(1) if may_pad else None
     if real_N1 is not None:
         x_ND = torch.where(real_N1, x_ND, 0)  # stops what the unspecified rows send back
-    y_ND: Tensor = experts(x_ND, ends_E)
+    y_ND = compute(experts, x_ND, ends_E)
     if real_N1 is not None:
         y_ND = torch.where(real_N1, y_ND, 0)
     return unpermute(y_ND, weight_N, permutation)
@@ -69,7 +71,7 @@ def _through_slots(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
     x_EGPD = torch.einsum("gsep,gsd->egpd", dispatch_GSEP, x_GSD)
     rows = groups * slots
     ends_E = torch.arange(1, num_experts + 1, device=x_TD.device, dtype=torch.int32) * rows
-    y_ND: Tensor = experts(x_EGPD.reshape(num_experts * rows, -1), ends_E)
+    y_ND = compute(experts, x_EGPD.reshape(num_experts * rows, -1), ends_E)
     y_EGPD = y_ND.view(num_experts, groups, slots, -1)
     return torch.einsum("gsep,egpd->gsd", combine_GSEP.to(y_EGPD.dtype), y_EGPD).reshape(len(x_TD), -1)
 
@@ -78,6 +80,8 @@ def _through_merged_experts(x_TD: Tensor, routing: Routing, experts: Experts) ->
     merge_GE, group_T = routing.merge_GE, routing.group_T
     assert merge_GE is not None
     assert group_T is not None  # `Routing` has one whole form
+    if experts.mesh is not None:
+        raise UserError("a router that merges experts needs all of them on every rank: leave expert_parallel out")
     num_groups, num_experts = merge_GE.shape
     if num_groups == 0:
         return x_TD * 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, final
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from routerzoo.grouped import Backend, grouped_linear
 from routerzoo.routing import LayerSpec
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 
@@ -40,6 +43,8 @@ class Experts(nn.Module, ABC):
         super().__init__()
         self.spec = spec
         self.backend: Backend = "auto"
+        # The ranks that the experts are spread over; see `routerzoo.distributed.expert_parallel`.
+        self.mesh: DeviceMesh | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from routerzoo.ranks import sum_over_ranks
+from routerzoo.distributed.ranks import sum_over_ranks
 from routerzoo.routing import Routing, RoutingContext
 
 Scope = Literal["batch", "sequence"]

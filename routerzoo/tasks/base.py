@@ -20,11 +20,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
 from routerzoo.accounting import Costs, count_costs
+from routerzoo.distributed.ranks import all_ranks
 from routerzoo.errors import UserError
 from routerzoo.logit_scale import match_logit_std
 from routerzoo.losses import auxiliary_loss
 from routerzoo.moe import moe_layers
-from routerzoo.ranks import all_ranks
 from routerzoo.routing import RoutingContext
 from routerzoo.tasks.optimization import WarmupCosine, parameter_groups
 
@@ -83,6 +83,29 @@ class MoETask(LightningModule, ABC):
                 match_logit_std(layer.router, initial_logit_std)
         self.evaluated = nn.ModuleList([nn.ModuleDict(evaluation_metrics()) for _ in self.eval_top_ks])
         self._random_state: Tensor | None = None
+        self._costs_before_sharding: list[Costs] | None = None
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether parameters are spread over processes."""
+        return self._costs_before_sharding is not None
+
+    def configure_model(self) -> None:
+        """Spread the model over processes, where the strategy is one that does so."""
+        mesh = self._device_mesh
+        if mesh is None or self.is_sharded:
+            return
+        from routerzoo.distributed.sharding import shard_model  # takes a second to import
+
+        if mesh["tensor_parallel"].size() > 1:
+            raise UserError(
+                "tensor parallelism is not supported: take the strategy routerzoo.ShardedStrategy, which has expert "
+                "parallelism, or set its tensor_parallel_size to 1 and data_parallel_size to the number of processes"
+            )
+        # What it costs can only be measured while every process can compute alone.
+        costs = [self.costs(place) for place in range(len(self.eval_top_ks))]
+        shard_model(self.net, mesh["data_parallel"], getattr(self.trainer.strategy, "expert_parallel", 1))
+        self._costs_before_sharding = costs
 
     @abstractmethod
     def evaluate(self, batch: Any, metrics: Mapping[str, Metric]) -> None:
@@ -162,7 +185,7 @@ class MoETask(LightningModule, ABC):
                 context.routings[layer.spec.layer] = replace(routing, losses={**routing.losses, **told})
         auxiliary = self.auxiliary_losses(context)
         if auxiliary:
-            self.log_dict({f"train/{name}_loss": loss.detach() for name, loss in auxiliary.items()})
+            self.log_dict({f"train/{name}_loss": loss.detach() for name, loss in auxiliary.items()}, sync_dist=True)
         for loss in auxiliary.values():
             task_loss = task_loss + loss
         return task_loss
@@ -184,7 +207,7 @@ class MoETask(LightningModule, ABC):
         one, other = (F.log_softmax((rows if kept is None else rows[kept]).float(), dim=-1) for rows in logits)
         both = F.kl_div(one, other, log_target=True, reduction="batchmean")
         both = both + F.kl_div(other, one, log_target=True, reduction="batchmean")
-        self.log("train/consistency_loss", both.detach() / 2)
+        self.log("train/consistency_loss", both.detach() / 2, sync_dist=True)
         return losses[0] + losses[1] + self.consistency * both / 2
 
     @property
@@ -205,15 +228,34 @@ class MoETask(LightningModule, ABC):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Tell the routers that the gradients are complete."""
+        if self.is_sharded:
+            from routerzoo.distributed.sharding import average_gradients
+
+            average_gradients(self.parameters())
         for layer in moe_layers(self.net):
             if not layer.router.is_frozen:
                 layer.router.before_optimizer_step()
 
     def configure_optimizers(self) -> Any:
         """Build optimiser and schedule, which advances by the step."""
-        optimizer = self.optimizer(parameter_groups(self))
+        groups = parameter_groups(self)
+        if self.is_sharded:
+            # Optimisers take parameters together that are spread alike; these are not.
+            groups = [{**group, "foreach": False} for group in groups]
+        optimizer = self.optimizer(groups)
         scheduler = self.lr_scheduler(optimizer, self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip gradients, also where they are spread in different ways."""
+        if not self.is_sharded or not gradient_clip_val or gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        from routerzoo.distributed.sharding import clip_gradients
+
+        clip_gradients((p for group in optimizer.param_groups for p in group["params"]), float(gradient_clip_val))
 
     @contextmanager
     def evaluation_top_k(self, place: int = 0) -> Iterator[None]:
@@ -254,6 +296,8 @@ class MoETask(LightningModule, ABC):
 
     def costs(self, place: int = 0) -> Costs:
         """Count parameters and operations at one of the k of `eval_top_k`."""
+        if self._costs_before_sharding is not None:
+            return self._costs_before_sharding[place]
         with self.evaluation_top_k(place):
             return count_costs(self.net, self.example)
 
@@ -264,6 +308,12 @@ class MoETask(LightningModule, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the random state up when training starts."""
         self._random_state = checkpoint.get("random_state")
+        states = checkpoint.get("optimizer_states", [])
+        # Several processes save the optimiser's state by name; one reads it by number.
+        if not self.is_sharded and states and any(isinstance(name, str) for name in states[0]["state"]):
+            from routerzoo.distributed.checkpoints import by_number
+
+            checkpoint["optimizer_states"] = [by_number(states[0], parameter_groups(self), self)]
 
     def on_train_start(self) -> None:
         """Restore the random state of a resumed run."""

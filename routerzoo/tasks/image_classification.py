@@ -183,7 +183,11 @@ class ImageClassification(MoETask):
             losses.append(losses_B.mean())
             logits.append(logits_BL)
         accuracy = (logits[0].argmax(-1) == batch.labels_B).float().mean()
-        self.log_dict({"train/loss": torch.stack(losses).mean().detach(), "train/accuracy": accuracy}, prog_bar=True)
+        self.log_dict(
+            {"train/loss": torch.stack(losses).mean().detach(), "train/accuracy": accuracy},
+            prog_bar=True,
+            sync_dist=True,
+        )
         return self.consistent_loss(losses, logits) + auxiliary
 
     def evaluate(self, batch: ImageBatch, metrics: Mapping[str, Metric]) -> None:

@@ -214,7 +214,11 @@ class LanguageModeling(MoETask):
             logits.append(logits_BSV.flatten(0, 1))
             auxiliary = self.combined_loss(auxiliary, context, losses_T)
         detached = torch.stack(losses).mean().detach()
-        self.log_dict({"train/loss": detached, f"train/{self.metric}": reported(detached, self.metric)}, prog_bar=True)
+        self.log_dict(
+            {"train/loss": detached, f"train/{self.metric}": reported(detached, self.metric)},
+            prog_bar=True,
+            sync_dist=True,
+        )
         return self.consistent_loss(losses, logits, has_target_T) + auxiliary
 
     def evaluate(self, batch: TextBatch, metrics: Mapping[str, Metric]) -> None:

@@ -1,6 +1,7 @@
 """Train a small model with each router on this process's share of a batch, and write its losses down.
 
-Run as many times at once as there are ranks: python -m tests.distributed.data_parallel RANK RANKS PORT FILE
+Run as many times at once as there are ranks: python -m tests.distributed.data_parallel HOW RANK RANKS PORT FILE, where
+HOW is ddp, fsdp, or the number of ranks that share experts.
 """
 # Shape suffixes: T tokens, B sequences, S tokens of a sequence, D model width.
 
@@ -15,12 +16,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import routerzoo
 from routerzoo import LayerSpec, MoE, RoutingContext
+from routerzoo.distributed.ranks import all_ranks, sum_over_ranks
+from routerzoo.distributed.sharding import average_gradients, shard_model
+from routerzoo.errors import UserError
 from routerzoo.losses import auxiliary_loss
-from routerzoo.ranks import all_ranks, sum_over_ranks
 
 SEQUENCES, LENGTH, WIDTH, EXPERTS, VOCABULARY, STEPS = 8, 6, 16, 4, 20, 4
 
@@ -81,7 +86,7 @@ def noise_by_place():
     torch.Tensor.exponential_ = lambda x, rate=1.0, **options: x.fill_(1 / rate)
 
 
-def train(name, rank, ranks):
+def train(name, how, rank, ranks):
     torch.manual_seed(0)
     model = Model(name).double().train()
     with torch.no_grad():
@@ -89,7 +94,11 @@ def train(name, rank, ranks):
             parameter.add_(0.3 * torch.randn(parameter.shape))
     for layer in model.layers:
         layer.router.calibrate(torch.arange(VOCABULARY) + 1)
-    parallel = DistributedDataParallel(model) if ranks > 1 else model
+    parallel = model
+    if ranks > 1 and how == "ddp":
+        parallel = DistributedDataParallel(model)
+    elif ranks > 1:
+        shard_model(model, init_device_mesh("cpu", (ranks,)), 1 if how == "fsdp" else int(how))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     share = SEQUENCES // ranks
     losses = []
@@ -102,14 +111,15 @@ def train(name, rank, ranks):
         loss = parallel(ids_BS[first : first + share], first, step)
         optimizer.zero_grad()
         loss.backward()
+        if ranks > 1 and how != "ddp":
+            average_gradients(model.parameters())
         for layer in model.layers:
             layer.router.before_optimizer_step()
         optimizer.step()
         losses.append(float(sum_over_ranks(loss.detach(), all_ranks())) / ranks)
-    buffers = {
-        name: value.double().sum().item() for name, value in model.state_dict().items() if torch.is_tensor(value)
-    }
-    return {"losses": losses, "state": buffers}
+    tensors = {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}
+    whole = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in tensors.items()}
+    return {"losses": losses, "state": {name: value.double().sum().item() for name, value in whole.items()}}
 
 
 def variants():
@@ -124,7 +134,7 @@ def variants():
     }
 
 
-def main(rank, ranks, port, file):
+def main(how, rank, ranks, port, file):
     torch.set_num_threads(1)
     routerzoo.registry.load_plugins()
     if ranks > 1:
@@ -132,9 +142,11 @@ def main(rank, ranks, port, file):
         dist.init_process_group("gloo", rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
     noise_by_place()
     results = {}
-    for name in routerzoo.list_routers():
-        results[name] = train(name, rank, ranks)
-    results.update({label: train(router, rank, ranks) for label, router in variants().items()})
+    for label, router in ({name: name for name in routerzoo.list_routers()} | variants()).items():
+        try:
+            results[label] = train(router, how, rank, ranks)
+        except UserError as error:
+            results[label] = {"refused": str(error)}
     if rank == 0:
         with open(file, "w", encoding="utf-8") as out:
             json.dump(results, out)
@@ -143,4 +155,4 @@ def main(rank, ranks, port, file):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])

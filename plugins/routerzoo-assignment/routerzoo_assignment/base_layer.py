@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.ranks import rows_of_all_ranks
+from routerzoo.distributed.ranks import rows_of_all_ranks
 from routerzoo.selection import top_k_experts
 
 

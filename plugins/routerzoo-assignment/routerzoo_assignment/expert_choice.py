@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.ranks import rows_of_all_ranks
+from routerzoo.distributed.ranks import rows_of_all_ranks
 from routerzoo.sequences import sequences_of
 
 
@@ -78,10 +78,10 @@ class ExpertThresholdRouter(Router):
     """Expert choice for decoders: expert e takes every token whose probability is above the expert's threshold.
 
     The threshold follows, over training, the probability of the token that would just be among the `top_k * T / E` best
-    of the batch (on all processes that train together): `tau_e <- (1 - speed) tau_e + speed * tau_e(batch)`, once per
-    optimiser step, averaged over gradient accumulation, padding left out. A token's choice then needs no other token, in training as in
-    evaluation, and the mean number of experts per token stays near `top_k`. In the first step each token takes its
-    `top_k` best experts.
+    of the batch, on all processes that train together: `tau_e <- (1 - speed) tau_e + speed * tau_e(batch)`, once per
+    optimiser step, averaged over gradient accumulation, padding left out. A token's choice then needs no other token,
+    in training as in evaluation, and the mean number of experts per token stays near `top_k`. In the first step each
+    token takes its `top_k` best experts.
 
     Inspired by expert choice's use of a threshold at inference; the thresholds' rule is ours.
 

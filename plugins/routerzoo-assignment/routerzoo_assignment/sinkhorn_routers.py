@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
+from routerzoo.distributed.ranks import of_first_rank, rows_of_all_ranks
 from routerzoo.losses import Scope, fields_of_scope
-from routerzoo.ranks import of_first_rank, rows_of_all_ranks
 from routerzoo.selection import softmax_over_selected, top_k_experts
 from routerzoo.sequences import sequences_of
 from routerzoo_assignment.sinkhorn import log_sinkhorn

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
+from routerzoo.distributed.ranks import rows_of_all_ranks, sum_over_ranks
 from routerzoo.losses import balance_loss, importance_loss, load_loss, scope_of, z_loss
-from routerzoo.ranks import rows_of_all_ranks, sum_over_ranks
 from routerzoo.selection import top_k_experts, weights_at
 
 Score = Literal["softmax", "sigmoid", "sqrt_softplus"]

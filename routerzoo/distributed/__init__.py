@@ -1,0 +1,1 @@
+"""Beyond one process: what processes tell each other, and how a model is spread over them."""

@@ -1,0 +1,201 @@
+"""Checkpoints of models that are spread over ranks: a folder into which each rank writes its part.
+
+The folder holds `meta.pt`, everything that is no tensor of the model or the optimiser, and torch's distributed
+checkpoint of the tensors: `state_dict.<name>` and `optimizer.<parameter>.<state>`. Any number of ranks can read what
+any other has written, one process too.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
+from torch.optim import Optimizer
+
+from routerzoo.errors import UserError
+
+META = "meta.pt"
+STATE, OPTIMIZER = "state_dict", "optimizer"
+# Of a folder that is being written, and of the one before until the new one has its name.
+PART, BEFORE = ".part", ".before"
+
+
+def is_folder(path: Path) -> bool:
+    """Whether this is such a checkpoint; one that was being replaced when its run died gets its name back."""
+    before = path.with_name(path.name + BEFORE)
+    if not path.exists() and (before / META).is_file():
+        before.rename(path)
+    return (path / META).is_file()
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """Read what a folder holds beside tensors, without letting it run code.
+
+    Raises:
+        UserError: it is broken, or needs code to be read.
+    """
+    try:
+        meta = torch.load(path / META, map_location="cpu", weights_only=True)
+        _refuse_code(path / ".metadata")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is not a checkpoint that can be read: {first}") from error
+    if not isinstance(meta, dict) or STATE not in meta:
+        raise UserError(f"{path} is not a checkpoint of a model that was spread over processes: {META} lacks a {STATE}")
+    return meta
+
+
+class _Plain(pickle.Unpickler):
+    """Reads a checkpoint's table of contents, whose classes are torch's own, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = module in (
+            "torch.distributed.checkpoint.metadata",
+            "torch.distributed.checkpoint.filesystem",
+            "torch._C",
+            "torch.serialization",
+        ) or (module, name) in {
+            *(("torch", kind) for kind in ("Size", "device", "dtype", "memory_format", "layout", "contiguous_format")),
+            ("torch._utils", "_rebuild_dtype"),
+            *(("pathlib", kind) for kind in ("Path", "PosixPath", "PurePosixPath")),
+            *(("collections", kind) for kind in ("OrderedDict", "defaultdict")),
+            *(("builtins", kind) for kind in ("set", "frozenset", "dict", "list", "tuple")),
+        }
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            known = True
+        if not known or "." in name:
+            raise pickle.UnpicklingError(f"its table of contents names {module}.{name}, which is no part of one")
+        return super().find_class(module, name)
+
+
+def _refuse_code(path: Path) -> None:
+    # torch reads this file with plain pickle.
+    with path.open("rb") as file:
+        _Plain(file).load()
+
+
+def save(path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write a folder, on all ranks together. One that is there is replaced once the new one is whole."""
+    part, before = path.with_name(path.name + PART), path.with_name(path.name + BEFORE)
+    first = dist.get_rank() == 0
+    if first:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    dist.barrier()
+    save_tensors(tensors, storage_writer=FileSystemWriter(part))
+    if first:
+        torch.save(meta, part / META)
+        shutil.rmtree(before, ignore_errors=True)
+        if path.is_file():
+            path.unlink()
+        elif path.exists():
+            os.rename(path, before)
+        os.rename(part, path)
+        shutil.rmtree(before, ignore_errors=True)
+    dist.barrier()
+
+
+def load(path: Path, tensors: dict[str, Any]) -> None:
+    """Read tensors into memory that is there, on all ranks together, each its part.
+
+    Raises:
+        UserError: one is missing, of another shape, or cannot be read.
+    """
+    try:
+        load_tensors(tensors, storage_reader=FileSystemReader(path))
+    except (CheckpointException, RuntimeError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} does not hold this model: {_first_line(error)}") from error
+
+
+def sizes(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Return size and type of every tensor in a folder that `read_meta` has found harmless."""
+    found = FileSystemReader(path).read_metadata().state_dict_metadata
+    return {
+        name: (entry.size, entry.properties.dtype)
+        for name, entry in found.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def read_whole(path: Path) -> dict[str, Any]:
+    """Read a folder into one process, as the checkpoint that one process would have written.
+
+    The optimiser's state is by name of parameter; see `by_number`.
+
+    Raises:
+        UserError: it is broken, or needs code to be read.
+    """
+    checkpoint = read_meta(path)
+    try:
+        tensors: dict[str, Any] = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in sizes(path).items()}
+        with warnings.catch_warnings():
+            # That one process reads is what is wanted here.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+            load_tensors(tensors, storage_reader=FileSystemReader(path), no_dist=True)
+    except Exception as error:
+        raise UserError(f"{path} is not a checkpoint that can be read: {_first_line(error)}") from error
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind == STATE:
+            checkpoint[STATE][rest] = tensor
+        else:
+            parameter, _, state = rest.rpartition(".")
+            checkpoint["optimizer_states"][0]["state"].setdefault(parameter, {})[state] = tensor
+    return checkpoint
+
+
+def named_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
+    """Return an optimiser's state by name of parameter, so that it can be read into one with other groups."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    state = {names[parameter]: dict(values) for parameter, values in optimizer.state.items() if values}
+    groups = [{**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
+    return {"state": state, "param_groups": groups}
+
+
+def named(state: dict[str, Any], groups: list[dict[str, Any]], model: nn.Module) -> dict[str, Any]:
+    """Turn a state by number, as one process saves it, into one by name.
+
+    Args:
+        state: of an optimiser with the parameters of `groups`, in their order.
+        groups: see `parameter_groups`.
+        model: that they are of.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    order = [names[parameter] for group in groups for parameter in group["params"]]
+    return {
+        "state": {order[number]: values for number, values in state["state"].items()},
+        "param_groups": [{**g, "params": [order[number] for number in g["params"]]} for g in state["param_groups"]],
+    }
+
+
+def by_number(state: dict[str, Any], groups: list[dict[str, Any]], model: nn.Module) -> dict[str, Any]:
+    """Turn a state by name into that of an optimiser with the parameters of `groups`, in their order."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    options = {name: group for group in state["param_groups"] for name in group["params"]}
+    order = [names[parameter] for group in groups for parameter in group["params"]]
+    numbers = {name: number for number, name in enumerate(order)}
+    renumbered = []
+    for group in groups:
+        members = [names[parameter] for parameter in group["params"]]
+        known: dict[str, Any] = next((options[name] for name in members if name in options), {})
+        # How an optimiser computes is no state: groups that are spread over ranks set this for themselves.
+        options_here = {key: value for key, value in known.items() if key != "foreach"}
+        here = {key: group[key] for key in ("foreach",) if key in group}
+        renumbered.append({**options_here, **here, "params": [numbers[name] for name in members]})
+    return {"state": {numbers[n]: v for n, v in state["state"].items() if n in numbers}, "param_groups": renumbered}
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
