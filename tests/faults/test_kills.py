@@ -1,0 +1,125 @@
+"""Whenever a run is killed, it goes on from a whole checkpoint to where it would have gone."""
+
+import csv
+import random
+import signal
+
+import pytest
+import torch
+
+from tests.faults.lives import start, wait_for
+
+LANGUAGE = """
+model:
+  class_path: LanguageModeling
+  init_args: {d_model: 16, num_blocks: 2, num_heads: 2, num_experts: 4, dropout: 0.1, router: StableMoERouter}
+data: {class_path: TextData, init_args: {sequence_length: 16, batch_size: 8}}
+"""
+VISION = """
+model:
+  class_path: ImageClassification
+  init_args:
+    router: HyperRouter
+    num_experts: 4
+    backbone_arguments: {patch_size: 14, embed_dim: 12, depth: 2, num_heads: 2}
+data: {class_path: ImageData, init_args: {batch_size: 8, augment: true}}
+"""
+TRAINER = """
+trainer:
+  accelerator: cpu
+  max_steps: 200
+  enable_progress_bar: false
+  limit_val_batches: 2
+  num_sanity_val_steps: 0
+  log_every_n_steps: 1
+  val_check_interval: 10
+  check_val_every_n_epoch: null
+checkpoint_every: 3
+"""
+
+
+def rows(folder):
+    """Return everything that was logged of each step, once."""
+    found = {}
+    with (folder / "logs" / "metrics.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            step = found.setdefault(int(row["step"]), {})
+            for name, value in row.items():
+                if value and name != "step":
+                    assert step.get(name, value) == value, f"step {row['step']} has two values of {name}"
+                    step[name] = value
+    return found
+
+
+def checkpoint(folder, name="last"):
+    return torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+
+
+def assert_same(one, other, where=""):
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), where
+        for place, (left, right) in enumerate(zip(one, other, strict=True)):
+            assert_same(left, right, f"{where}[{place}]")
+    else:
+        assert one == other, where
+
+
+def assert_same_run(folder, whole):
+    assert rows(folder) == rows(whole)
+    for name in ("last", "best"):
+        mine, theirs = checkpoint(folder, name), checkpoint(whole, name)
+        for part in ("global_step", "state_dict", "optimizer_states", "lr_schedulers", "random_state"):
+            assert_same(mine[part], theirs[part], f"{name}.{part}")
+
+
+@pytest.fixture
+def command(tmp_path, domain):
+    (tmp_path / "config.yaml").write_text((LANGUAGE if domain == "language" else VISION) + TRAINER)
+
+    def build(folder):
+        arguments = ["fit", "--config", str(tmp_path / "config.yaml"), "--run_dir", str(folder)]
+        started = (folder / "checkpoints" / "last.ckpt").exists()
+        return [*arguments, "--ckpt_path", "last"] if started else arguments
+
+    return build
+
+
+@pytest.mark.parametrize("domain", ["language", "vision"])
+def test_a_run_that_is_killed_over_and_over(command, domain, tmp_path):
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    uninterrupted = start(command(whole), tmp_path / "whole.log")
+    last = folder / "checkpoints" / "last.ckpt"
+    draw = random.Random(domain)
+    kills, torn = 0, 0
+    while True:
+        before = last.stat().st_mtime_ns if last.exists() else 0
+        # Every third death comes in the middle of writing a checkpoint.
+        tears = kills % 3 == 2
+        process = start(command(folder), tmp_path / "killed.log", torn=draw.randint(1, 4) if tears else None)
+        # The others at a random moment after a first sign of life, if not before.
+        if draw.random() < 0.8:
+            wait_for(lambda: last.exists() and last.stat().st_mtime_ns > before, process)
+        if not tears:
+            process.join(draw.uniform(0.0, 0.3))
+        else:
+            process.join(60)
+        if process.exitcode == 0:
+            break
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, (tmp_path / "killed.log").read_text()[-2000:]
+        kills, torn = kills + 1, torn + tears
+        if last.exists():
+            checkpoint(folder)  # whole at any moment
+    uninterrupted.join()
+    assert uninterrupted.exitcode == 0, (tmp_path / "whole.log").read_text()[-2000:]
+    assert kills >= 20, f"only {kills} kills: the run was too short"
+    assert torn >= 5
+    assert_same_run(folder, whole)
+    assert not list(folder.rglob("*.part")), "litter"
