@@ -16,18 +16,20 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 import routerzoo.data
 import routerzoo.tasks
 from routerzoo import registry, runs
 from routerzoo.callbacks import FiniteLoss, PredictionWriter, RoutingMonitor, RoutingPictures, RunReport
-from routerzoo.callbacks.checkpoint import RunCheckpoint
+from routerzoo.callbacks.checkpoint import TERMINATED, RunCheckpoint
 from routerzoo.callbacks.progress_file import ProgressFile
 from routerzoo.callbacks.report import LOWER_IS_BETTER
 from routerzoo.checkpoints import WholeCheckpoints, read_outline
 from routerzoo.distributed.checkpoints import is_folder
 from routerzoo.errors import UserError
+from routerzoo.files import write_whole
 from routerzoo.loggers import AppendingCSVLogger
 from routerzoo.look.trainer import LookingTrainer
 from routerzoo.parser_errors import explain
@@ -283,7 +285,7 @@ class _RunFolder(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / runs.CONFIG).write_text(self.config, encoding="utf-8")
+            write_whole(self.folder / runs.CONFIG, self.config)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step > 0:
@@ -376,5 +378,8 @@ def main(args: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message=r"(?s).*(JsonargparseDeprecationWarning|removed in v5)")
     try:
         RouterZooCLI(_with_saved_config(list(sys.argv[1:] if args is None else args)))
+    except SIGTERMException:
+        print("stopped by SIGTERM; the same command with --ckpt_path last goes on", file=sys.stderr)
+        sys.exit(TERMINATED)
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 from typing import Any, final
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers.csv_logs import CSVLogger, ExperimentWriter
+
+from routerzoo.files import write_whole
 
 
 class _AppendingWriter(ExperimentWriter):
@@ -18,6 +21,21 @@ class _AppendingWriter(ExperimentWriter):
         if path.is_file():
             with path.open(newline="") as file:
                 self.metrics_keys = list(next(csv.reader(file), []))
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        # Lightning empties the file first: a run that is killed then has lost its log.
+        path = Path(self.metrics_file_path)
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        write_whole(path, _table(fieldnames, rows))
+
+
+def _table(names: list[str], rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=names, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 @final
@@ -43,9 +61,4 @@ class AppendingCSVLogger(CSVLogger):
             # A row that a crash cut short has no step.
             rows = [row for row in reader if (row.get("step") or "").isdigit() and int(row["step"]) < step]
             names = list(reader.fieldnames or [])
-        partial = path.with_suffix(".part")
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=names, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
-        partial.replace(path)
+        write_whole(path, _table(names, rows))

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+TERMINATED = 143
+"""Exit code of a run that SIGTERM ended, as shells report it."""
 
 
 @final
 class RunCheckpoint(ModelCheckpoint):
     """Keeps one checkpoint under a fixed name, in a folder that a resumed run writes into again.
+
+    The latest is saved when a step is over: trained, logged and validated. SIGTERM saves it, and ends the run.
 
     Args:
         folder: where it lies.
@@ -41,6 +51,9 @@ class RunCheckpoint(ModelCheckpoint):
             # The metric is validation's.
             save_on_train_epoch_end=False if monitor is not None else None,
         )
+        self._steps = 0
+        self._step_is_over = False
+        self._validated_before: Any = None
 
     @property
     def state_key(self) -> str:
@@ -62,13 +75,60 @@ class RunCheckpoint(ModelCheckpoint):
         }
         super().load_state_dict(moved)
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Be told when a step is over; Lightning has no hook for that."""
+        super().setup(trainer, pl_module, stage)
+        if self.monitor is not None or stage != "fit":
+            return
+        loop: Any = trainer.fit_loop.epoch_loop
+        inner = type(loop).on_advance_end  # of the class: this is called before every fit of a trainer
+
+        def on_advance_end(data_fetcher: Any) -> None:
+            self._at_step_end(trainer, functools.partial(inner, loop, data_fetcher))
+
+        loop.on_advance_end = on_advance_end
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note that a step is under way."""
+        self._step_is_over = False
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save the latest at intervals, and the last step as what it is: a step within an epoch."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self.monitor is None and trainer.global_step == trainer.max_steps:
-            self._save_unless_saved(trainer)
+        """Save nothing yet: the step's metrics are not logged, and validation may follow.
+
+        A run that was killed between the two and resumed from here would never have them.
+        """
+
+    def _at_step_end(self, trainer: Trainer, log_and_validate: Callable[[], None]) -> None:
+        steps_before = self._steps
+        asked_to_end = False
+        validation: Any = trainer.fit_loop.epoch_loop.val_loop
+        self._validated_before = copy.deepcopy(validation.batch_progress)
+        try:
+            log_and_validate()
+        except SIGTERMException:
+            # Raised in the middle of validation, or when all is done.
+            if trainer.validating:
+                raise
+            asked_to_end = True
+        self._steps = trainer.global_step
+        if self._steps > steps_before:  # not in the middle of an accumulation
+            self._step_is_over = True
+            if self._steps % max(self._every_n_train_steps, 1) == 0 or self._steps == trainer.max_steps:
+                with _as_in_on_train_batch_end(trainer, self._validated_before):
+                    self._save_unless_saved(trainer)
+        # All processes, or none: a checkpoint is written together, and nobody may wait for one that has gone.
+        asked_to_end = asked_to_end or trainer.received_sigterm
+        if trainer.strategy.reduce_boolean_decision(asked_to_end, all=False):
+            raise SIGTERMException(TERMINATED)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save where a run was asked to end, if no step is half done."""
+        super().on_exception(trainer, pl_module, exception)
+        if self.monitor is None and isinstance(exception, SIGTERMException) and self._step_is_over:
+            with _as_in_on_train_batch_end(trainer, self._validated_before):
+                self._save_unless_saved(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end, where it is the latest that is kept."""
@@ -82,3 +142,21 @@ class RunCheckpoint(ModelCheckpoint):
     def _ModelCheckpoint__warn_if_dir_not_empty(self, dirpath: Any) -> None:
         # Lightning warns of a folder that holds checkpoints; here that is what resuming means.
         pass
+
+
+@contextmanager
+def _as_in_on_train_batch_end(trainer: Trainer, validated_before: Any) -> Iterator[None]:
+    """Count batches as Lightning's loops do in that hook, from where they know how to resume."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    validated, loop.val_loop.batch_progress = loop.val_loop.batch_progress, validated_before
+    counts = (loop.batch_progress.total, loop.batch_progress.current)
+    loop._batches_that_stepped -= 1
+    for count in counts:
+        count.completed -= 1
+    try:
+        yield
+    finally:
+        loop.val_loop.batch_progress = validated
+        loop._batches_that_stepped += 1
+        for count in counts:
+            count.completed += 1

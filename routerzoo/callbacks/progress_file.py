@@ -9,6 +9,7 @@ from typing import Any, final
 
 from lightning import Callback, LightningModule, Trainer
 
+from routerzoo.files import write_whole
 from routerzoo.tasks.base import MoETask
 
 WRITE_SECONDS = 1.0
@@ -40,6 +41,4 @@ class ProgressFile(Callback):
             "total_steps": pl_module.total_steps,
             "metric": None if metric is None else float(metric),
         }
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(told), encoding="utf-8")
-        part.replace(self.path)  # whoever reads sees a whole file
+        write_whole(self.path, json.dumps(told))  # whoever reads sees a whole file

@@ -20,6 +20,7 @@ from routerzoo.accounting import Costs, short
 from routerzoo.callbacks.routing_monitor import RoutingMonitor
 from routerzoo.callbacks.stability import StabilityMonitor
 from routerzoo.figures import quality_by_cost
+from routerzoo.files import write_whole
 from routerzoo.moe import moe_layers
 from routerzoo.tasks.base import MoETask
 
@@ -251,9 +252,7 @@ class RunReport(Callback):
         costs = _numbers(self._costs[0]) if self._costs else {}
         known[stage] = {**router, **results, **costs, "peak memory, bytes": peak_memory(pl_module.device)}
         self.folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-        part.replace(path)  # whole or not at all, whenever the run is killed
+        write_whole(path, json.dumps(known, indent=2) + "\n")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count what is evaluated."""

@@ -20,7 +20,7 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 from routerzoo.data.download import default_root
-from routerzoo.data.loading import TrainingLoader
+from routerzoo.data.loading import TrainingLoader, evaluation_loader
 from routerzoo.errors import UserError
 
 
@@ -248,7 +248,7 @@ class ImageData(LightningDataModule):
 
     def _evaluation_loader(self, split: str) -> DataLoader[Any]:
         images = Images(self._split(split), self._transform(training=False))
-        return DataLoader(
+        return evaluation_loader(
             images, batch_size=self.batch_size, collate_fn=collate, num_workers=self.num_workers, pin_memory=_pin()
         )
 

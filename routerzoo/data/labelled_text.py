@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from routerzoo.data.download import Checksum, default_root, download
-from routerzoo.data.loading import TrainingLoader
+from routerzoo.data.loading import TrainingLoader, evaluation_loader
 from routerzoo.errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -316,7 +316,7 @@ class LabelledText(LightningDataModule):
         return self._evaluation_loader("test")
 
     def _evaluation_loader(self, split: str) -> DataLoader[Any]:
-        return DataLoader(
+        return evaluation_loader(
             self._texts(split), batch_size=self.batch_size, collate_fn=collate, num_workers=self.num_workers
         )
 

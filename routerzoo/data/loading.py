@@ -83,3 +83,15 @@ class TrainingLoader(DataLoader[Any]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue there when the epoch comes."""
         self._resume = dict(state)
+
+
+def evaluation_loader(dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
+    """Return a loader in the order of the data set, which leaves the global random state alone.
+
+    Any other draws a number whenever it is iterated, so that a run that validates more often trains otherwise.
+
+    Args:
+        dataset: what to load.
+        options: further arguments of `torch.utils.data.DataLoader`.
+    """
+    return DataLoader(dataset, generator=torch.Generator(), **options)

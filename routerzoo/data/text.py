@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from routerzoo.data.download import Checksum, default_root, download, extract_member
-from routerzoo.data.loading import TrainingLoader
+from routerzoo.data.loading import TrainingLoader, evaluation_loader
 from routerzoo.data.tokens import (
     UNKNOWN,
     MixedWindows,
@@ -307,7 +307,7 @@ class TextData(LightningDataModule):
         return self._evaluation_loader("test")
 
     def _evaluation_loader(self, split: str) -> DataLoader[Any]:
-        return DataLoader(
+        return evaluation_loader(
             self._windows(split),
             batch_size=self.batch_size,
             collate_fn=collate,

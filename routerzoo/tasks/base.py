@@ -221,7 +221,11 @@ class MoETask(LightningModule, ABC):
         return {"step": self.global_step, "total_steps": self.total_steps, "process_group": all_ranks()}
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Tell the routers that a step starts."""
+        """Tell the routers that a step starts; the first one of a resumed run takes its random state up."""
+        if self._random_state is not None:
+            # Not before: loaders draw numbers when they are set up.
+            torch.set_rng_state(self._random_state.cpu())
+            self._random_state = None
         for layer in moe_layers(self.net):
             if not layer.router.is_frozen:
                 layer.router.on_step_start(self.global_step, self.total_steps)
@@ -306,7 +310,7 @@ class MoETask(LightningModule, ABC):
         checkpoint["random_state"] = torch.get_rng_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the random state up when training starts."""
+        """Take the random state up when the first step starts."""
         self._random_state = checkpoint.get("random_state")
         states = checkpoint.get("optimizer_states", [])
         # Several processes save the optimiser's state by name; one reads it by number.
@@ -314,12 +318,6 @@ class MoETask(LightningModule, ABC):
             from routerzoo.distributed.checkpoints import by_number
 
             checkpoint["optimizer_states"] = [by_number(states[0], parameter_groups(self), self)]
-
-    def on_train_start(self) -> None:
-        """Restore the random state of a resumed run."""
-        if self._random_state is not None:
-            torch.set_rng_state(self._random_state.cpu())
-            self._random_state = None
 
 
 def _metrics(module: Any) -> Mapping[str, Metric]:

@@ -25,9 +25,7 @@ def life(arguments, log, limit_bytes=None, torn=None):
 
     torch.set_num_threads(1)
     with open(log, "a", encoding="utf-8") as out:
-        os.dup2(out.fileno(), 1)
-        os.dup2(out.fileno(), 2)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        sys.stdout = sys.stderr = out
         if limit_bytes is not None:
             import resource
 
@@ -37,11 +35,7 @@ def life(arguments, log, limit_bytes=None, torn=None):
             _tear(torn)
         from routerzoo.cli import main
 
-        try:
-            main(arguments)
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+        main(arguments)
 
 
 def _tear(number):

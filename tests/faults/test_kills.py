@@ -28,6 +28,7 @@ TRAINER = """
 trainer:
   accelerator: cpu
   max_steps: 200
+  limit_train_batches: 37
   enable_progress_bar: false
   limit_val_batches: 2
   num_sanity_val_steps: 0
@@ -104,7 +105,7 @@ def test_a_run_that_is_killed_over_and_over(command, domain, tmp_path):
         process = start(command(folder), tmp_path / "killed.log", torn=draw.randint(1, 4) if tears else None)
         # The others at a random moment after a first sign of life, if not before.
         if draw.random() < 0.8:
-            wait_for(lambda: last.exists() and last.stat().st_mtime_ns > before, process)
+            wait_for(lambda before=before: last.exists() and last.stat().st_mtime_ns > before, process)
         if not tears:
             process.join(draw.uniform(0.0, 0.3))
         else:
