@@ -19,6 +19,7 @@ commands:
   routers    list routers, sizes and papers:     python -m routerzoo routers
   sweep      run a grid, and go on with it:      python -m routerzoo sweep --config configs/sweeps/quick.yaml
   report     say what came of a sweep:           python -m routerzoo report sweeps/quick
+  plan       memory, FLOPs, traffic of a run:    python -m routerzoo plan --config ... --processes 64 --strategy sharded
   check      prove what routers declare:         python -m routerzoo check HyperRouter
 
 python -m routerzoo COMMAND --help lists a command's options;
@@ -44,6 +45,10 @@ def main(args: Sequence[str] | None = None) -> None:
         from routerzoo.testing.command import main as check
 
         check(args[1:])
+    elif args[0] == "plan":
+        from routerzoo.planning import main as plan
+
+        plan(args[1:])
     elif args[0] == "sweep":
         from routerzoo.sweep.command import main as sweep
 

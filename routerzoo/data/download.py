@@ -125,13 +125,13 @@ def extract_member(archive: Path, member: str, path: Path, checksum: Checksum | 
                 shutil.copyfileobj(source, target, CHUNK_BYTES)
         if checksum is not None:
             verify(partial, checksum)
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
+    except UserError:
+        partial.unlink(missing_ok=True)
+        raise
+    except Exception as error:  # a damaged archive can raise anything
         partial.unlink(missing_ok=True)
         raise UserError(
             f"{archive} is a broken archive ({error}); delete it, and it will be downloaded again"
         ) from error
-    except UserError:
-        partial.unlink(missing_ok=True)
-        raise
     partial.replace(path)
     return path

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.resources
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -281,7 +282,7 @@ def _bundled_splits() -> dict[str, _Split]:
                 split: _array_split(arrays[f"{split}_images"][..., None], arrays[f"{split}_labels"], FASHION_CLASSES)
                 for split in ("train", "val", "test")
             }
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is broken ({error}); install routerzoo again") from error
 
 
@@ -292,7 +293,7 @@ def _torchvision_splits(published: ImageSet, root: Path) -> dict[str, _Split]:
             # torchvision unpickles CIFAR in a way that newer NumPy versions frown at; its files are checksummed.
             warnings.filterwarnings("ignore", message=r"dtype\(\): align", category=Warning)
             whole, test = cls(root, train=True, download=True), cls(root, train=False, download=True)
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
+    except Exception as error:  # a damaged pickle can raise anything
         raise UserError(f"cannot load {published.torchvision} from {root}, nor download it there: {error}") from error
     images_M = whole.data.numpy() if isinstance(whole.data, Tensor) else whole.data
     test_M = test.data.numpy() if isinstance(test.data, Tensor) else test.data
@@ -332,7 +333,7 @@ def _read_image(images: Any, index: int) -> Any:
     path = images.samples[index][0]
     try:
         return images.loader(path)
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # Pillow's decoders raise many kinds
         raise UserError(f"cannot read the image {path}: {error}") from error
 
 

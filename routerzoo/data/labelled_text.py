@@ -263,7 +263,7 @@ class LabelledText(LightningDataModule):
                 with tarfile.open(archive) as tar:
                     # Nothing of it may be written outside the folder, nor as anything but a plain file.
                     tar.extractall(folder, filter="data")
-            except (tarfile.TarError, EOFError, OSError) as error:
+            except Exception as error:  # a damaged archive can raise anything
                 raise UserError(
                     f"{archive} is a broken archive ({error}); delete it, and it is downloaded again"
                 ) from error

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import shutil
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from routerzoo.errors import UserError
 
+CHECKSUMS = "checksums.json"
 IGNORED_TARGET = -100
 END_OF_LINE = "<eos>"
 UNKNOWN = "<unk>"
@@ -184,7 +186,16 @@ class WordCorpus:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.words: list[str] = json.loads((folder / "vocabulary.json").read_text(encoding="utf-8"))
+        try:
+            checksums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+            for name, checksum in checksums.items():
+                if zlib.crc32((folder / name).read_bytes()) != checksum:
+                    raise ValueError(f"{name} has changed since it was written")
+            self.words: list[str] = json.loads((folder / "vocabulary.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"the encoded corpus {folder} is damaged ({error}); delete it, and it is made again"
+            ) from error
         self.ids = {word: index for index, word in enumerate(self.words)}
 
     def stream(self, split: str) -> np.ndarray:
@@ -224,6 +235,9 @@ def encode_words(splits: dict[str, Sequence[Span]], folder: Path, max_words: int
             for split, spans in splits.items():
                 _write_stream(_words(spans, f"encoding {split}"), ids, working / f"{split}.npy")
             (working / "vocabulary.json").write_text(json.dumps(words), encoding="utf-8")
+            files = sorted(path for path in working.iterdir() if path.suffix in (".npy", ".json"))
+            checksums = {path.name: zlib.crc32(path.read_bytes()) for path in files}
+            (working / CHECKSUMS).write_text(json.dumps(checksums), encoding="utf-8")
             os.replace(working, target)
     return WordCorpus(target)
 

@@ -11,6 +11,8 @@ import os
 import pickle
 import shutil
 import warnings
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from torch.optim import Optimizer
 from routerzoo.errors import UserError
 
 META = "meta.pt"
-STATE, OPTIMIZER = "state_dict", "optimizer"
+STATE, OPTIMIZER, CHECKSUMS = "state_dict", "optimizer", "checksums"
 # Of a folder that is being written, and of the one before until the new one has its name.
 PART, BEFORE = ".part", ".before"
 
@@ -47,12 +49,14 @@ def read_meta(path: Path) -> dict[str, Any]:
         UserError: it is broken, or needs code to be read.
     """
     try:
+        with zipfile.ZipFile(path / META) as archive:
+            if archive.testzip() is not None:
+                raise ValueError(f"{META} has changed since it was written")
         meta = torch.load(path / META, map_location="cpu", weights_only=True)
         _refuse_code(path / ".metadata")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is not a checkpoint that can be read: {first}") from error
-    if not isinstance(meta, dict) or STATE not in meta:
+    except Exception as error:  # a damaged pickle can raise anything
+        raise UserError(f"{path} is not a checkpoint that can be read: {_first_line(error)}") from error
+    if not isinstance(meta, dict) or STATE not in meta or CHECKSUMS not in meta:
         raise UserError(f"{path} is not a checkpoint of a model that was spread over processes: {META} lacks a {STATE}")
     return meta
 
@@ -95,8 +99,12 @@ def save(path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         part.mkdir(parents=True)
     dist.barrier()
     save_tensors(tensors, storage_writer=FileSystemWriter(part))
+    # Each process reads what it has written; the first one the table of contents.
+    own = [*part.glob(f"__{dist.get_rank()}_*"), *([part / ".metadata"] if first else [])]
+    checksums: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(checksums, {file.name: _checksum(file) for file in own})
     if first:
-        torch.save(meta, part / META)
+        torch.save({**meta, CHECKSUMS: {name: sum_ for sums in checksums for name, sum_ in sums.items()}}, part / META)
         shutil.rmtree(before, ignore_errors=True)
         if path.is_file():
             path.unlink()
@@ -105,6 +113,28 @@ def save(path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         os.rename(part, path)
         shutil.rmtree(before, ignore_errors=True)
     dist.barrier()
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 24):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
+def verify(path: Path, checksums: dict[str, int], rank: int = 0, ranks: int = 1) -> None:
+    """Compare a folder's files with what was written; each rank its share of them.
+
+    Raises:
+        UserError: one is missing, or has changed.
+    """
+    for name in sorted(checksums)[rank::ranks]:
+        file = path / Path(name).name
+        if not file.is_file():
+            raise UserError(f"the checkpoint {path} is not whole: {name} is missing")
+        if _checksum(file) != checksums[name]:
+            raise UserError(f"the checkpoint {path} is damaged: {name} has changed since it was written")
 
 
 def load(path: Path, tensors: dict[str, Any]) -> None:
@@ -138,6 +168,7 @@ def read_whole(path: Path) -> dict[str, Any]:
         UserError: it is broken, or needs code to be read.
     """
     checkpoint = read_meta(path)
+    verify(path, checkpoint.pop(CHECKSUMS))
     try:
         tensors: dict[str, Any] = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in sizes(path).items()}
         with warnings.catch_warnings():

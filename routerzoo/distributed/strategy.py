@@ -87,6 +87,7 @@ class ShardedStrategy(ModelParallelStrategy):
                 self._load_optimizer(saved)
             return checkpoint
         meta = checkpoints.read_meta(path)
+        checkpoints.verify(path, meta.pop(checkpoints.CHECKSUMS), self.global_rank, self.world_size)
         state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
         found = {name: torch.empty_like(value) for name, value in state.items()}
         checkpoints.load(path, {f"{checkpoints.STATE}.{name}": value for name, value in found.items()})

@@ -91,7 +91,8 @@ class LSHIds(PatchIds):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Hash the patches."""
-        with torch.autocast(images_BCHW.device.type, enabled=False):
+        kind = images_BCHW.device.type
+        with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
             projected = F.linear(self.patches(images_BCHW) - self.mean.float(), self.projection.float())
             return ((projected > 0) * self.bit_values).sum(-1)
 

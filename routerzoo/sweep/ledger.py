@@ -7,6 +7,7 @@ import os
 import socket
 import sqlite3
 import time
+import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +32,8 @@ CREATE TABLE IF NOT EXISTS runs (
     owner TEXT NOT NULL DEFAULT '', heartbeat REAL NOT NULL DEFAULT 0,
     started REAL, seconds REAL, attempts INTEGER NOT NULL DEFAULT 0,
     code TEXT NOT NULL DEFAULT '', host TEXT NOT NULL DEFAULT '',
-    results TEXT NOT NULL DEFAULT '{}'
+    results TEXT NOT NULL DEFAULT '{}',
+    seal INTEGER NOT NULL DEFAULT 0  -- checksum of what came of it
 );
 CREATE TABLE IF NOT EXISTS resolved (source TEXT PRIMARY KEY, config TEXT NOT NULL);
 """
@@ -90,6 +92,9 @@ class Ledger:
                 # A write-ahead log lets readers and one writer work at once, and is whole after any kill.
                 database.execute("PRAGMA journal_mode = WAL")
                 database.executescript(_SCHEMA)
+                (state,) = database.execute("PRAGMA quick_check(1)").fetchone()
+            if state != "ok":
+                raise sqlite3.DatabaseError(state)
         except sqlite3.DatabaseError as error:
             raise UserError(f"{self.path} is not a sweep's ledger, or a damaged one: {error}") from error
 
@@ -143,7 +148,7 @@ class Ledger:
             with self._open() as database:
                 rows = database.execute("SELECT * FROM runs ORDER BY planned DESC, place").fetchall()
             return [_run(row) for row in rows]
-        except (sqlite3.DatabaseError, json.JSONDecodeError) as error:
+        except (sqlite3.DatabaseError, ValueError, TypeError) as error:
             raise UserError(f"{self.path} is damaged: {error}") from error
 
     def claim(self, code: str, besides: Collection[str] = ()) -> Run | None:
@@ -188,11 +193,12 @@ class Ledger:
 
     def finish(self, key: str, status: str, reason: str = "", results: Mapping[str, Any] | None = None) -> None:
         """Write down what came of a run: finished, failed, or waiting where it was interrupted."""
+        told = json.dumps(results or {})
         with self._open() as database:
             database.execute(
-                "UPDATE runs SET status = ?, reason = ?, results = ?, seconds = ? - started, owner = '' "
+                "UPDATE runs SET status = ?, reason = ?, results = ?, seal = ?, seconds = ? - started, owner = '' "
                 "WHERE key = ? AND owner = ?",
-                (status, reason, json.dumps(results or {}), time.time(), key, self.owner),
+                (status, reason, told, _seal(key, status, reason, told), time.time(), key, self.owner),
             )
 
     def again(self, statuses: Iterable[str], other_code_than: str | None = None) -> int:
@@ -212,8 +218,16 @@ class Ledger:
             ).rowcount
 
 
+def _seal(key: str, status: str, reason: str, results: str) -> int:
+    return zlib.crc32(json.dumps([key, status, reason, results]).encode())
+
+
 def _run(row: sqlite3.Row) -> Run:
     values = dict(row)
+    seal = values.pop("seal")
+    told = [values[name] for name in ("key", "status", "reason", "results")]
+    if values["status"] in ("finished", "failed") and seal != _seal(*told):
+        raise ValueError(f"what it says of {values['folder']} has changed since it was written")
     return Run(
         **{
             **values,

@@ -124,3 +124,48 @@ def test_a_run_that_is_killed_over_and_over(command, domain, tmp_path):
     assert torn >= 5
     assert_same_run(folder, whole)
     assert not list(folder.rglob("*.part")), "litter"
+
+
+@pytest.mark.parametrize("domain", ["language"])
+def test_sigterm_saves_and_exits(command, domain, tmp_path):
+    whole, folder = tmp_path / "whole", tmp_path / "stopped"
+    last = folder / "checkpoints" / "last.ckpt"
+    for number in range(3):
+        before = last.stat().st_mtime_ns if last.exists() else 0
+        log = tmp_path / f"{number}.log"
+        process = start(command(folder), log)
+        wait_for(lambda before=before: last.exists() and last.stat().st_mtime_ns > before, process)
+        process.terminate()
+        process.join(60)
+        assert process.exitcode == 143, log.read_text()[-2000:]
+        assert "with --ckpt_path last goes on" in log.read_text()
+        assert "Traceback" not in log.read_text()
+        # What was logged is what is saved: no step was lost.
+        assert max(rows(folder)) + 1 == checkpoint(folder)["global_step"]
+    for one in (folder, whole):
+        process = start(command(one), tmp_path / "rest.log")
+        process.join(120)
+        assert process.exitcode == 0
+    assert_same_run(folder, whole)
+
+
+@pytest.mark.parametrize("domain", ["language"])
+def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(command, domain, tmp_path):
+    folder = tmp_path / "full"
+    last = folder / "checkpoints" / "last.ckpt"
+    process = start(command(folder), tmp_path / "fits.log")
+    wait_for(last.exists, process)
+    process.kill()
+    process.join()
+    before = last.read_bytes()
+    log = tmp_path / "full.log"
+    process = start(command(folder), log, limit_bytes=len(before) // 2)
+    process.join(60)
+    assert process.exitcode == 1
+    (error,) = [line for line in log.read_text().splitlines() if line.startswith("error:")]
+    assert "cannot write the checkpoint" in error
+    assert "File too large" in error
+    assert "is still the one before" in error
+    assert "Traceback" not in log.read_text()
+    assert last.read_bytes() == before
+    assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
