@@ -4,17 +4,13 @@
 
 from __future__ import annotations
 
-from collections import UserDict
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-
-K = TypeVar("K")
-V = TypeVar("V")
 
 CONTEXT_FIELDS = frozenset(
     {"token_ids", "positions", "sequence_ids", "padding_mask", "task_ids", "attention", "step", "total_steps"}
@@ -67,14 +63,6 @@ def _known_fields() -> str:
     return ", ".join(sorted(CONTEXT_FIELDS))
 
 
-class Notes(UserDict[K, V]):
-    """A dictionary that stays the same one while a context goes through a model.
-
-    Wrappers of modules (FSDP2's, for one) walk through arguments and build dictionaries and dataclasses anew, in which
-    later layers would not find what earlier ones wrote. They pass this by.
-    """
-
-
 @dataclass(frozen=True)
 class RoutingContext:
     """Everything that a router may look at beside the hidden states. Each field is optional.
@@ -107,14 +95,9 @@ class RoutingContext:
     step: int | None = None
     total_steps: int | None = None
     process_group: ProcessGroup | None = None
-    carry: MutableMapping[str, Any] = field(default_factory=Notes)
-    routings: MutableMapping[int, Routing] = field(default_factory=Notes)
+    carry: dict[str, Any] = field(default_factory=dict)
+    routings: dict[int, Routing] = field(default_factory=dict)
     wants_losses: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("carry", "routings"):
-            if isinstance(given := getattr(self, name), dict):
-                object.__setattr__(self, name, Notes(given))
 
 
 class Assignments(NamedTuple):

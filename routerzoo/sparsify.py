@@ -127,6 +127,12 @@ def provide_context(model: nn.Module, context: RoutingContext) -> RoutingContext
     return context
 
 
+def withdraw_context(model: nn.Module) -> None:
+    """Take back what `provide_context` gave."""
+    for layer in moe_layers(model):
+        layer.provided_context = None
+
+
 def _widths(dense: nn.Module) -> tuple[int, int]:
     """Return the model width and the hidden width of a feed-forward network."""
     linears = [module for module in dense.modules() if isinstance(module, nn.Linear)]

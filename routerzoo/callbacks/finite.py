@@ -6,7 +6,9 @@ from typing import final
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.optim import Optimizer
 
 from routerzoo.errors import UserError
 from routerzoo.moe import moe_layers
@@ -20,22 +22,48 @@ class FiniteLoss(Callback):
 
     Args:
         every_n_steps: how often to look. Looking waits for the accelerator.
+        skip: leave such a step out and go on, so many times in a row at most; 0 stops at the first.
     """
 
-    def __init__(self, every_n_steps: int = 1) -> None:
+    def __init__(self, every_n_steps: int = 1, skip: int = 0) -> None:
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
-        self.every_n_steps = every_n_steps
+        if skip < 0:
+            raise ValueError(f"skip must be at least 0, got {skip}")
+        if skip and every_n_steps > 1:
+            raise ValueError("steps can only be skipped where every one is looked at: leave every_n_steps out")
+        self.every_n_steps, self.skip = every_n_steps, skip
+        self.skipped = 0
+        self._in_a_row = 0
+        self._broken = False
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Look at the loss.
 
         Raises:
-            UserError: it is infinite or no number.
+            UserError: it is infinite or no number, and the step is not to be skipped.
         """
         if trainer.global_step % self.every_n_steps or bool(loss.isfinite()):
             return
-        raise UserError(f"the loss is {float(loss.detach()):g} at step {trainer.global_step}: {_where(pl_module)}")
+        if self._in_a_row < self.skip:
+            self._broken = True
+            return
+        before = f", after {self._in_a_row} steps that were skipped" if self._in_a_row else ""
+        raise UserError(
+            f"the loss is {float(loss.detach()):g} at step {trainer.global_step}{before}: {_where(pl_module)}"
+        )
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Leave the step out on all processes if the loss of one was broken: without gradients nothing changes."""
+        if not self.skip:
+            return
+        broken = trainer.strategy.reduce_boolean_decision(self._broken, all=False)
+        self._broken = False
+        self._in_a_row = self._in_a_row + 1 if broken else 0
+        if broken:
+            self.skipped += 1
+            rank_zero_warn(f"step {trainer.global_step} is left out: its loss is no number ({self.skipped} so far)")
+            optimizer.zero_grad(set_to_none=True)
 
 
 def _where(module: LightningModule) -> str:

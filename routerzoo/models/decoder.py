@@ -18,6 +18,7 @@ from routerzoo.grouped import Backend
 from routerzoo.models.blocks import MoEBlocks, moe_block_indices
 from routerzoo.moe import ExpertsFactory, MoE, RouterFactory, moe_layers
 from routerzoo.routing import LayerSpec, RoutingContext
+from routerzoo.sparsify import provide_context
 
 PROVIDED_CONTEXT = frozenset({"token_ids", "positions", "sequence_ids", "attention", "step", "total_steps"})
 
@@ -125,7 +126,7 @@ class DenseFeedForward(nn.Module):
         super().__init__()
         self.experts = experts(replace(spec, num_experts=width))
 
-    def forward(self, x_BSD: Tensor, context: RoutingContext) -> Tensor:
+    def forward(self, x_BSD: Tensor, context: RoutingContext | None) -> Tensor:
         """Compute the sum of all experts."""
         return self.experts.all_experts(x_BSD.flatten(0, -2)).view(x_BSD.shape)
 
@@ -150,17 +151,26 @@ class Block(nn.Module):
         return isinstance(self.feed_forward, MoE) and "attention" in self.feed_forward.router.requires
 
     def forward(
-        self, x_BSD: Tensor, rotation: Rotation, context: RoutingContext, past: KeyValues | None
+        self, x_BSD: Tensor, rotation: Rotation, context: RoutingContext | None, past: KeyValues | None
     ) -> tuple[Tensor, KeyValues]:
         """Return the new hidden states and the attention's keys and values."""
         y_BSD, present, attention = self.attention(
             self.attention_norm(x_BSD), rotation, past, with_weights=self.reads_attention
         )
         if attention is not None:
-            context = replace(context, attention=attention)
+            context = self._with_attention(context, attention)
         x_BSD = x_BSD + F.dropout(y_BSD, self.dropout, self.training)
         y_BSD = self.feed_forward(self.feed_forward_norm(x_BSD), context)
         return x_BSD + F.dropout(y_BSD, self.dropout, self.training), present
+
+    def _with_attention(self, context: RoutingContext | None, attention: Tensor) -> RoutingContext | None:
+        layer = self.feed_forward
+        if context is not None:
+            return replace(context, attention=attention)
+        assert isinstance(layer, MoE)  # only its router requires attention
+        assert layer.provided_context is not None
+        layer.provided_context = replace(layer.provided_context, attention=attention)
+        return None
 
 
 @final
@@ -226,6 +236,8 @@ class Decoder(nn.Module):
         self.max_length, self.dropout = max_length, dropout
         self.head_width, self.rotary_base = d_model // num_heads, rotary_base
         self.activation_checkpointing = activation_checkpointing
+        # Hand the context to the MoE layers beforehand, not through the blocks; for wrappers that rebuild arguments.
+        self.provides_context = False
         self.num_tasks = num_tasks
         chosen = moe_block_indices(moe_blocks, num_blocks)
         spec = LayerSpec(
@@ -330,15 +342,19 @@ class Decoder(nn.Module):
             total_steps=progress[1],
             process_group=progress[2],
         )
+        handed: RoutingContext | None = context
+        if self.provides_context:
+            provide_context(self, context)
+            handed = None
         x_BSD = F.dropout(self.embedding(ids_BS), self.dropout, self.training)
         rotation = _rotation(positions_S, self.head_width, self.rotary_base)
         present: list[KeyValues] = []
         for index, block in enumerate(self.blocks):
             earlier = None if past is None else past[index]
             if self.activation_checkpointing and self.training:
-                x_BSD, key_values = checkpoint(block, x_BSD, rotation, context, earlier, use_reentrant=False)
+                x_BSD, key_values = checkpoint(block, x_BSD, rotation, handed, earlier, use_reentrant=False)
             else:
-                x_BSD, key_values = block(x_BSD, rotation, context, earlier)
+                x_BSD, key_values = block(x_BSD, rotation, handed, earlier)
             present.append(key_values)
         return self.norm(x_BSD), context, present
 

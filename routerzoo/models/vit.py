@@ -19,7 +19,7 @@ from routerzoo.models.patch_ids import PatchIdKind, PatchIds, create_patch_ids
 from routerzoo.moe import ExpertsFactory, MoE, RouterFactory
 from routerzoo.router import UnmetRequirementError
 from routerzoo.routing import RoutingContext
-from routerzoo.sparsify import provide_context, sparsify
+from routerzoo.sparsify import provide_context, sparsify, withdraw_context
 
 PROVIDED_CONTEXT = frozenset({"positions", "sequence_ids", "attention", "step", "total_steps"})
 
@@ -161,7 +161,10 @@ class ViTMoE(nn.Module):
             process_group=process_group,
         )
         provide_context(self.vit, context)
-        return self.vit(images_BCHW), context
+        logits_BL: Tensor = self.vit(images_BCHW)
+        if torch.compiler.is_compiling():
+            withdraw_context(self.vit)  # which a graph cannot leave behind
+        return logits_BL, context
 
     def token_ids(self, images_BCHW: Tensor) -> Tensor | None:
         """Return the id of every token, int64 `[B * S]`; None without patch ids."""

@@ -47,3 +47,35 @@ def test_looking_less_often():
     trainer = Trainer(**QUIET, max_steps=8, enable_checkpointing=False, callbacks=[finding, FiniteLoss(4)])
     with pytest.raises(UserError, match="the loss is nan at step 4"):
         trainer.fit(task, data)
+
+
+class BreakLoss(Callback):
+    """Makes the loss of some steps a number that is none, and keeps the parameters of each step."""
+
+    def __init__(self, steps):
+        self.steps, self.kept = steps, []
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        self.kept.append(torch.cat([p.detach().flatten() for p in pl_module.parameters()]).clone())
+        if trainer.global_step in self.steps:
+            loss.mul_(torch.nan)
+
+
+def test_a_step_can_be_left_out():
+    breaking = BreakLoss({2, 3})
+    skipping = FiniteLoss(skip=2)
+    trainer = Trainer(**QUIET, max_steps=6, enable_checkpointing=False, callbacks=[breaking, skipping])
+    with pytest.warns(UserWarning, match="step [23] is left out: its loss is no number"):
+        trainer.fit(language("LinearRouter"), text_data())
+    assert skipping.skipped == 2
+    changed = [not torch.equal(one, other) for one, other in zip(breaking.kept, breaking.kept[1:], strict=False)]
+    assert changed == [True, True, False, False, True]
+    assert all(kept.isfinite().all() for kept in breaking.kept)
+
+
+@pytest.mark.filterwarnings("ignore:step . is left out")
+def test_a_run_that_stays_broken_ends():
+    breaking = BreakLoss({2, 3, 4})
+    trainer = Trainer(**QUIET, max_steps=6, enable_checkpointing=False, callbacks=[breaking, FiniteLoss(skip=2)])
+    with pytest.raises(UserError, match="the loss is nan at step 4, after 2 steps that were skipped"):
+        trainer.fit(language("LinearRouter"), text_data())

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import routerzoo
-from routerzoo import LayerSpec, MoE, RoutingContext
+from routerzoo import LayerSpec, MoE, RoutingContext, provide_context
 from routerzoo.distributed.ranks import all_ranks, sum_over_ranks
 from routerzoo.distributed.sharding import average_gradients, shard_model
 from routerzoo.errors import UserError
@@ -33,8 +33,9 @@ SEQUENCES, LENGTH, WIDTH, EXPERTS, VOCABULARY, STEPS = 8, 6, 16, 4, 20, 4
 class Model(nn.Module):
     """An embedding, two MoE layers and a head."""
 
-    def __init__(self, router):
+    def __init__(self, router, auxiliary=0.1):
         super().__init__()
+        self.auxiliary = auxiliary
         specs = [
             LayerSpec(WIDTH, EXPERTS, layer, 2, VOCABULARY, LENGTH, hidden_dim=2 * WIDTH, num_tasks=2)
             for layer in range(2)
@@ -47,10 +48,10 @@ class Model(nn.Module):
         batch = len(ids_BS)
         tokens = torch.arange(batch * LENGTH)
         own = slice(first * LENGTH, (first + batch) * LENGTH)
-        drawn = torch.Generator().manual_seed(step)
-        attention = torch.randn(SEQUENCES * LENGTH, 2, LENGTH, dtype=torch.float64, generator=drawn)
+        drawn, dtype = torch.Generator().manual_seed(step), self.head.weight.dtype
+        attention = torch.randn(SEQUENCES * LENGTH, 2, LENGTH, dtype=dtype, generator=drawn)
         # No two tokens are the same: an assignment would break ties by the last bit.
-        different_TD = torch.randn(SEQUENCES * LENGTH, WIDTH, dtype=torch.float64, generator=drawn)[own]
+        different_TD = torch.randn(SEQUENCES * LENGTH, WIDTH, dtype=dtype, generator=drawn)[own]
         context = RoutingContext(
             token_ids=ids_BS.flatten(),
             positions=tokens % LENGTH,
@@ -62,8 +63,9 @@ class Model(nn.Module):
             process_group=all_ranks(),
         )
         x_TD = self.embedding(ids_BS.flatten()) + different_TD
+        provide_context(self, context)
         for layer in self.layers:
-            x_TD = x_TD + layer(F.layer_norm(x_TD, (WIDTH,)), context)
+            x_TD = x_TD + layer(F.layer_norm(x_TD, (WIDTH,)))
         targets_T = ids_BS.roll(1, dims=1).flatten()
         losses_T = F.cross_entropy(self.head(x_TD), targets_T, reduction="none")
         loss = losses_T.mean()
@@ -74,7 +76,7 @@ class Model(nn.Module):
                 routing = replace(routing, losses={**routing.losses, **told})
             # Every loss that a router has, and those that can be had of it.
             for name in {*routing.losses, *router.default_loss_weights}:
-                loss = loss + 0.1 * auxiliary_loss(name, routing, context)
+                loss = loss + self.auxiliary * auxiliary_loss(name, routing, context)
         return loss
 
 

@@ -1,0 +1,128 @@
+"""What may be done to a model: compiling and exporting it, other precisions, gradients in parts."""
+
+import warnings
+
+import pytest
+import torch
+
+import routerzoo
+from routerzoo import moe_layers
+from tests.distributed.data_parallel import LENGTH, SEQUENCES, VOCABULARY, Model
+from tests.tasks.test_tasks import language, vision
+
+ALL = routerzoo.list_routers()
+
+
+@pytest.mark.parametrize("build", [language, vision])
+def test_each_task_compiles_with_each_router(router_name, build):
+    task = build(router_name).eval()
+    if not all(layer.router.compiles for layer in moe_layers(task)):
+        pytest.skip(f"{router_name} does not declare that it compiles")
+    inputs = torch.randint(256, (2, 8)) if build is language else torch.randn(2, 1, 28, 28)
+    expected, _ = task.net(inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own compiler
+        # A graph without a break returns tensors, no context.
+        compiled = torch.compile(Logits(task.net), backend="aot_eager", fullgraph=True)(inputs)
+    torch.testing.assert_close(compiled, expected, atol=1e-5, rtol=1e-5)
+
+
+class Logits(torch.nn.Module):
+    """A net whose answer is its logits alone: what another runtime has a use for."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, inputs):
+        return self.net(inputs)[0]
+
+
+@pytest.mark.parametrize("build", [language, vision])
+def test_each_task_is_exported_with_each_router(router_name, build):
+    task = build(router_name).eval()
+    inputs = torch.randint(256, (2, 8)) if build is language else torch.randn(2, 1, 28, 28)
+    expected = task.net(inputs)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own exporter
+        program = torch.export.export(Logits(task.net), (inputs,))
+    torch.testing.assert_close(program.module()(inputs), expected, atol=1e-5, rtol=1e-5)
+    other = torch.randint(256, (2, 8)) if build is language else torch.randn(2, 1, 28, 28)
+    torch.testing.assert_close(program.module()(other), task.net(other)[0], atol=1e-5, rtol=1e-5)
+
+
+def batches(number):
+    generator = torch.Generator().manual_seed(number)
+    return torch.randint(VOCABULARY, (SEQUENCES, LENGTH), generator=generator)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_router_trains_in_16_bits(name, dtype):
+    model = Model(name).train()
+    for layer in model.layers:
+        layer.router.calibrate(torch.arange(VOCABULARY) + 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16, init_scale=2.0**10)
+    losses = []
+    for step in range(20):
+        for layer in model.layers:
+            layer.router.on_step_start(step % 4, 4)
+        with torch.autocast("cpu", dtype):
+            loss = model(batches(0), 0, 0)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        for layer in model.layers:
+            layer.router.before_optimizer_step()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(float(loss.detach()))
+    assert all(value == value and abs(value) < 1e4 for value in losses)
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert scaler.get_scale() >= 2.0**10 or dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_accumulated_gradients_are_those_of_a_larger_batch(name):
+    """Auxiliary losses aside, which are of a micro-batch where they are of a batch."""
+    model = Model(name, auxiliary=0.0).double().train()
+    for layer in model.layers:
+        layer.router.calibrate(torch.arange(VOCABULARY) + 1)
+    if not all(layer.router.batch_independent for layer in model.layers):
+        pytest.skip(f"{name} routes a token by the others of its micro-batch")
+    ids_BS = batches(1)
+
+    def gradients(parts):
+        model.zero_grad()
+        size = len(ids_BS) // parts
+        for part in range(parts):
+            torch.manual_seed(0)
+            (model(ids_BS[part * size : (part + 1) * size], part * size, 0) / parts).backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    with constant_noise():
+        whole, accumulated = gradients(1), gradients(4)
+    assert whole.keys() == accumulated.keys()
+    for parameter, gradient in whole.items():
+        torch.testing.assert_close(accumulated[parameter], gradient, atol=1e-10, rtol=1e-8, msg=parameter)
+
+
+class constant_noise:
+    """Let random draws depend on nothing, for a while."""
+
+    def __enter__(self):
+        from tests.distributed.data_parallel import noise_by_place
+
+        self.patch = pytest.MonkeyPatch()
+        for owner, name in (
+            (torch, "randn_like"),
+            (torch, "rand_like"),
+            (torch.Tensor, "uniform_"),
+            (torch.Tensor, "exponential_"),
+        ):
+            self.patch.setattr(owner, name, getattr(owner, name))
+        noise_by_place()
+
+    def __exit__(self, *error):
+        self.patch.undo()
