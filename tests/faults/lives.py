@@ -35,7 +35,12 @@ def life(arguments, log, limit_bytes=None, torn=None):
             _tear(torn)
         from routerzoo.cli import main
 
-        main(arguments)
+        try:
+            main(arguments)
+        except SystemExit as ended:
+            if isinstance(ended.code, str):
+                print(ended.code)  # as the interpreter would, once the log is closed
+            raise
 
 
 def _tear(number):
