@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from routerzoo import __main__, cli, registry
+from routerzoo.checkpoints import read_checkpoint
 from routerzoo.errors import UserError
 
 CONFIG = """
@@ -298,8 +299,8 @@ def test_the_overview_needs_no_lightning(capsys):
 
 
 def test_read_checkpoint_gives_what_was_saved(run):
-    content = cli.read_checkpoint(run / "checkpoints" / "last.ckpt")
+    content = read_checkpoint(run / "checkpoints" / "last.ckpt")
     assert content["global_step"] == 4
     with pytest.raises(UserError):
-        cli.read_checkpoint(run / "config.yaml")
+        read_checkpoint(run / "config.yaml")
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["class_path"].endswith("LanguageModeling")
