@@ -219,6 +219,8 @@ class RouterZooCLI(LightningCLI):
         assert folder is not None  # `_parse_ckpt_path` chose one
         fitting = self.subcommand == "fit"
         given: Any = config["trainer"]
+        if given["strategy"] == "sharded":
+            import routerzoo.distributed.strategy  # noqa: F401  (registers the name; takes a second)
         if given["logger"] in (None, True):
             kwargs["logger"] = [
                 AppendingCSVLogger(folder, name="", version="logs"),

@@ -84,6 +84,14 @@ def test_a_run_of_one_process_goes_on_in_two(folder):
     main(["test", "--ckpt_path", str(folder / "run/checkpoints/last.ckpt"), *alone])
 
 
+def test_the_strategy_has_a_name(tmp_path):
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    (tmp_path / "shared.yaml").write_text("trainer: {devices: 2, strategy: sharded}")
+    done = fit_on_two(tmp_path / "run", "--trainer.max_steps", "2")
+    assert done.returncode == 0, done.stderr
+    assert "Trained to step 2" in done.stdout
+
+
 def test_numbers_that_do_not_divide_are_refused(folder):
     done = fit_on_two(folder / "run", "--model.num_experts", "3")
     assert "error: expert_parallel = 2 must divide num_experts = 3" in done.stderr
