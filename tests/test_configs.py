@@ -36,7 +36,7 @@ def test_a_whole_config_is_what_its_parts_make(name, capsys):
     assert parts == whole
 
 
-@pytest.mark.parametrize("trainer", ["cpu", "gpu", "ddp"])
+@pytest.mark.parametrize("trainer", ["cpu", "gpu", "ddp", "sharded", "expert-parallel"])
 @pytest.mark.parametrize("experts", ["mlp", "swiglu", "shared"])
 def test_parts_compose(trainer, experts, capsys):
     config = resolved(
