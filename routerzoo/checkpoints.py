@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import zipfile
 from pathlib import Path
 from typing import Any, final
@@ -38,9 +37,7 @@ class WholeCheckpoints(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            if path.is_dir():
-                shutil.rmtree(path)
-            part.replace(path)
+            folders.put_in_place(part, path)
         except (OSError, RuntimeError) as error:
             part.unlink(missing_ok=True)
             kept = f"; {path} is still the one before" if path.exists() else ""
@@ -49,10 +46,6 @@ class WholeCheckpoints(TorchCheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a file or a folder; with `weights_only`, whatever is asked for."""
         return read_checkpoint(Path(path))
-
-    def remove_checkpoint(self, path: Any) -> None:
-        """Remove a file or a folder."""
-        super().remove_checkpoint(path)
 
 
 def _reason(error: BaseException) -> str:

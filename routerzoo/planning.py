@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -179,7 +179,7 @@ class _MoEPart:
         shared = layer.shared_experts
         shared_size = 0 if shared is None else sum(p.numel() for p in shared.parameters() if p.ndim > 2)
         with _saved(router) as saved:
-            router.train()(x_TD.clone().requires_grad_(), replace_carry(context))
+            router.train()(x_TD.clone().requires_grad_(), replace(context, carry={}, routings={}))
         kept = saved.bytes / SAMPLE_TOKENS + _saved_by_experts(layer.experts, rows, spec.d_model)
         if shared is not None:
             kept += _saved_by_experts(shared, float(shared.spec.num_experts), spec.d_model, dispatched=False)
@@ -255,11 +255,6 @@ def _context(layer: MoE) -> RoutingContext:
         step=0,
         total_steps=1,
     )
-
-
-def replace_carry(context: RoutingContext) -> RoutingContext:
-    """Return the context as the first layer has it."""
-    return RoutingContext(**{**vars(context), "carry": {}, "routings": {}})
 
 
 class _Kept:

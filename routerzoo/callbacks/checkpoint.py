@@ -88,6 +88,11 @@ class RunCheckpoint(ModelCheckpoint):
 
         loop.on_advance_end = on_advance_end
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count from where a resumed run goes on: a part of an accumulation is no step."""
+        super().on_train_start(trainer, pl_module)
+        self._steps = trainer.global_step
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note that a step is under way."""
         self._step_is_over = False

@@ -37,9 +37,29 @@ PART, BEFORE = ".part", ".before"
 def is_folder(path: Path) -> bool:
     """Whether this is such a checkpoint; one that was being replaced when its run died gets its name back."""
     before = path.with_name(path.name + BEFORE)
-    if not path.exists() and (before / META).is_file():
+    if not path.exists() and before.exists():
         before.rename(path)
     return (path / META).is_file()
+
+
+def put_in_place(part: Path, path: Path) -> None:
+    """Give what is whole its name, and remove what had it; one of the two is there at any moment.
+
+    A file replaces a file at once. Nothing replaces a folder so, which goes out of the way first (see `is_folder`).
+    """
+    before = path.with_name(path.name + BEFORE)
+    if path.exists() and (path.is_dir() or part.is_dir()):
+        _remove(before)
+        os.rename(path, before)
+    os.replace(part, path)
+    _remove(before)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -92,7 +112,7 @@ def _refuse_code(path: Path) -> None:
 
 def save(path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write a folder, on all ranks together. One that is there is replaced once the new one is whole."""
-    part, before = path.with_name(path.name + PART), path.with_name(path.name + BEFORE)
+    part = path.with_name(path.name + PART)
     first = dist.get_rank() == 0
     if first:
         shutil.rmtree(part, ignore_errors=True)
@@ -105,13 +125,7 @@ def save(path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     dist.all_gather_object(checksums, {file.name: _checksum(file) for file in own})
     if first:
         torch.save({**meta, CHECKSUMS: {name: sum_ for sums in checksums for name, sum_ in sums.items()}}, part / META)
-        shutil.rmtree(before, ignore_errors=True)
-        if path.is_file():
-            path.unlink()
-        elif path.exists():
-            os.rename(path, before)
-        os.rename(part, path)
-        shutil.rmtree(before, ignore_errors=True)
+        put_in_place(part, path)
     dist.barrier()
 
 
