@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
@@ -21,7 +21,8 @@ TERMINATED = 143
 class RunCheckpoint(ModelCheckpoint):
     """Keeps one checkpoint under a fixed name, in a folder that a resumed run writes into again.
 
-    The latest is saved when a step is over: trained, logged and validated. SIGTERM saves it, and ends the run.
+    The latest is saved when a step is over: trained, logged and validated. SIGTERM lets the step come to its end, saves
+    it, and ends the run.
 
     Args:
         folder: where it lies.
@@ -52,8 +53,7 @@ class RunCheckpoint(ModelCheckpoint):
             save_on_train_epoch_end=False if monitor is not None else None,
         )
         self._steps = 0
-        self._step_is_over = False
-        self._validated_before: Any = None
+        self._asked_to_end = False
 
     @property
     def state_key(self) -> str:
@@ -88,14 +88,22 @@ class RunCheckpoint(ModelCheckpoint):
 
         loop.on_advance_end = on_advance_end
 
+        def on_sigterm(number: Any, frame: Any) -> None:
+            launcher = trainer.strategy.launcher
+            if launcher is not None and not self._asked_to_end:
+                launcher.kill(number)
+            self._asked_to_end = True
+
+        # Lightning's own sends the other processes a message amid whatever else they send each other, and each leaves
+        # where it stands. Here they agree at the end of a step.
+        self._asked_to_end = False
+        signals: Any = trainer._signal_connector
+        signals._sigterm_notifier_fn = on_sigterm
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from where a resumed run goes on: a part of an accumulation is no step."""
         super().on_train_start(trainer, pl_module)
         self._steps = trainer.global_step
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Note that a step is under way."""
-        self._step_is_over = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -107,33 +115,19 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _at_step_end(self, trainer: Trainer, log_and_validate: Callable[[], None]) -> None:
         steps_before = self._steps
-        asked_to_end = False
         validation: Any = trainer.fit_loop.epoch_loop.val_loop
-        self._validated_before = copy.deepcopy(validation.batch_progress)
-        try:
-            log_and_validate()
-        except SIGTERMException:
-            # Raised in the middle of validation, or when all is done.
-            if trainer.validating:
-                raise
-            asked_to_end = True
+        validated_before = copy.deepcopy(validation.batch_progress)
+        log_and_validate()
         self._steps = trainer.global_step
-        if self._steps > steps_before:  # not in the middle of an accumulation
-            self._step_is_over = True
-            if self._steps % max(self._every_n_train_steps, 1) == 0 or self._steps == trainer.max_steps:
-                with _as_in_on_train_batch_end(trainer, self._validated_before):
-                    self._save_unless_saved(trainer)
+        if self._steps == steps_before:  # in the middle of an accumulation
+            return
         # All processes, or none: a checkpoint is written together, and nobody may wait for one that has gone.
-        asked_to_end = asked_to_end or trainer.received_sigterm
-        if trainer.strategy.reduce_boolean_decision(asked_to_end, all=False):
-            raise SIGTERMException(TERMINATED)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save where a run was asked to end, if no step is half done."""
-        super().on_exception(trainer, pl_module, exception)
-        if self.monitor is None and isinstance(exception, SIGTERMException) and self._step_is_over:
-            with _as_in_on_train_batch_end(trainer, self._validated_before):
+        ends = trainer.strategy.reduce_boolean_decision(self._asked_to_end, all=False)
+        if ends or self._steps % max(self._every_n_train_steps, 1) == 0 or self._steps == trainer.max_steps:
+            with _as_in_on_train_batch_end(trainer, validated_before):
                 self._save_unless_saved(trainer)
+        if ends:
+            raise SIGTERMException(TERMINATED)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end, where it is the latest that is kept."""
@@ -149,7 +143,7 @@ class RunCheckpoint(ModelCheckpoint):
         pass
 
 
-@contextmanager
+@contextlib.contextmanager
 def _as_in_on_train_batch_end(trainer: Trainer, validated_before: Any) -> Iterator[None]:
     """Count batches as Lightning's loops do in that hook, from where they know how to resume."""
     loop: Any = trainer.fit_loop.epoch_loop

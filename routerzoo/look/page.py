@@ -14,6 +14,7 @@ from jinja2 import Environment
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from routerzoo.files import write_whole
 from routerzoo.look.drawings import expert_colours
 from routerzoo.look.observe import Observation
 
@@ -85,11 +86,7 @@ def write_page(
     template = files("routerzoo.look").joinpath("page.html.jinja").read_text(encoding="utf-8")
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(
-        page.render(title=title, layers=layers, picture=encoded, command=command, fewest=FEWEST), encoding="utf-8"
-    )
-    part.replace(path)
+    write_whole(path, page.render(title=title, layers=layers, picture=encoded, command=command, fewest=FEWEST))
 
 
 def _piece(text: str, weights_E: Tensor, palette: Sequence[str]) -> Piece:

@@ -19,6 +19,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from routerzoo.accounting import short
+from routerzoo.files import write_whole
 from routerzoo.report import pictures
 from routerzoo.report.collect import Sweep, Task, differences
 from routerzoo.report.statistics import Comparison, Interval, adjusted, compare, interval, mean_ranks
@@ -107,9 +108,7 @@ def write_report(sweep: Sweep) -> Report:
         "ranking.csv": _csv([{"router": n, **middle._asdict()} for n, middle in ranked.items()]),
     }
     for name, text in written.items():
-        part = sweep.folder / f"{name}.part"
-        part.write_text(text, encoding="utf-8")
-        part.replace(sweep.folder / name)
+        write_whole(sweep.folder / name, text)
     return Report([sweep.folder / name for name in written], content["findings"])
 
 

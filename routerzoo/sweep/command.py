@@ -20,6 +20,7 @@ import yaml
 from rich.console import Console
 
 from routerzoo.errors import UserError
+from routerzoo.files import write_whole
 from routerzoo.sweep import work
 from routerzoo.sweep.code import code_version
 from routerzoo.sweep.engine import Engine, LocalEngine
@@ -76,9 +77,7 @@ def _sweep(plan: Plan, folder: Path, workers: int, gpus: int, options: argparse.
     ledger = Ledger(folder)
     code = code_version()
     told = {"config": str(plan.path), "baseline": plan.baseline, "margin": plan.margin}
-    part = folder / f"{PLAN}.{os.getpid()}.part"
-    part.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-    part.replace(folder / PLAN)
+    write_whole(folder / PLAN, json.dumps(told, indent=2) + "\n")
     refused = _enter(plan, folder, ledger, local, code, console)
     if options.show:
         _print_commands(folder, ledger.runs(), options.threads, console)
@@ -122,9 +121,7 @@ def _enter(
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         overlay = overlays / f"{digest}.yaml"
         if not overlay.is_file():
-            part = overlay.with_suffix(f".{os.getpid()}.part")
-            part.write_text(text, encoding="utf-8")
-            part.replace(overlay)
+            write_whole(overlay, text)
         arguments = cell.arguments(overlay)
         # What a config resolves to follows from the files and from the code, whose defaults it takes.
         content = "\0".join([code, text, *(path.read_text(encoding="utf-8") for path in cell.configs)])
@@ -152,11 +149,9 @@ def _enter(
         place = folder / rows[key]["folder"]
         place.mkdir(parents=True, exist_ok=True)
         if not (place / work.CELL).is_file():
-            part = place / f"{work.CELL}.{os.getpid()}.part"
-            part.write_text(config, encoding="utf-8")
-            part.replace(place / work.CELL)
+            write_whole(place / work.CELL, config)
     ledger.plan(rows.values())
-    (folder / "refused.json").write_text(json.dumps(refused, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / "refused.json", json.dumps(refused, indent=2) + "\n")
     if refused and not rows:
         label, reason = next(iter(refused.items()))
         raise UserError(f"no run of the sweep can be made; {label}: {reason}")

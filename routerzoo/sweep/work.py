@@ -16,6 +16,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from routerzoo.files import write_whole
+
 OUTCOME = "outcome.json"
 LOG = "log.txt"
 PROGRESS = "progress.json"
@@ -76,10 +78,10 @@ def run(folder: str, test: list[str], threads: int, sweep: Connection | None = N
     place = Path(folder)
     with _lock(place) as mine:
         if not mine:
-            _write(place / OUTCOME, {"status": "waiting", "reason": TAKEN})
+            write_whole(place / OUTCOME, json.dumps({"status": "waiting", "reason": TAKEN}))
             return
         _log_into(place / LOG)
-        _write(place / OUTCOME, _outcome(place, test, threads))
+        write_whole(place / OUTCOME, json.dumps(_outcome(place, test, threads)))
 
 
 def _outcome(folder: Path, test: list[str], threads: int) -> dict[str, Any]:
@@ -87,6 +89,7 @@ def _outcome(folder: Path, test: list[str], threads: int) -> dict[str, Any]:
         import torch
 
         from routerzoo import cli
+        from routerzoo.callbacks.checkpoint import TERMINATED
         from routerzoo.cpu import tune_cpu
 
         os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -104,6 +107,8 @@ def _outcome(folder: Path, test: list[str], threads: int) -> dict[str, Any]:
         checkpoint = best if best.is_file() else last
         cli.main(["test", "--config", str(folder / CELL), *quiet, "--ckpt_path", str(checkpoint), *test])
     except SystemExit as ended:
+        if ended.code == TERMINATED:
+            return {"status": "failed", "reason": "ended by SIGTERM, and saved; --retry-failed goes on from there"}
         if ended.code not in (0, None):
             print(ended.code, file=sys.stderr)
             return {"status": "failed", "reason": _reason(str(ended.code))}
@@ -144,12 +149,6 @@ def _reason(text: str) -> str:
     """Return the last line that says something, without its mark."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return (lines[-1] if lines else "no reason given").removeprefix("error: ")
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content), encoding="utf-8")
-    part.replace(path)
 
 
 def _log_into(path: Path) -> None:

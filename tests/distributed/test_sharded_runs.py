@@ -68,6 +68,21 @@ def test_a_run_of_two_processes_that_was_killed_goes_on_in_one(folder):
     assert losses(folder / "run") == pytest.approx(losses(folder / "whole"), rel=1e-5)
 
 
+def test_all_processes_end_together_when_one_is_asked_to(folder):
+    validated = ["--trainer.val_check_interval", "4", "--trainer.check_val_every_n_epoch", "null"]
+    asked = fit_on_two(
+        folder / "run",
+        *validated,
+        "--trainer.callbacks+=tests.distributed.killed.AskedToEndInValidation",
+        "--trainer.callbacks.steps=8",
+        "--trainer.callbacks.rank=1",
+    )
+    assert "stopped by SIGTERM" in asked.stderr
+    assert asked.returncode == 143
+    fit(folder / "run", "--ckpt_path", "last", *validated)
+    assert losses(folder / "run") == pytest.approx(losses(folder / "whole"), rel=1e-5)
+
+
 def test_a_run_of_one_process_goes_on_in_two(folder):
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 8)

@@ -258,6 +258,20 @@ def test_runs_take_turns_on_gpus(tmp_path, monkeypatch):
     assert sorted((tmp_path / key / "gpu").read_text() for key in "abcd") == ["0", "0", "1", "1"]
 
 
+def test_a_run_that_was_asked_to_end_says_how_it_goes_on(tmp_path, monkeypatch):
+    def asked_to_end(arguments):
+        raise SystemExit(143)
+
+    monkeypatch.setattr("routerzoo.cli.main", asked_to_end)
+    monkeypatch.setenv("ROUTERZOO_TUNE_CPU", "0")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("ROUTERZOO_PROGRESS_FILE", "")
+    ended = work._outcome(tmp_path, [], 1)
+    assert ended["status"] == "failed"
+    assert "SIGTERM" in ended["reason"]
+    assert "--retry-failed" in ended["reason"]
+
+
 def _die(folder, test, threads, sweep, gpu):
     os.kill(os.getpid(), signal.SIGKILL)
 
