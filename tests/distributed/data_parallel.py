@@ -121,7 +121,13 @@ def train(name, how, rank, ranks):
         losses.append(float(sum_over_ranks(loss.detach(), all_ranks())) / ranks)
     tensors = {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}
     whole = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in tensors.items()}
-    return {"losses": losses, "state": {name: value.double().sum().item() for name, value in whole.items()}}
+    return {"losses": losses, "state": {name: summary(value) for name, value in whole.items()}}
+
+
+def summary(value):
+    """Return one number that tells elements apart, and their places."""
+    numbers = value.double().flatten()
+    return (numbers * torch.cos(torch.arange(len(numbers), dtype=torch.float64))).sum().item()
 
 
 def variants():
