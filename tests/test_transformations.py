@@ -6,26 +6,13 @@ import pytest
 import torch
 
 import routerzoo
-from routerzoo import moe_layers
+from routerzoo import TextClassification, moe_layers
+from routerzoo.data.labelled_text import LabelledBatch
+from tests.conftest import router_factory
 from tests.distributed.data_parallel import LENGTH, SEQUENCES, VOCABULARY, Model
 from tests.tasks.test_tasks import language, vision
 
 ALL = routerzoo.list_routers()
-
-
-@pytest.mark.parametrize("build", [language, vision])
-def test_each_task_compiles_with_each_router(router_name, build):
-    task = build(router_name).eval()
-    if not all(layer.router.compiles for layer in moe_layers(task)):
-        pytest.skip(f"{router_name} does not declare that it compiles")
-    inputs = torch.randint(256, (2, 8)) if build is language else torch.randn(2, 1, 28, 28)
-    expected, _ = task.net(inputs)
-    torch.compiler.reset()  # the same code was compiled for other routers before, of which there is a limit
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's own compiler
-        # A graph without a break returns tensors, no context.
-        compiled = torch.compile(Logits(task.net), backend="aot_eager", fullgraph=True)(inputs)
-    torch.testing.assert_close(compiled, expected, atol=1e-5, rtol=1e-5)
 
 
 class Logits(torch.nn.Module):
@@ -39,17 +26,63 @@ class Logits(torch.nn.Module):
         return self.net(inputs)[0]
 
 
-@pytest.mark.parametrize("build", [language, vision])
-def test_each_task_is_exported_with_each_router(router_name, build):
+class Labels(torch.nn.Module):
+    """The same of a classifier of texts of different lengths."""
+
+    def __init__(self, task):
+        super().__init__()
+        self.task = task
+
+    def forward(self, ids_BS, padding_mask_BS):
+        return self.task(LabelledBatch(ids_BS, padding_mask_BS, torch.zeros(len(ids_BS), dtype=torch.long)))[0]
+
+
+def texts():
+    padding_mask_BS = torch.zeros(2, 8, dtype=torch.bool)
+    padding_mask_BS[0, 5:] = True
+    return torch.randint(256, (2, 8)), padding_mask_BS
+
+
+def text_classification(router):
+    return TextClassification(
+        router=router_factory(router, top_k=2), d_model=16, num_blocks=2, num_heads=2, num_experts=4, max_length=16
+    )
+
+
+# What builds the task, what of it is transformed, and what that is given.
+TASKS = {
+    "language": (language, lambda task: Logits(task.net), lambda: (torch.randint(256, (2, 8)),)),
+    "vision": (vision, lambda task: Logits(task.net), lambda: (torch.randn(2, 1, 28, 28),)),
+    "text classification": (text_classification, Labels, texts),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_each_task_compiles_with_each_router(router_name, name):
+    build, part_of, inputs = TASKS[name]
     task = build(router_name).eval()
-    inputs = torch.randint(256, (2, 8)) if build is language else torch.randn(2, 1, 28, 28)
-    expected = task.net(inputs)[0]
+    if not all(layer.router.compiles for layer in moe_layers(task)):
+        pytest.skip(f"{router_name} does not declare that it compiles")
+    given = inputs()
+    expected = part_of(task)(*given)
+    torch.compiler.reset()  # the same code was compiled for other routers before, of which there is a limit
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own compiler
+        # A graph without a break returns tensors, no context.
+        compiled = torch.compile(part_of(task), backend="aot_eager", fullgraph=True)(*given)
+    torch.testing.assert_close(compiled, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_each_task_is_exported_with_each_router(router_name, name):
+    build, part_of, inputs = TASKS[name]
+    task = build(router_name).eval()
+    given, other = inputs(), inputs()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's own exporter
-        program = torch.export.export(Logits(task.net), (inputs,))
-    torch.testing.assert_close(program.module()(inputs), expected, atol=1e-5, rtol=1e-5)
-    other = torch.randint(256, (2, 8)) if build is language else torch.randn(2, 1, 28, 28)
-    torch.testing.assert_close(program.module()(other), task.net(other)[0], atol=1e-5, rtol=1e-5)
+        program = torch.export.export(part_of(task), given)
+    torch.testing.assert_close(program.module()(*given), part_of(task)(*given), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(program.module()(*other), part_of(task)(*other), atol=1e-5, rtol=1e-5)
 
 
 def batches(number):
