@@ -104,7 +104,7 @@ def _claims(counts_EL: Tensor, names: Sequence[str], palette: Sequence[str]) -> 
     rows = []
     for expert, colour in enumerate(palette):
         best = share_EL[expert].argsort(descending=True)[:CLAIMS_SHOWN].tolist()
-        labels = [f"{names[label]} {share_EL[expert, label]:.0%}" for label in best if share_EL[expert, label] > 0]
+        labels = [f"{names[label]} {share_EL[expert, label]:.0%}" for label in best if share_EL[expert, label] >= 0.005]
         load = float(counts_EL[expert].sum()) / max(float(counts_EL.sum()), 1.0)
         rows.append(Claim(expert, colour, f"{load:.1%}", ", ".join(labels)))
     return rows

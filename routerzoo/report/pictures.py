@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from routerzoo.report.collect import Curve, Task, over_layers
 from routerzoo.report.statistics import Interval, interval
@@ -64,10 +65,10 @@ def training(task: Task, names: Sequence[str]) -> Figure:
 
 
 COSTS = {
-    "active parameters": ("active parameters", "test", 1.0),
-    "FLOPs per token": ("FLOPs per token, forward", "test", 1.0),
-    "seconds": ("seconds of training", "fit", 1.0),
-    "peak memory, bytes": ("peak memory, GB", "fit", 1e-9),
+    "active parameters": ("active parameters", "test"),
+    "FLOPs per token": ("FLOPs per token, forward", "test"),
+    "seconds": ("seconds of training", "fit"),
+    "peak memory, bytes": ("peak memory, bytes", "fit"),
 }
 
 
@@ -75,11 +76,11 @@ def by_cost(task: Task, names: Sequence[str]) -> Figure:
     """Draw the metric against what the routers cost."""
     figure, axes = _panels(len(COSTS), width=3.0 * len(COSTS), height=3.2)
     palette = colours(names)
-    for ax, (key, (label, stage, unit)) in zip(axes, COSTS.items(), strict=True):
+    for ax, (key, (label, stage)) in zip(axes, COSTS.items(), strict=True):
         for name in names:
             runs = task.runs.get(name, {})
             costs = [run.results.get(stage, {}).get(key) for run in runs.values()]
-            known = [cost * unit for cost in costs if cost is not None]
+            known = [cost for cost in costs if cost is not None]
             if not known:
                 continue
             middle = interval(list(task.values[name].values()))
@@ -87,6 +88,8 @@ def by_cost(task: Task, names: Sequence[str]) -> Figure:
             if not math.isnan(middle.low):
                 ax.plot([np.mean(known)] * 2, [middle.low, middle.high], color=palette[name], alpha=0.6)
         ax.set(xlabel=label)
+        ax.xaxis.set_major_locator(MaxNLocator(4))
+        ax.xaxis.set_major_formatter(EngFormatter(sep=" "))
         ax.grid(alpha=0.3)
     axes[0].set(ylabel=f"{task.metric} ({_direction(task)})")
     _legend_below(figure, axes[0])
@@ -133,6 +136,8 @@ def health(task: Task, names: Sequence[str]) -> Figure | None:
         ax.set(xlabel="step")
         ax.set_title(label, fontsize=9)
         ax.grid(alpha=0.3)
+        if ax.get_ylim()[0] < 0 <= ax.dataLim.y0:  # a margin that would show what there cannot be
+            ax.set_ylim(bottom=0)
     _legend_below(figure, axes[0])
     return figure
 
