@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.optim import Optimizer
@@ -81,33 +81,45 @@ def read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
+_METADATA = "torch.distributed.checkpoint.metadata"
+_CONTENTS = {
+    (_METADATA, "Metadata"),
+    (_METADATA, "MetadataIndex"),
+    (_METADATA, "StorageMeta"),
+    (_METADATA, "TensorStorageMetadata"),
+    (_METADATA, "ChunkStorageMetadata"),
+    (_METADATA, "BytesStorageMetadata"),
+    (_METADATA, "TensorProperties"),
+    (_METADATA, "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+}
+"""What a table of contents names. Not whole modules, which have other modules and their functions for attributes."""
+
+
 class _Plain(pickle.Unpickler):
     """Reads a checkpoint's table of contents, whose classes are torch's own, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        known = module in (
-            "torch.distributed.checkpoint.metadata",
-            "torch.distributed.checkpoint.filesystem",
-            "torch._C",
-            "torch.serialization",
-        ) or (module, name) in {
-            *(("torch", kind) for kind in ("Size", "device", "dtype", "memory_format", "layout", "contiguous_format")),
-            ("torch._utils", "_rebuild_dtype"),
-            *(("pathlib", kind) for kind in ("Path", "PosixPath", "PurePosixPath")),
-            *(("collections", kind) for kind in ("OrderedDict", "defaultdict")),
-            *(("builtins", kind) for kind in ("set", "frozenset", "dict", "list", "tuple")),
-        }
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            known = True
-        if not known or "." in name:
-            raise pickle.UnpicklingError(f"its table of contents names {module}.{name}, which is no part of one")
-        return super().find_class(module, name)
+        if (module, name) in _CONTENTS:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        raise pickle.UnpicklingError(f"its table of contents names {module}.{name}, which is no part of one")
 
 
 def _refuse_code(path: Path) -> None:
     # torch reads this file with plain pickle.
     with path.open("rb") as file:
         _Plain(file).load()
+
+
+class _Writer(FileSystemWriter):
+    """Torch's, but its table of contents names no path, whose class has another name from one Python to the next."""
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()
 
 
 def save(path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -118,7 +130,7 @@ def save(path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     dist.barrier()
-    save_tensors(tensors, storage_writer=FileSystemWriter(part))
+    save_tensors(tensors, storage_writer=_Writer(part))
     # Each process reads what it has written; the first one the table of contents.
     own = [*part.glob(f"__{dist.get_rank()}_*"), *([part / ".metadata"] if first else [])]
     checksums: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]

@@ -1,5 +1,6 @@
 """Damaged and hostile files: refused in one sentence that names the file, or read as what they were."""
 
+import contextlib
 import pickle
 import random
 import shutil
@@ -121,6 +122,15 @@ def test_no_checkpoint_runs_code(tmp_path, folder):
     assert not trace.exists()
 
 
+@pytest.mark.parametrize(
+    "name", ["torch.serialization _load", "torch.serialization pickle", "torch load", f"{folders.__name__} shutil"]
+)
+def test_a_table_of_contents_names_its_classes_and_nothing_that_lies_beside_them(folder, name):
+    (folder / ".metadata").write_bytes(f"c{name}\n.".replace(" ", "\n").encode())
+    with pytest.raises(UserError, match="which is no part of one"):
+        read_checkpoint(folder)
+
+
 def test_encoded_corpora(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat\n" * 50)
@@ -172,7 +182,7 @@ def test_sweep_stores(tmp_path):
     for number in range(3):
         run = ledger.claim("code")
         ledger.finish(run.key, "finished", results={"test": {"bpb": 1.5 + number}})
-    with sqlite3.connect(ledger.path) as database:
+    with contextlib.closing(sqlite3.connect(ledger.path)) as database, database:
         database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         database.execute("PRAGMA journal_mode = DELETE")
     whole, draw, refused = ledger.path.read_bytes(), random.Random(1), 0
