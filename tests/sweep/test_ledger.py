@@ -1,5 +1,6 @@
 """The ledger loses nothing, and gives a run to one sweep alone."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -86,7 +87,7 @@ def test_the_runs_of_another_machine_are_taken_over_when_it_is_silent(tmp_path):
     ledger = Ledger(tmp_path)
     ledger.plan([row("a")])
     for age, expected in ((LEASE_SECONDS - 60, None), (LEASE_SECONDS + 1, "a")):
-        with sqlite3.connect(tmp_path / FILE) as database:
+        with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as database, database:
             database.execute(
                 "UPDATE runs SET status = 'running', owner = 'elsewhere:1:2', heartbeat = ?", (time.time() - age,)
             )
