@@ -14,6 +14,13 @@ from routerzoo import LayerSpec, RoutingContext
 SPEC = LayerSpec(d_model=16, num_experts=8, vocab_size=40, num_positions=64)
 
 
+def pytest_runtest_setup(item):
+    for mark in item.iter_markers("gpu"):
+        needed = mark.args[0] if mark.args else 1
+        if torch.cuda.device_count() < needed:
+            pytest.skip(f"needs {needed} GPU, found {torch.cuda.device_count()}")
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

@@ -92,18 +92,20 @@ def batches(number):
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_router_trains_in_16_bits(name, dtype):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_every_router_trains_in_16_bits(name, dtype, device):
     model = Model(name).train()
     for layer in model.layers:
         layer.router.calibrate(torch.arange(VOCABULARY) + 1)
+    model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
-    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16, init_scale=2.0**10)
+    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16, init_scale=2.0**10)
     losses = []
     for step in range(20):
         for layer in model.layers:
             layer.router.on_step_start(step % 4, 4)
-        with torch.autocast("cpu", dtype):
-            loss = model(batches(0), 0, 0)
+        with torch.autocast(device, dtype):
+            loss = model(batches(0).to(device), 0, 0)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         for layer in model.layers:

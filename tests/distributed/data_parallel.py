@@ -1,7 +1,7 @@
 """Train a small model with each router on this process's share of a batch, and write its losses down.
 
-Run as many times at once as there are ranks: python -m tests.distributed.data_parallel HOW RANK RANKS PORT FILE, where
-HOW is ddp, fsdp, or the number of ranks that share experts.
+Run as many times at once as there are ranks: python -m tests.distributed.data_parallel HOW RANK RANKS PORT FILE DEVICE,
+where HOW is ddp, fsdp, or the number of ranks that share experts, and DEVICE cpu or cuda.
 """
 # Shape suffixes: T tokens, B sequences, S tokens of a sequence, D model width.
 
@@ -45,13 +45,13 @@ class Model(nn.Module):
         self.head = nn.Linear(WIDTH, VOCABULARY)
 
     def forward(self, ids_BS, first, step):
-        batch = len(ids_BS)
-        tokens = torch.arange(batch * LENGTH)
+        batch, device = len(ids_BS), ids_BS.device
+        tokens = torch.arange(batch * LENGTH, device=device)
         own = slice(first * LENGTH, (first + batch) * LENGTH)
         drawn, dtype = torch.Generator().manual_seed(step), self.head.weight.dtype
-        attention = torch.randn(SEQUENCES * LENGTH, 2, LENGTH, dtype=dtype, generator=drawn)
+        attention = torch.randn(SEQUENCES * LENGTH, 2, LENGTH, dtype=dtype, generator=drawn).to(device)
         # No two tokens are the same: an assignment would break ties by the last bit.
-        different_TD = torch.randn(SEQUENCES * LENGTH, WIDTH, dtype=dtype, generator=drawn)[own]
+        different_TD = torch.randn(SEQUENCES * LENGTH, WIDTH, dtype=dtype, generator=drawn)[own].to(device)
         context = RoutingContext(
             token_ids=ids_BS.flatten(),
             positions=tokens % LENGTH,
@@ -88,7 +88,7 @@ def noise_by_place():
     torch.Tensor.exponential_ = lambda x, rate=1.0, **options: x.fill_(1 / rate)
 
 
-def train(name, how, rank, ranks):
+def train(name, how, rank, ranks, device):
     torch.manual_seed(0)
     model = Model(name).double().train()
     with torch.no_grad():
@@ -96,11 +96,11 @@ def train(name, how, rank, ranks):
             parameter.add_(0.3 * torch.randn(parameter.shape))
     for layer in model.layers:
         layer.router.calibrate(torch.arange(VOCABULARY) + 1)
-    parallel = model
+    parallel = model.to(device)
     if ranks > 1 and how == "ddp":
         parallel = DistributedDataParallel(model)
     elif ranks > 1:
-        shard_model(model, init_device_mesh("cpu", (ranks,)), 1 if how == "fsdp" else int(how))
+        shard_model(model, init_device_mesh(device.type, (ranks,)), 1 if how == "fsdp" else int(how))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     share = SEQUENCES // ranks
     losses = []
@@ -110,7 +110,7 @@ def train(name, how, rank, ranks):
             layer.router.on_step_start(step, STEPS)
         first = rank * share
         torch.manual_seed(step)
-        loss = parallel(ids_BS[first : first + share], first, step)
+        loss = parallel(ids_BS[first : first + share].to(device), first, step)
         optimizer.zero_grad()
         loss.backward()
         if ranks > 1 and how != "ddp":
@@ -126,7 +126,7 @@ def train(name, how, rank, ranks):
 
 def summary(value):
     """Return one number that tells elements apart, and their places."""
-    numbers = value.double().flatten()
+    numbers = value.double().flatten().cpu()
     return (numbers * torch.cos(torch.arange(len(numbers), dtype=torch.float64))).sum().item()
 
 
@@ -142,17 +142,22 @@ def variants():
     }
 
 
-def main(how, rank, ranks, port, file):
+def main(how, rank, ranks, port, file, kind):
     torch.set_num_threads(1)
+    device = torch.device("cpu") if kind == "cpu" else torch.device("cuda", rank)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
     routerzoo.registry.load_plugins()
     if ranks > 1:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        dist.init_process_group("gloo", rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
+        dist.init_process_group(
+            "gloo" if kind == "cpu" else "nccl", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
+        )
     noise_by_place()
     results = {}
     for label, router in ({name: name for name in routerzoo.list_routers()} | variants()).items():
         try:
-            results[label] = train(router, how, rank, ranks)
+            results[label] = train(router, how, rank, ranks, device)
         except UserError as error:
             results[label] = {"refused": str(error)}
     if rank == 0:
@@ -163,4 +168,4 @@ def main(how, rank, ranks, port, file):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5], sys.argv[6])

@@ -17,11 +17,12 @@ def free_port():
         return one.getsockname()[1]
 
 
-def started(module, how, ranks, folder):
+def started(module, how, ranks, folder, device="cpu"):
     port, file = free_port(), folder / f"{how}-{ranks}.json"
     command = [sys.executable, "-m", module, how]
     processes = [
-        subprocess.Popen([*command, str(rank), str(ranks), str(port), str(file)], cwd=ROOT) for rank in range(ranks)
+        subprocess.Popen([*command, str(rank), str(ranks), str(port), str(file), device], cwd=ROOT)
+        for rank in range(ranks)
     ]
     return file, processes
 
@@ -40,10 +41,7 @@ def one(tmp_path_factory):
     return finished(*started("tests.distributed.data_parallel", "ddp", 1, tmp_path_factory.mktemp("one")))
 
 
-# Replicated; sharded by FSDP2; two ranks that share experts; four, of which each two share experts and shard them.
-@pytest.mark.parametrize(("how", "ranks"), [("ddp", 2), ("fsdp", 2), ("2", 2), ("2", 4)])
-def test_every_router_has_the_losses_and_parameters_of_one_process(one, how, ranks, tmp_path):
-    several = finished(*started("tests.distributed.data_parallel", how, ranks, tmp_path))
+def assert_like_one_process(one, several, how):
     refused = {name for name, result in several.items() if "refused" in result}
     # Where experts are merged, there is none to send a token to.
     assert refused == ({"SMEARRouter"} if how == "2" else set())
@@ -52,6 +50,20 @@ def test_every_router_has_the_losses_and_parameters_of_one_process(one, how, ran
         assert several[name]["losses"] == pytest.approx(one[name]["losses"], rel=1e-10), name
         assert several[name]["state"] == pytest.approx(one[name]["state"], rel=1e-9, abs=1e-10), name
     assert {"LinearRouter", "StableMoERouter", "loss-free", "transport"} <= set(one)
+
+
+# Replicated; sharded by FSDP2; two ranks that share experts; four, of which each two share experts and shard them.
+@pytest.mark.parametrize(("how", "ranks"), [("ddp", 2), ("fsdp", 2), ("2", 2), ("2", 4)])
+def test_every_router_has_the_losses_and_parameters_of_one_process(one, how, ranks, tmp_path):
+    several = finished(*started("tests.distributed.data_parallel", how, ranks, tmp_path))
+    assert_like_one_process(one, several, how)
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "2"])
+def test_so_it_does_on_gpus(one, how, tmp_path):
+    several = finished(*started("tests.distributed.data_parallel", how, 2, tmp_path, "cuda"))
+    assert_like_one_process(one, several, how)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -1,7 +1,7 @@
 """Compute one MoE layer on several processes, of which some have few tokens or none, and compare it with one process.
 
-Run as many times at once as there are ranks: python -m tests.distributed.uneven_loads HOW RANK RANKS PORT FILE, where
-HOW is the name of the experts.
+Run as many times at once as there are ranks: python -m tests.distributed.uneven_loads HOW RANK RANKS PORT FILE cpu,
+where HOW is the name of the experts.
 """
 # Shape suffixes: T tokens, D model width.
 
