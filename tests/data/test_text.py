@@ -81,6 +81,11 @@ def test_a_published_set_is_downloaded_checked_and_cut(server, tmp_path, monkeyp
     data = TextData("tiny", root=str(tmp_path / "root"), sequence_length=8, batch_size=2)
     assert [len(data.stream(split)) for split in ("train", "val", "test")] == [80, 10, 10]
     assert data.metric == "bpc"
+    part = TextData("tiny", root=str(tmp_path / "root"), max_bytes=60, sequence_length=8, batch_size=2)
+    assert [bytes(part.stream(split)) for split in ("train", "val", "test")] == [content[:54], b"efg", b"hij"]
+    assert part.metric == "bpc"
+    with pytest.raises(UserError, match=r"max_bytes is 101, and .*tiny has only 100 bytes"):
+        TextData("tiny", root=str(tmp_path / "root"), max_bytes=101).stream("train")
     broken = TextSet(
         "bytes", "bpc", ("tiny",), ((f"{address}/tiny.zip",),), (sha256(b"other"),), "tiny.zip", splits=(80, 90)
     )
@@ -88,6 +93,15 @@ def test_a_published_set_is_downloaded_checked_and_cut(server, tmp_path, monkeyp
     with pytest.raises(UserError, match="is not the published file"):
         TextData("tiny", root=str(tmp_path / "other")).stream("train")
     assert not (tmp_path / "other" / "language" / "tiny" / "tiny").exists()
+
+
+def test_a_part_is_taken_of_one_file_only(tmp_path):
+    for split in ("train", "val", "test"):
+        (tmp_path / f"{split}.txt").write_text("some words\n")
+    with pytest.raises(UserError, match=r"max_bytes cuts a corpus in one file, and .* has three"):
+        TextData(str(tmp_path), max_bytes=5).stream("train")
+    with pytest.raises(UserError, match="max_bytes must be at least 1, got 0"):
+        TextData(max_bytes=0)
 
 
 def test_published_sets_have_checksums_and_splits():
