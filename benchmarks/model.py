@@ -37,6 +37,7 @@ from routerzoo import LinearRouter, MLPExperts, MoE, RoutingContext, sparsify, t
 from routerzoo.losses import auxiliary_loss
 from routerzoo.models.decoder import Decoder
 from routerzoo.moe import moe_layers
+from routerzoo.tasks.optimization import use_fused_kernel
 
 WIDTH, BLOCKS, HEADS, EXPERTS, HIDDEN, TOP_K, LENGTH, VOCABULARY = 256, 4, 8, 16, 512, 2, 512, 256
 Step = Callable[[], None]
@@ -101,7 +102,8 @@ def training_step(options: argparse.Namespace) -> list[str]:
 def first_step(options: argparse.Namespace) -> list[str]:
     """Time to the first step."""
     program = (
-        "import routerzoo.cli, torch, sys; sys.path.insert(0, 'benchmarks'); import argparse, model; "
+        "import routerzoo.startup\nwith routerzoo.startup.quick_imports():\n    import routerzoo.cli\n"
+        "import argparse, sys; sys.path.insert(0, 'benchmarks'); import model; "
         "model.decoder_step(model.EXPERTS, argparse.Namespace(device='cpu', sequences=1))()"
     )
     plain = "import torch, lightning.pytorch, torchmetrics, jsonargparse, timm"
@@ -217,6 +219,7 @@ def auxiliary(context: RoutingContext) -> Tensor | float:
 def optimised(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
     """Return a step that takes a loss down."""
     optimizer = torch.optim.AdamW(model.parameters())
+    use_fused_kernel(optimizer)
 
     def step() -> None:
         loss().backward()

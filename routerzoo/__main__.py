@@ -58,12 +58,14 @@ def main(args: Sequence[str] | None = None) -> None:
 
         report(args[1:])
     else:
+        from routerzoo.startup import quick_imports
+
         if owns_process and os.environ.get("ROUTERZOO_TUNE_CPU", "1") != "0":
             from routerzoo.cpu import tune_cpu
 
             tune_cpu()
-        from routerzoo.cli import main as run
-
+        with quick_imports():
+            from routerzoo.cli import main as run
         run(args)
 
 

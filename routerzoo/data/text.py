@@ -368,9 +368,7 @@ def _own_files(dataset: str) -> list[Path]:
 def _cut(paths: Sequence[Path], cuts: tuple[float, float], max_bytes: int | None) -> dict[str, list[Span]]:
     if len(paths) == len(SPLITS):
         if max_bytes is not None:
-            raise UserError(
-                f"max_bytes cuts a corpus in one file, and {paths[0].parent} has three: leave it out"
-            )
+            raise UserError(f"max_bytes cuts a corpus in one file, and {paths[0].parent} has three: leave it out")
         return {split: [Span(path)] for split, path in zip(SPLITS, paths, strict=True)}
     size = paths[0].stat().st_size
     if max_bytes is not None:

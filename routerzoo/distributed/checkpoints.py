@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.optim import Optimizer
 
 from routerzoo.errors import UserError
+from routerzoo.tasks.optimization import EXECUTION
 
 META = "meta.pt"
 STATE, OPTIMIZER, CHECKSUMS = "state_dict", "optimizer", "checksums"
@@ -247,9 +248,8 @@ def by_number(state: dict[str, Any], groups: list[dict[str, Any]], model: nn.Mod
     for group in groups:
         members = [names[parameter] for parameter in group["params"]]
         known: dict[str, Any] = next((options[name] for name in members if name in options), {})
-        # How an optimiser computes is no state: groups that are spread over ranks set this for themselves.
-        options_here = {key: value for key, value in known.items() if key != "foreach"}
-        here = {key: group[key] for key in ("foreach",) if key in group}
+        options_here = {key: value for key, value in known.items() if key not in EXECUTION}
+        here = {key: group[key] for key in EXECUTION if key in group}
         renumbered.append({**options_here, **here, "params": [numbers[name] for name in members]})
     return {"state": {numbers[n]: v for n, v in state["state"].items() if n in numbers}, "param_groups": renumbered}
 

@@ -27,9 +27,11 @@ TAKEN = "another process is at this run"
 
 def preload() -> None:
     """Import what every run needs, once, in the server that runs are forked from."""
-    import routerzoo.cli  # noqa: F401
     from routerzoo import registry
+    from routerzoo.startup import quick_imports
 
+    with quick_imports():
+        import routerzoo.cli  # noqa: F401
     registry.load_plugins()
 
 

@@ -26,7 +26,7 @@ from routerzoo.logit_scale import match_logit_std
 from routerzoo.losses import auxiliary_loss
 from routerzoo.moe import moe_layers
 from routerzoo.routing import RoutingContext
-from routerzoo.tasks.optimization import WarmupCosine, parameter_groups
+from routerzoo.tasks.optimization import EXECUTION, WarmupCosine, parameter_groups, use_fused_kernel
 
 SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
 
@@ -220,6 +220,12 @@ class MoETask(LightningModule, ABC):
         """Step, total steps and the processes that train together, as the routers see them."""
         return {"step": self.global_step, "total_steps": self.total_steps, "process_group": all_ranks()}
 
+    def on_train_start(self) -> None:
+        """Choose how the optimiser computes, when a resumed run has its state."""
+        if not self.is_sharded:
+            for optimizer in self.trainer.optimizers:
+                use_fused_kernel(optimizer)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Tell the routers that a step starts; the first one of a resumed run takes its random state up."""
         if self._random_state is not None:
@@ -245,7 +251,7 @@ class MoETask(LightningModule, ABC):
         groups = parameter_groups(self)
         if self.is_sharded:
             # Optimisers take parameters together that are spread alike; these are not.
-            groups = [{**group, "foreach": False} for group in groups]
+            groups = [{**group, **dict.fromkeys(EXECUTION, False)} for group in groups]
         optimizer = self.optimizer(groups)
         scheduler = self.lr_scheduler(optimizer, self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

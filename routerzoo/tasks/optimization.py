@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -39,6 +40,36 @@ class WarmupCosine(LambdaLR):
             return final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * progress))
 
         super().__init__(optimizer, share)
+
+
+EXECUTION = ("foreach", "fused")
+"""Options of an optimiser that say how it computes. They are no part of its state: a run that goes on sets its own."""
+# Where torch has fused kernels, and they are known to work here.
+FUSED_DEVICES = ("cpu", "cuda")
+
+
+def use_fused_kernel(optimizer: Optimizer) -> None:
+    """Let an optimiser update each parameter in one pass over memory, if torch can and the user has not chosen.
+
+    With many experts most parameters are theirs, and all of them are updated in every step, whatever was chosen: AdamW
+    over 17 million parameters takes 30 ms instead of 109 ms on one CPU core. torch does this only when asked.
+
+    Args:
+        optimizer: changed in place, after its state was loaded.
+    """
+    chosen = optimizer.defaults
+    if "fused" not in chosen or any(chosen.get(name) is not None for name in EXECUTION) or chosen.get("differentiable"):
+        return
+    for group in optimizer.param_groups:
+        parameters: list[nn.Parameter] = group["params"]
+        if not all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in parameters):
+            continue
+        group["fused"] = True
+        for parameter in parameters:
+            step = optimizer.state[parameter].get("step") if parameter in optimizer.state else None
+            if isinstance(step, torch.Tensor):
+                # An optimiser that is not fused keeps this number on the CPU.
+                optimizer.state[parameter]["step"] = step.to(device=parameter.device, dtype=torch.float32)
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

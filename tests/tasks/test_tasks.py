@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from routerzoo import ImageClassification, ImageData, LanguageModeling, TextData, moe_layers
 from routerzoo.callbacks import KSchedule
 from routerzoo.errors import UserError
-from routerzoo.tasks.optimization import WarmupCosine, parameter_groups
+from routerzoo.tasks.optimization import WarmupCosine, parameter_groups, use_fused_kernel
 from tests.conftest import router_factory
 
 QUIET = {
@@ -161,6 +161,50 @@ def test_weight_decay_spares_norms_biases_and_embeddings():
     text = language("LinearRouter")
     decayed, spared = (group["params"] for group in parameter_groups(text.net))
     assert any(p is text.net.embedding.weight for p in spared)  # tied with the output layer
+
+
+def test_optimisers_are_fused_where_the_user_has_not_chosen():
+    torch.manual_seed(0)
+    start = torch.randn(7, 5, dtype=torch.float64)
+    gradients = torch.randn(6, 7, 5, dtype=torch.float64)
+
+    def train(fused_from: int | None, **options) -> tuple[torch.Tensor, torch.optim.Optimizer]:
+        parameter = torch.nn.Parameter(start.clone())
+        optimizer = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.1, **options)
+        for number, gradient in enumerate(gradients):
+            if number == fused_from:
+                use_fused_kernel(optimizer)
+            parameter.grad = gradient
+            optimizer.step()
+        return parameter.detach(), optimizer
+
+    expected, plain = train(None)
+    assert plain.param_groups[0]["fused"] is None
+    for fused_from in (0, 3):  # from the start, and with a state that another kernel has made
+        result, optimizer = train(fused_from)
+        assert optimizer.param_groups[0]["fused"] is True
+        torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+    for choice in ({"foreach": True}, {"fused": False}):
+        result, optimizer = train(0, **choice)
+        assert not optimizer.param_groups[0]["fused"]
+    without = torch.optim.Rprop([torch.nn.Parameter(start.clone())])
+    use_fused_kernel(without)
+    assert "fused" not in without.param_groups[0]
+
+
+def test_a_run_is_fused_also_when_it_goes_on(tmp_path):
+    trainer = Trainer(**QUIET, max_steps=1, limit_val_batches=0, enable_checkpointing=False)
+    trainer.fit(language("LinearRouter"), text_data())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    groups = saved["optimizer_states"][0]["param_groups"]
+    assert [group["fused"] for group in groups] == [True, True]
+    for group in groups:  # as a run on several processes saves it
+        group["fused"] = False
+    torch.save(saved, tmp_path / "b.ckpt")
+    again = Trainer(**QUIET, max_steps=2, limit_val_batches=0, enable_checkpointing=False)
+    again.fit(language("LinearRouter"), text_data(), ckpt_path=tmp_path / "b.ckpt")
+    assert [group["fused"] for group in again.optimizers[0].param_groups] == [True, True]
 
 
 def test_the_learning_rate_warms_up_and_falls():
