@@ -57,7 +57,7 @@ def main() -> None:
     machine = torch.cuda.get_device_name() if options.device == "cuda" else cpu_name()
     told = [
         f"{machine}, {torch.get_num_threads()} thread(s), float32, torch {torch.__version__}.",
-        f"Command: `python benchmarks/model.py {' '.join(sys.argv[1:])}`".replace(" `", "`"),
+        f"Command: `{' '.join(['python', 'benchmarks/model.py', *sys.argv[1:]])}`",
     ]
     for name in options.only:
         told += ["", f"## {PARTS[name].__doc__}", "", *PARTS[name](options)]

@@ -17,6 +17,18 @@ from routerzoo.callbacks.report import LOWER_IS_BETTER
 from routerzoo.errors import UserError
 from routerzoo.sweep.ledger import FILE, Ledger, Run
 
+# What a report says of the routing, in words, by the name of the log's column.
+HEALTH = {
+    "load_max": "most loaded expert, relative to the mean",
+    "load_entropy": "entropy of the load",
+    "dead_experts": "experts without tokens",
+    "gate_entropy": "entropy of the gate",
+    "collapse": "X-MoE's measure of collapse (smaller is more collapsed)",
+}
+STABILITY = {
+    "fluctuation": "tokens' experts that changed since the last record",
+    "saturation": "final experts that a token has already",
+}
 HEADLINES = ("bpb", "bpc", "ppl", "accuracy", "loss")
 Curve = list[tuple[float, float]]
 
@@ -43,6 +55,16 @@ class Task:
     def lower_is_better(self) -> bool:
         """Of the metric."""
         return self.metric in LOWER_IS_BETTER
+
+    def routing(self, variant: str) -> dict[str, dict[int, Curve]]:
+        """Return what a variant's routers do over training, as means over layers, by what it is called and seed."""
+        panels = [("val", metric, label) for metric, label in HEALTH.items()]
+        panels += [("stability", metric, label) for metric, label in STABILITY.items()]
+        seeds = self.curves.get(variant, {})
+        return {
+            label: {seed: curve for seed, curves in seeds.items() if (curve := over_layers(curves, stage, metric))}
+            for stage, metric, label in panels
+        }
 
 
 @dataclass(frozen=True)
@@ -146,6 +168,12 @@ def read_curves(folder: Path) -> dict[str, Curve]:
         for name in ("fluctuation", "saturation", "settled"):
             curves[f"stability/moe{layer}/{name}"] = list(zip(record["steps"], record[name], strict=True))
     return dict(curves)
+
+
+def tested_k(run: Run, metric: str) -> Curve:
+    """Return a metric of one checkpoint by the k that it was tested with; nothing where that was one alone."""
+    rows = run.results.get("test", {}).get("by k", [])
+    return sorted((float(row["k"]), float(row[metric])) for row in rows)
 
 
 def over_layers(curves: Mapping[str, Curve], stage: str, metric: str) -> Curve:

@@ -7,6 +7,7 @@ import io
 import math
 import re
 import shlex
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -21,7 +22,7 @@ from matplotlib.figure import Figure
 from routerzoo.accounting import short
 from routerzoo.files import write_whole
 from routerzoo.report import pictures
-from routerzoo.report.collect import Sweep, Task, differences
+from routerzoo.report.collect import Sweep, Task, differences, tested_k
 from routerzoo.report.statistics import Comparison, Interval, adjusted, compare, interval, mean_ranks
 from routerzoo.sweep.ledger import Run
 from routerzoo.sweep.work import CELL, LOG
@@ -55,12 +56,22 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Table:
+    """Numbers behind a picture; texts as they are shown, the first of each row a variant."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
 class Section:
     """A task."""
 
     task: Task
     rows: Sequence[Row]
     pictures: Sequence[Picture]
+    tables: Sequence[Table]
 
 
 class Report(NamedTuple):
@@ -76,7 +87,12 @@ def write_report(sweep: Sweep) -> Report:
     names = variants(sweep)
     compared = {task.name: comparisons(sweep, task) for task in sweep.tasks}
     sections = [
-        Section(task, _rows(sweep, task, names, compared[task.name]), _pictures(sweep, task, names, command))
+        Section(
+            task,
+            _rows(sweep, task, names, compared[task.name]),
+            _pictures(sweep, task, names, command),
+            [table for table in (_table_by_k(task, names), _table_of_routing(task, names)) if table.rows],
+        )
         for task in sweep.tasks
     ]
     tables = {task.name: task.values for task in sweep.tasks}
@@ -106,6 +122,8 @@ def write_report(sweep: Sweep) -> Report:
         "runs.csv": _csv(_run_rows(sweep)),
         "comparisons.csv": _csv(_comparison_rows(sweep, compared)),
         "ranking.csv": _csv([{"router": n, **middle._asdict()} for n, middle in ranked.items()]),
+        "by_k.csv": _csv(_by_k_rows(sweep)),
+        "curves.csv": _csv(_curve_rows(sweep)),
     }
     for name, text in written.items():
         write_whole(sweep.folder / name, text)
@@ -222,6 +240,35 @@ def _pictures(sweep: Sweep, task: Task, names: Sequence[str], command: str) -> l
     return [_picture(title, f"{caption} Made by: {command}", figure) for title, caption, figure in drawn if figure]
 
 
+def _table_by_k(task: Task, names: Sequence[str]) -> Table:
+    """Return the metric of one checkpoint a run by the k that it was tested with, means and intervals over seeds."""
+    by_variant: dict[str, dict[float, list[float]]] = {}
+    for name in names:
+        for run in task.runs.get(name, {}).values():
+            for k, value in tested_k(run, task.metric):
+                by_variant.setdefault(name, {}).setdefault(k, []).append(value)
+    tested = sorted({k for found in by_variant.values() for k in found})
+    rows = [
+        (name, *(_shown(interval(found[k])) if k in found else "" for k in tested))
+        for name, found in by_variant.items()
+    ]
+    return Table(f"{task.metric} by the k of the test", [f"k = {k:g}" for k in tested], rows)
+
+
+def _table_of_routing(task: Task, names: Sequence[str]) -> Table:
+    """Return what the routers do when training ends, means over layers and seeds."""
+    by_variant = {name: task.routing(name) for name in names if name in task.runs}
+    labels = [label for label in next(iter(by_variant.values()), {}) if any(v[label] for v in by_variant.values())]
+    rows = [
+        (
+            name,
+            *(f"{statistics.mean(c[-1][1] for c in v[label].values()):.3f}" if v[label] else "" for label in labels),
+        )
+        for name, v in by_variant.items()
+    ]
+    return Table("Routing when training ends, on the validation split", labels, rows if labels else [])
+
+
 def _picture(title: str, caption: str, figure: Figure) -> Picture:
     text = io.StringIO()
     # Equal pictures give equal files.
@@ -275,6 +322,35 @@ def _comparison_rows(sweep: Sweep, compared: Mapping[str, Mapping[str, Compariso
                     "verdict": comparison.verdict,
                 }
             rows.append(row)
+    return rows
+
+
+def _by_k_rows(sweep: Sweep) -> list[dict[str, Any]]:
+    known = ("k", "active parameters", "FLOPs per token")
+    return [
+        {"task": task.name, "variant": variant, "seed": seed}
+        | {name: row.get(name, "") for name in known}
+        | {"metric": task.metric, "value": row[task.metric]}
+        for task in sweep.tasks
+        for variant, by_seed in task.runs.items()
+        for seed, run in by_seed.items()
+        for row in run.results.get("test", {}).get("by k", [])
+    ]
+
+
+def _curve_rows(sweep: Sweep) -> list[dict[str, Any]]:
+    """Return the points of all curves that are drawn over training."""
+    rows = []
+    for task in sweep.tasks:
+        name = f"validation {task.metric}"
+        for variant, by_seed in task.curves.items():
+            drawn = {name: {seed: curves.get(f"val/{task.metric}", []) for seed, curves in by_seed.items()}}
+            rows += [
+                {"task": task.name, "variant": variant, "seed": seed, "curve": label, "step": int(step), "value": value}
+                for label, curves in (drawn | task.routing(variant)).items()
+                for seed, curve in curves.items()
+                for step, value in curve
+            ]
     return rows
 
 

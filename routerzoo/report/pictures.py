@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -12,20 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from routerzoo.report.collect import Curve, Task, over_layers
+from routerzoo.report.collect import Curve, Task, tested_k
 from routerzoo.report.statistics import Interval, interval
-
-HEALTH = {
-    "load_max": "most loaded expert,\nrelative to the mean",
-    "load_entropy": "entropy of the load",
-    "dead_experts": "experts without tokens",
-    "gate_entropy": "entropy of the gate",
-    "collapse": "X-MoE's measure of collapse\n(smaller is more collapsed)",
-}
-STABILITY = {
-    "fluctuation": "tokens' experts that\nchanged since the last record",
-    "saturation": "final experts that\na token has already",
-}
 
 
 def colours(names: Sequence[str]) -> dict[str, tuple[float, ...]]:
@@ -101,10 +90,7 @@ def by_k(task: Task, names: Sequence[str]) -> Figure | None:
     figure, (ax,) = _panels(1, width=7.0, height=3.6)
     palette, drawn = colours(names), False
     for name in names:
-        curves = []
-        for run in task.runs.get(name, {}).values():
-            rows = run.results.get("test", {}).get("by k", [])
-            curves.append(sorted((float(row["k"]), float(row[task.metric])) for row in rows))
+        curves = [tested_k(run, task.metric) for run in task.runs.get(name, {}).values()]
         if any(curves):
             _band(ax, curves, name, palette[name])
             drawn = True
@@ -118,15 +104,12 @@ def by_k(task: Task, names: Sequence[str]) -> Figure | None:
 def health(task: Task, names: Sequence[str]) -> Figure | None:
     """Draw what the routers do over training, on the validation split, as means over layers and seeds."""
     palette = colours(names)
-    panels: list[tuple[str, str, str]] = [("val", metric, label) for metric, label in HEALTH.items()]
-    panels += [("stability", metric, label) for metric, label in STABILITY.items()]
-    known = []
-    for stage, metric, label in panels:
-        curves = {
-            name: [over_layers(seed, stage, metric) for seed in task.curves.get(name, {}).values()] for name in names
-        }
-        if any(any(seeds) for seeds in curves.values()):
-            known.append((label, curves))
+    by_variant = {name: task.routing(name) for name in names}
+    known = [
+        (label, {name: list(found[label].values()) for name, found in by_variant.items()})
+        for label in next(iter(by_variant.values()), {})
+        if any(found[label] for found in by_variant.values())
+    ]
     if not known:
         return None
     figure, axes = _panels(len(known), width=9.0, height=2.6 * math.ceil(len(known) / 3), columns=3)
@@ -134,7 +117,7 @@ def health(task: Task, names: Sequence[str]) -> Figure | None:
         for name, seeds in by_name.items():
             _band(ax, seeds, name, palette[name])
         ax.set(xlabel="step")
-        ax.set_title(label, fontsize=9)
+        ax.set_title(textwrap.fill(label, 30), fontsize=9)
         ax.grid(alpha=0.3)
         if ax.get_ylim()[0] < 0 <= ax.dataLim.y0:  # a margin that would show what there cannot be
             ax.set_ylim(bottom=0)

@@ -134,6 +134,16 @@ def test_a_sweep_finishes_what_can_be_and_says_why_the_rest_is_not(write, tmp_pa
         assert expected in page
     rows = list(csv.DictReader((tmp_path / "out" / "runs.csv").read_text().splitlines()))
     assert Counter(row["status"] for row in rows) == {"finished": 1, "failed": 1}
+    # What is drawn is there in numbers too.
+    tested = {2: by_hand["test"]["by k"][0]["bpb"], 1: by_hand["test"]["by k"][1]["bpb"]}
+    by_k = list(csv.DictReader((tmp_path / "out" / "by_k.csv").read_text().splitlines()))
+    assert {float(row["k"]): float(row["value"]) for row in by_k} == tested
+    markdown = (tmp_path / "out" / "report.md").read_text()
+    assert f"| LinearRouter | {tested[1]:.4f} | {tested[2]:.4f} |" in markdown
+    curves = list(csv.DictReader((tmp_path / "out" / "curves.csv").read_text().splitlines()))
+    assert {"validation bpb", "entropy of the load"} <= {row["curve"] for row in curves}
+    last = [float(row["value"]) for row in curves if row["curve"] == "validation bpb"][-1]
+    assert last == pytest.approx(by_hand["fit"]["bpb"], rel=1e-5)
 
 
 def _commands(printed):
