@@ -5,6 +5,8 @@
     python benchmarks/layer.py --dtype bfloat16
     python benchmarks/layer.py --skew                 # one expert takes half of the tokens
     python benchmarks/layer.py --device cuda --minutes 9 --seconds 5   # on a GPU, bfloat16
+    python benchmarks/layer.py --only E64 --suffix _e64                # a part, and then
+    python benchmarks/layer.py --join FILE.csv FILE.csv --suffix _all  # one table of several parts
     python benchmarks/layer.py --curve                # cost against the number of experts, no peers
 
 A figure is forward and backward of one layer, router included. The contenders of a setting run in one process, in
@@ -78,13 +80,19 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--suffix", default="", help="added to the names of the files")
+    parser.add_argument(
+        "--join",
+        nargs="*",
+        type=Path,
+        help="measure nothing: one table of these files; a setting counts as in the last",
+    )
     parser.add_argument("--one", default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     if options.one is not None:
         print("RESULT " + json.dumps(measure(Setting(**json.loads(options.one)), options)))
         return
-    rows = run_grid(options)
+    rows = joined(options.join) if options.join else run_grid(options)
     marks = {"_skew": options.skew, "_curve": options.curve, "_untuned": options.no_tuning, options.suffix: True}
     name = f"layer_{options.device}_{options.dtype}{''.join(mark for mark, on in marks.items() if on)}"
     options.out.mkdir(parents=True, exist_ok=True)
@@ -124,6 +132,20 @@ def run_grid(options: argparse.Namespace) -> list[dict[str, Any]]:
         told = ", ".join(f"{r['contender']} {r['best ratio']:.2f}" for r in found if r["ratio"] is not None)
         print(f"[{number + 1}/{len(points)}] {named(setting)}: {told}", flush=True)
     return rows
+
+
+def joined(files: Iterable[Path]) -> list[dict[str, Any]]:
+    """Read the settings of several runs, each from the last file that has it."""
+    numbers = dict.fromkeys(("tokens", "d_model", "num_experts", "top_k"), int) | dict.fromkeys(FIGURES, float)
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for path in files:
+        here: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        with path.open(newline="") as file:
+            for text in csv.DictReader(file):
+                row = {name: numbers.get(name, str)(value) if value else None for name, value in text.items()}
+                here.setdefault(point(row), []).append({**row, "note": row["note"] or ""})
+        found |= here
+    return [row for where in sorted(found) for row in found[where]]
 
 
 def named(setting: Setting) -> str:
@@ -286,8 +308,10 @@ def against_peers(rows: list[dict[str, Any]], settings: Iterable[tuple[Any, ...]
     """Say in how many settings ours is ahead of every peer of the same precision, and where it is not."""
     ahead, behind = 0, []
     for where in settings:
-        here = {row["contender"]: row["best ratio"] for row in rows if point(row) == where and row["ratio"] is not None}
-        rivals = {name: ratio for name, ratio in here.items() if name in PEERS and "bf16" not in name}
+        own = [row for row in rows if point(row) == where and row["ratio"] is not None]
+        here = {row["contender"]: row["best ratio"] for row in own}
+        equal = {row["contender"] for row in own if "bf16" not in row["contender"] or row["dtype"] == "bfloat16"}
+        rivals = {name: ratio for name, ratio in here.items() if name in PEERS and name in equal}
         if not rivals or "routerzoo" not in here:
             continue
         fastest = min(rivals, key=rivals.__getitem__)
