@@ -76,7 +76,11 @@ class HyperRouter(Router):
 
         It depends on no input: without gradients it is generated once and kept until a tensor it comes from changes.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return self._generate_gate()
+        if torch.is_grad_enabled():
+            # Training follows, and torch's fused optimisers write without raising a version.
+            self._cached_gate = None
             return self._generate_gate()
         sources = (self.embedding, self.hypernet_w1, self.hypernet_b1, self.hypernet_w2, self.hypernet_b2)
         # In-place writes raise a tensor's version; moves and reassignments change its address or device.

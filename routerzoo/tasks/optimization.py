@@ -57,9 +57,15 @@ def use_fused_kernel(optimizer: Optimizer) -> None:
     Args:
         optimizer: changed in place, after its state was loaded.
     """
-    chosen = optimizer.defaults
-    if "fused" not in chosen or any(chosen.get(name) is not None for name in EXECUTION) or chosen.get("differentiable"):
-        return
+    options = optimizer.defaults
+    chosen = any(options.get(name) is not None for name in EXECUTION) or options.get("differentiable")
+    if "fused" in options and not chosen:
+        _fuse(optimizer)
+    if any(group.get("fused") for group in optimizer.param_groups):
+        optimizer.register_step_post_hook(_raise_versions)
+
+
+def _fuse(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         parameters: list[nn.Parameter] = group["params"]
         if not all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in parameters):
@@ -70,6 +76,13 @@ def use_fused_kernel(optimizer: Optimizer) -> None:
             if isinstance(step, torch.Tensor):
                 # An optimiser that is not fused keeps this number on the CPU.
                 optimizer.state[parameter]["step"] = step.to(device=parameter.device, dtype=torch.float32)
+
+
+def _raise_versions(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Tell autograd what a fused kernel has written, for what is kept until a parameter changes."""
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            torch.autograd.graph.increment_version([p for p in group["params"] if p.grad is not None])
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

@@ -138,6 +138,26 @@ def test_xmoe_routing_dimension_is_half_the_experts():
     assert XMoERouter(SPEC).projection.shape == (4, 16)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_hyperrouter_keeps_no_gate_of_parameters_that_have_changed(fused):
+    router = HyperRouter(SPEC).eval()
+    optimizer = torch.optim.AdamW(router.parameters(), lr=0.1, fused=fused)
+    x = torch.randn(7, 16)
+
+    def evaluated():
+        with torch.no_grad():
+            assert torch.equal(router.gate(), router.gate())
+            return router(x, context(*range(7))).logits_TE
+
+    before = evaluated()
+    router(x, context(*range(7))).logits_TE.sum().backward()
+    optimizer.step()  # fused, it writes without telling autograd
+    optimizer.zero_grad()
+    after = evaluated()
+    assert not torch.equal(before, after)
+    assert torch.equal(after, router(x, context(*range(7))).logits_TE.detach())
+
+
 def test_stablemoe_switches_stage_at_its_step():
     router = StableMoERouter(SPEC, stage1_fraction=0.1)
     router.on_step_start(9, 100)

@@ -184,6 +184,7 @@ def test_optimisers_are_fused_where_the_user_has_not_chosen():
         result, optimizer = train(fused_from)
         assert optimizer.param_groups[0]["fused"] is True
         torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+        assert result._version >= 6 - fused_from  # what is kept until a parameter changes depends on it
     for choice in ({"foreach": True}, {"fused": False}):
         result, optimizer = train(0, **choice)
         assert not optimizer.param_groups[0]["fused"]
