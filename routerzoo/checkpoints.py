@@ -12,6 +12,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 
 from routerzoo.distributed import checkpoints as folders
 from routerzoo.errors import UserError
+from routerzoo.files import PART, put_in_place
 
 
 @final
@@ -30,14 +31,14 @@ class WholeCheckpoints(TorchCheckpointIO):
             UserError: there is no room, or no permission. The file that was there is as it was.
         """
         path = Path(path)
-        part = path.with_name(path.name + folders.PART)
+        part = path.with_name(path.name + PART)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            folders.put_in_place(part, path)
+            put_in_place(part, path)
         except (OSError, RuntimeError) as error:
             part.unlink(missing_ok=True)
             kept = f"; {path} is still the one before" if path.exists() else ""

@@ -7,7 +7,6 @@ any other has written, one process too.
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
 import warnings
@@ -27,40 +26,16 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.optim import Optimizer
 
 from routerzoo.errors import UserError
+from routerzoo.files import PART, is_there, put_in_place
 from routerzoo.tasks.optimization import EXECUTION
 
 META = "meta.pt"
 STATE, OPTIMIZER, CHECKSUMS = "state_dict", "optimizer", "checksums"
-# Of a folder that is being written, and of the one before until the new one has its name.
-PART, BEFORE = ".part", ".before"
 
 
 def is_folder(path: Path) -> bool:
-    """Whether this is such a checkpoint; one that was being replaced when its run died gets its name back."""
-    before = path.with_name(path.name + BEFORE)
-    if not path.exists() and before.exists():
-        before.rename(path)
-    return (path / META).is_file()
-
-
-def put_in_place(part: Path, path: Path) -> None:
-    """Give what is whole its name, and remove what had it; one of the two is there at any moment.
-
-    A file replaces a file at once. Nothing replaces a folder so, which goes out of the way first (see `is_folder`).
-    """
-    before = path.with_name(path.name + BEFORE)
-    if path.exists() and (path.is_dir() or part.is_dir()):
-        _remove(before)
-        os.rename(path, before)
-    os.replace(part, path)
-    _remove(before)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    """Whether this is such a checkpoint."""
+    return is_there(path) and (path / META).is_file()
 
 
 def read_meta(path: Path) -> dict[str, Any]:

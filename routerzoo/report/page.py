@@ -24,7 +24,7 @@ from routerzoo.files import write_whole
 from routerzoo.report import pictures
 from routerzoo.report.collect import Sweep, Task, differences, tested_k
 from routerzoo.report.statistics import Comparison, Interval, adjusted, compare, interval, mean_ranks
-from routerzoo.sweep.ledger import Run
+from routerzoo.sweep.ledger import THEN, Run
 from routerzoo.sweep.work import CELL, LOG
 
 LARGEST_DIFFERENCES = 12
@@ -109,7 +109,8 @@ def write_report(sweep: Sweep) -> Report:
         "ranking": _ranking_rows(sweep, ranked),
         "ranking_picture": _picture("Ranking", "", pictures.ranking(ranked, names)) if ranked else None,
         "missing": [run for run in sweep.runs if run.status not in ("finished",)],
-        "codes": sorted({run.code for run in sweep.runs if run.status == "finished"}),
+        "codes": (codes := sorted({run.code for run in sweep.runs if run.status == "finished"})),
+        "mixed": len(codes) > 1 or any(THEN in code for code in codes),
         "hosts": sorted({run.host for run in sweep.runs if run.host}),
         "earlier": [(run, _what_differs(run, sweep.runs)) for run in sweep.earlier],
         "findings": findings(sweep, compared, ranked),

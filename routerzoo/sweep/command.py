@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from routerzoo.sweep.engine import Engine, LocalEngine
 from routerzoo.sweep.ledger import Ledger, Run
 from routerzoo.sweep.plan import Cell, Plan, read_plan
 from routerzoo.sweep.progress import Progress
+from routerzoo.sweep.room import KEEP, Room, shown_size, size_of
 
 RUNS = "runs"
 PLAN = "plan.json"
@@ -51,6 +53,7 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of each run; by default 1")
     parser.add_argument("--engine", choices=["local", "ray"], default="local", help="processes here, or a Ray cluster")
     parser.add_argument("--gpus", type=float, default=0.0, help="GPUs of each run, for Ray; a fraction shares one")
+    parser.add_argument("--keep", choices=KEEP, default="all", help="checkpoints of finished runs that stay")
     parser.add_argument("--print", action="store_true", dest="show", help="print the runs as commands, and stop")
     parser.add_argument("--retry-failed", action="store_true", help="do failed runs again")
     parser.add_argument("--redo-old", action="store_true", help="do runs again that other code has made")
@@ -65,7 +68,7 @@ def main(args: Sequence[str]) -> None:
         gpus = torch.cuda.device_count() if options.engine == "local" else 0
         workers = options.workers or gpus or max(cores // options.threads, 1)
         failed = _sweep(plan, folder, workers, gpus, options)
-    except UserError as error:
+    except (UserError, OSError) as error:  # the latter names a file, and what the system has against it
         raise SystemExit(f"error: {error}") from None
     if failed:
         raise SystemExit(1)
@@ -83,11 +86,16 @@ def _sweep(plan: Plan, folder: Path, workers: int, gpus: int, options: argparse.
         _print_commands(folder, ledger.runs(), options.threads, console)
         return 0
     if options.retry_failed:
-        ledger.again(["failed"])
+        ledger.retry_failed()
     if options.redo_old:
-        ledger.again(["finished", "failed"], other_code_than=code)
+        for run in ledger.redo(code, lambda run: _set_aside(folder / run.folder, run.code)):
+            _write_config(folder / run.folder, run.config)
     planned = [run for run in ledger.runs() if run.planned]
     _say_what_is_known(planned, refused, code, console)
+    room = Room(folder, options.keep)
+    for run in planned:
+        if run.status in ("finished", "failed"):
+            room.ended(folder / run.folder, run.status)
     engine: Engine = local
     if options.engine == "ray":
         from routerzoo.sweep.ray_engine import RayEngine
@@ -95,13 +103,14 @@ def _sweep(plan: Plan, folder: Path, workers: int, gpus: int, options: argparse.
         engine = RayEngine(options.workers or 10_000, options.threads, options.gpus)
     try:
         with Progress(folder, min(engine.slots, max(len(planned), 1)), console) as progress:
-            _work_through(folder, ledger, engine, progress, code)
+            _work_through(folder, ledger, engine, progress, room, code)
     finally:
         engine.close()
     planned = [run for run in ledger.runs() if run.planned]
     counts = Counter(run.status for run in planned)
     summary = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
-    console.print(f"{summary}. What came of it: python -m routerzoo report {shlex.quote(str(folder))}")
+    console.print(f"{summary}; {shown_size(size_of(folder))} in {folder}.", markup=False)
+    console.print(f"What came of it: python -m routerzoo report {shlex.quote(str(folder))}", markup=False)
     for run in planned:
         if run.status == "failed":
             console.print(f"failed: {run.label}: {run.reason} ({folder / run.folder / work.LOG})", markup=False)
@@ -146,16 +155,30 @@ def _enter(
         if key in rows:
             raise UserError(f"{rows[key]['label']} and {cell.label} are the same run: their configs do not differ")
         rows[key] = _row(cell, key, config)
-        place = folder / rows[key]["folder"]
-        place.mkdir(parents=True, exist_ok=True)
-        if not (place / work.CELL).is_file():
-            write_whole(place / work.CELL, config)
+        _write_config(folder / rows[key]["folder"], config)
     ledger.plan(rows.values())
     write_whole(folder / "refused.json", json.dumps(refused, indent=2) + "\n")
     if refused and not rows:
         label, reason = next(iter(refused.items()))
         raise UserError(f"no run of the sweep can be made; {label}: {reason}")
     return refused
+
+
+def _write_config(place: Path, config: str) -> None:
+    place.mkdir(parents=True, exist_ok=True)
+    if not (place / work.CELL).is_file():
+        write_whole(place / work.CELL, config)
+
+
+def _set_aside(place: Path, code: str) -> None:
+    """Rename a run's folder, so that the run neither goes on from what other code has left nor loses it."""
+    if place.is_dir():
+        name = f"{place.name}.by-{re.sub(r'[^A-Za-z0-9.+]+', '-', code)}"
+        taken = itertools.count(2)
+        target = place.with_name(name)
+        while target.exists():
+            target = place.with_name(f"{name}.{next(taken)}")
+        place.rename(target)
 
 
 def _row(cell: Cell, key: str, config: str) -> dict[str, Any]:
@@ -200,9 +223,9 @@ def _say_what_is_known(planned: Sequence[Run], refused: dict[str, str], code: st
         console.print(f"refused: {label}: {reason}", markup=False)
 
 
-def _work_through(folder: Path, ledger: Ledger, engine: Engine, progress: Progress, code: str) -> None:
-    """Do runs until none is left that nobody is at."""
-    started: dict[str, float] = {}
+def _work_through(folder: Path, ledger: Ledger, engine: Engine, progress: Progress, room: Room, code: str) -> None:
+    """Do runs until none is left that nobody is at, or no room for one."""
+    started: dict[str, tuple[float, Path]] = {}
     taken: dict[str, float] = {}  # runs that some other process holds, and when that was seen
     beaten = 0.0
     previous = signal.signal(signal.SIGTERM, _interrupt)
@@ -219,13 +242,22 @@ def _work_through(folder: Path, ledger: Ledger, engine: Engine, progress: Progre
                 if status == "finished" and "test" not in measured:
                     status, reason = "failed", f"finished without results; see {place / work.LOG}"
                 ledger.finish(run.key, status, reason, measured)
-                seconds = time.time() - started.pop(run.key)
+                room.ended(place, status)
+                seconds = time.time() - started.pop(run.key)[0]
                 progress.ended(run, status, reason, seconds, [r for r in ledger.runs() if r.planned])
             taken = {key: seen for key, seen in taken.items() if time.time() - seen < TAKEN_SECONDS}
-            while len(started) < engine.slots and (claimed := ledger.claim(code, taken)) is not None:
+            while len(started) < engine.slots:
+                lacks = room.lacks([place for _, place in started.values()])
+                if lacks and started:
+                    break  # what is under way may leave less than it takes now
+                if (claimed := ledger.claim(code, taken, work.goes_on)) is None:
+                    break
+                if lacks:
+                    ledger.finish(claimed.key, "waiting", lacks)
+                    raise UserError(f"{lacks}; the same command goes on from here")
                 place = folder / claimed.folder
-                resumes = (place / "checkpoints" / "last.ckpt").is_file()
-                started[claimed.key] = time.time()
+                resumes = work.goes_on(place)
+                started[claimed.key] = (time.time(), place)
                 engine.start(claimed, place)
                 progress.started(claimed, resumes)
             if not started and not taken:

@@ -8,7 +8,7 @@ import socket
 import sqlite3
 import time
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,8 @@ CREATE TABLE IF NOT EXISTS runs (
     reason TEXT NOT NULL DEFAULT '',
     owner TEXT NOT NULL DEFAULT '', heartbeat REAL NOT NULL DEFAULT 0,
     started REAL, seconds REAL, attempts INTEGER NOT NULL DEFAULT 0,
-    code TEXT NOT NULL DEFAULT '', host TEXT NOT NULL DEFAULT '',
+    code TEXT NOT NULL DEFAULT '',   -- that has had a part in it, in its order
+    host TEXT NOT NULL DEFAULT '',
     results TEXT NOT NULL DEFAULT '{}',
     seal INTEGER NOT NULL DEFAULT 0  -- checksum of what came of it
 );
@@ -104,6 +105,8 @@ class Ledger:
         database.row_factory = sqlite3.Row
         try:
             yield database
+        except sqlite3.OperationalError as error:  # no room, no permission, or locked for a minute
+            raise UserError(f"cannot use {self.path}: {error}") from error
         finally:
             database.close()
 
@@ -114,7 +117,8 @@ class Ledger:
             try:
                 yield database
             except BaseException:
-                database.execute("ROLLBACK")
+                if database.in_transaction:  # SQLite itself has ended it where the disk is full
+                    database.execute("ROLLBACK")
                 raise
             database.execute("COMMIT")
 
@@ -151,12 +155,15 @@ class Ledger:
         except (sqlite3.DatabaseError, ValueError, TypeError) as error:
             raise UserError(f"{self.path} is damaged: {error}") from error
 
-    def claim(self, code: str, besides: Collection[str] = ()) -> Run | None:
+    def claim(
+        self, code: str, besides: Collection[str] = (), goes_on: Callable[[Path], bool] = lambda folder: False
+    ) -> Run | None:
         """Take the next run that nobody is at, or None.
 
         Args:
-            code: that will make it.
+            code: that will make it, or what is left of it.
             besides: keys of runs to leave alone.
+            goes_on: whether a run's folder holds something that it goes on from.
         """
         with self._transaction() as database:
             now = time.time()
@@ -167,10 +174,13 @@ class Ledger:
                     continue
                 if row["status"] == "running" and not self._is_abandoned(row["owner"], row["heartbeat"], now):
                     continue
+                made_by = code
+                if goes_on(self.path.parent / row["folder"]):
+                    made_by = _also(row["code"], code)
                 database.execute(
                     "UPDATE runs SET status = 'running', reason = '', owner = ?, heartbeat = ?, started = ?, "
                     "attempts = attempts + 1, code = ?, host = ? WHERE key = ?",
-                    (self.owner, now, now, code, socket.gethostname(), row["key"]),
+                    (self.owner, now, now, made_by, socket.gethostname(), row["key"]),
                 )
                 return _run(database.execute("SELECT * FROM runs WHERE key = ?", (row["key"],)).fetchone())
         return None
@@ -201,21 +211,40 @@ class Ledger:
                 (status, reason, told, _seal(key, status, reason, told), time.time(), key, self.owner),
             )
 
-    def again(self, statuses: Iterable[str], other_code_than: str | None = None) -> int:
-        """Let planned runs of these statuses be done again; return how many.
-
-        Args:
-            statuses: `failed`, `finished`.
-            other_code_than: only those that other code made.
-        """
-        statuses = list(statuses)
-        marks = ", ".join("?" for _ in statuses)
-        extra = "" if other_code_than is None else " AND code != ?"
-        values = [*statuses, *([] if other_code_than is None else [other_code_than])]
+    def retry_failed(self) -> int:
+        """Let planned runs that failed go on from what they left; return how many."""
         with self._open() as database:
             return database.execute(
-                f"UPDATE runs SET status = 'waiting' WHERE planned = 1 AND status IN ({marks}){extra}", values
+                "UPDATE runs SET status = 'waiting' WHERE planned = 1 AND status = 'failed'"
             ).rowcount
+
+    def redo(self, code: str, set_aside: Callable[[Run], None]) -> list[Run]:
+        """Let planned runs that other code has had a part in be made anew; return what was known of them.
+
+        Args:
+            code: the code that may stay.
+            set_aside: takes away what a run has left, so that it does not go on from there.
+        """
+        with self._transaction() as database:
+            now = time.time()
+            rows = database.execute("SELECT * FROM runs WHERE planned = 1 AND code NOT IN ('', ?)", (code,)).fetchall()
+            old = [
+                _run(row)
+                for row in rows
+                if row["status"] != "running" or self._is_abandoned(row["owner"], row["heartbeat"], now)
+            ]
+            for run in old:
+                set_aside(run)
+                database.execute("UPDATE runs SET status = 'waiting', code = '' WHERE key = ?", (run.key,))
+        return old
+
+
+THEN = ", then "
+"""Between the versions of code that have had a part in one run."""
+
+
+def _also(codes: str, code: str) -> str:
+    return codes + THEN + code if codes and codes.split(THEN)[-1] != code else codes or code
 
 
 def _seal(key: str, status: str, reason: str, results: str) -> int:

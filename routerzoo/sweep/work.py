@@ -16,11 +16,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from routerzoo.files import write_whole
+from routerzoo.files import BEFORE, is_there, write_whole
 
 OUTCOME = "outcome.json"
 LOG = "log.txt"
 PROGRESS = "progress.json"
+LAST = "checkpoints/last.ckpt"
+BEST = "checkpoints/best.ckpt"
 CELL = "cell.yaml"
 TAKEN = "another process is at this run"
 
@@ -101,12 +103,12 @@ def _outcome(folder: Path, test: list[str], threads: int) -> dict[str, Any]:
             tune_cpu()  # as the command line does, so that a run by hand gives the same numbers
         # Progress goes through the file; a bar would only fill the log.
         quiet = ["--trainer.enable_progress_bar=false", "--run_dir", str(folder)]
-        last = folder / "checkpoints" / "last.ckpt"
+        last = folder / LAST
         if "fit" not in results(folder):
-            resume = ["--ckpt_path", str(last)] if last.is_file() else []
+            resume = ["--ckpt_path", str(last)] if is_there(last) else []
             cli.main(["fit", "--config", str(folder / CELL), *quiet, *resume])
-        best = folder / "checkpoints" / "best.ckpt"
-        checkpoint = best if best.is_file() else last
+        best = folder / BEST
+        checkpoint = best if is_there(best) else last
         cli.main(["test", "--config", str(folder / CELL), *quiet, "--ckpt_path", str(checkpoint), *test])
     except SystemExit as ended:
         if ended.code == TERMINATED:
@@ -122,6 +124,11 @@ def _outcome(folder: Path, test: list[str], threads: int) -> dict[str, Any]:
         first = str(error).strip().split("\n")[0]
         return {"status": "failed", "reason": f"{type(error).__name__}: {first}"}
     return {"status": "finished", "reason": ""}
+
+
+def goes_on(folder: Path) -> bool:
+    """Whether a run in this folder would go on from what was left there."""
+    return any((folder / f"{LAST}{end}").exists() for end in ("", BEFORE)) or "fit" in results(folder)
 
 
 def results(folder: Path) -> dict[str, Any]:

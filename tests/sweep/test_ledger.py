@@ -58,9 +58,47 @@ def test_failed_and_old_runs_are_done_again_when_asked(tmp_path):
     for key, code in (("a", "old"), ("b", "new")):
         ledger.claim(code)
         ledger.finish(key, "finished")
-    assert ledger.again(["failed"]) == 0
-    assert ledger.again(["finished", "failed"], other_code_than="new") == 1
-    assert ledger.claim("new").key == "a"
+    assert ledger.retry_failed() == 0
+    aside = []
+    assert [run.key for run in ledger.redo("new", aside.append)] == ["a"]
+    assert [(run.key, run.code) for run in aside] == [("a", "old")]
+    claimed = ledger.claim("new")
+    assert (claimed.key, claimed.code) == ("a", "new")
+
+
+def test_a_run_that_goes_on_names_all_code_that_had_a_part_in_it(tmp_path):
+    ledger = Ledger(tmp_path)
+    ledger.plan([row("a")])
+    left = tmp_path / "runs" / "a" / "checkpoint"
+    codes = []
+    for code in ("one", "two", "two", "three"):
+        codes.append(ledger.claim(code, goes_on=lambda folder: (folder / left.name).exists()).code)
+        ledger.finish("a", "waiting", "interrupted")
+        if code == "two":  # what the first left was no checkpoint
+            left.parent.mkdir(parents=True, exist_ok=True)
+            left.touch()
+    assert codes == ["one", "two", "two", "two, then three"]
+    assert [run.code for run in ledger.redo("three", lambda run: left.unlink())] == ["two, then three"]
+    assert ledger.claim("three", goes_on=lambda folder: (folder / left.name).exists()).code == "three"
+
+
+def test_what_the_system_refuses_is_said(tmp_path, monkeypatch):
+    ledger = Ledger(tmp_path)
+    ledger.plan([row("a")])
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as database:
+        # As many pages as it has: what SQLite says of a disk without room.
+        (pages,) = database.execute("PRAGMA page_count").fetchone()
+    connect = sqlite3.connect
+
+    def in_a_full_disk(*args, **kwargs):
+        database = connect(*args, **kwargs)
+        database.execute(f"PRAGMA max_page_count = {pages}")
+        return database
+
+    monkeypatch.setattr(sqlite3, "connect", in_a_full_disk)
+    with pytest.raises(UserError, match=r"cannot use .*sweep\.db: database or disk is full"):
+        ledger.plan([row("b", config="x" * 100_000)])
+    assert [run.key for run in ledger.runs()] == ["a"]
 
 
 def _claim_and_wait(folder, ready):

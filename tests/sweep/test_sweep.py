@@ -1,11 +1,13 @@
 """Sweeps as a user runs them: processes, kills, failures, and the same numbers by hand."""
 
+import contextlib
 import csv
 import fcntl
 import json
 import os
 import shlex
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -18,7 +20,7 @@ import yaml
 from routerzoo.report.collect import read_sweep
 from routerzoo.sweep import work
 from routerzoo.sweep.engine import LocalEngine
-from routerzoo.sweep.ledger import Ledger
+from routerzoo.sweep.ledger import FILE, Ledger
 
 BASE = {
     "model": {
@@ -220,6 +222,38 @@ def test_changed_configs_make_new_runs_and_the_report_says_what_differs(write, t
     assert [run.results["fit"]["step"] for run in sweep.earlier] == [5]
     run(tmp_path, ["report", "out"])
     assert "trainer.max_steps: 5 became 10" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_old_runs_are_made_anew_when_asked(write, tmp_path):
+    command = write(routers=["LinearRouter"], seeds=[0], set={"trainer.max_steps": 5})
+    run(tmp_path, command)
+    (made,) = runs(tmp_path).values()
+    with contextlib.closing(sqlite3.connect(tmp_path / "out" / FILE)) as database, database:
+        database.execute("UPDATE runs SET code = 'older'")
+    assert "1 finished runs were made by other code (older" in run(tmp_path, command)
+    run(tmp_path, [*command, "--redo-old"])
+    (again,) = runs(tmp_path).values()
+    assert (again.status, again.attempts, again.code) == ("finished", 2, made.code)
+    assert measured(again.results) == measured(made.results)
+    place = tmp_path / "out" / made.folder
+    assert "resuming" not in (place / work.LOG).read_text()  # trained again, not tested again
+    aside = place.with_name(f"{place.name}.by-older")
+    assert json.loads((aside / "results.json").read_text()) == made.results
+
+
+def test_checkpoints_of_finished_runs_go_when_asked(write, tmp_path):
+    command = write(routers=["LinearRouter"], seeds=[0], set={"trainer.max_steps": 20})
+    run(tmp_path, command)
+    (made,) = runs(tmp_path).values()
+    checkpoints = tmp_path / "out" / made.folder / "checkpoints"
+    assert {path.name for path in checkpoints.iterdir()} == {"best.ckpt", "last.ckpt"}
+    out = run(tmp_path, [*command, "--keep", "best"])
+    assert "1 finished before" in out
+    assert "MiB in out" in out
+    assert {path.name for path in checkpoints.iterdir()} == {"best.ckpt"}
+    run(tmp_path, [*command, "--keep", "none"])
+    assert not checkpoints.exists()
+    assert "resumed" not in run(tmp_path, command)
 
 
 def test_interrupted_runs_wait(write, tmp_path):
