@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import sqlite3
 import time
@@ -106,7 +107,9 @@ class Ledger:
         try:
             yield database
         except sqlite3.OperationalError as error:  # no room, no permission, or locked for a minute
-            raise UserError(f"cannot use {self.path}: {error}") from error
+            # SQLite may call a full disk an I/O error.
+            full = shutil.disk_usage(self.path.parent).free < 2**20
+            raise UserError(f"cannot use {self.path}: {error}{'; its disk is full' if full else ''}") from error
         finally:
             database.close()
 
