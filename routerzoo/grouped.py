@@ -146,6 +146,12 @@ def _reference(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def _widening(weight_EOI: Tensor, ends: list[int]) -> Widening | None:
+    if not widens(weight_EOI.device.type, weight_EOI.dtype):
+        return None
+    return Widening(weight_EOI[0], max(end - start for start, end in itertools.pairwise([0, *ends])))
+
+
 # Custom operators, so that `torch.compile` takes the loops as they are: their trip counts depend on data.
 
 
@@ -153,7 +159,7 @@ def _reference(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
 def _matmul(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     y_NO = x_NI.new_empty(len(x_NI), weight_EOI.shape[1])
     ends = ends_E.tolist()
-    widening = Widening(weight_EOI[0]) if widens(x_NI.device.type, x_NI.dtype) else None
+    widening = _widening(weight_EOI, ends)
     for expert, start, end in _segments(ends):
         if widening is not None and widening.takes(end - start):
             widening.multiply(x_NI[start:end], weight_EOI[expert], y_NO[start:end])
@@ -171,9 +177,10 @@ def _(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
 @custom_op("routerzoo::grouped_weight_grad", mutates_args=())
 def _weight_grad(grad_NO: Tensor, x_NI: Tensor, ends_E: Tensor) -> Tensor:
     grad_EOI = x_NI.new_empty(len(ends_E), grad_NO.shape[1], x_NI.shape[1])
-    widening = Widening(grad_EOI[0]) if widens(x_NI.device.type, x_NI.dtype) else None
+    ends = ends_E.tolist()
+    widening = _widening(grad_EOI, ends)
     start = 0
-    for e, end in enumerate(ends_E.tolist()):
+    for e, end in enumerate(ends):
         if widening is not None and widening.takes(end - start):
             widening.weight_grad(grad_NO[start:end], x_NI[start:end], grad_EOI[e])
         elif end > start:

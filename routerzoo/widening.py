@@ -43,15 +43,17 @@ class Widening:
 
     Args:
         weight_OI: one of the weights, for its shape and layout.
+        most_rows: rows of the expert that has the most.
     """
 
-    def __init__(self, weight_OI: Tensor) -> None:
+    def __init__(self, weight_OI: Tensor, most_rows: int) -> None:
         self.dtype = weight_OI.dtype
         # The weights may be a transposed view; their copy has the same layout.
         self._transposed = weight_OI.stride(-1) != 1
         out_width, in_width = weight_OI.shape
         self._weight = torch.empty(weight_OI.T.shape if self._transposed else weight_OI.shape)
-        self._x_MI, self._y_MO = torch.empty(CHUNK, in_width), torch.empty(CHUNK, out_width)
+        rows = min(most_rows, CHUNK)
+        self._x_MI, self._y_MO = torch.empty(rows, in_width), torch.empty(rows, out_width)
 
     def takes(self, num_rows: int) -> bool:
         """Whether it pays for so many rows."""

@@ -22,7 +22,7 @@ def test_products_are_rounded_once(rows, dtype, transposed):
     x, grad = draw(rows, 24, dtype=dtype), draw(rows, 40, dtype=dtype)
     weight = draw(24, 40, dtype=dtype).T if transposed else draw(40, 24, dtype=dtype)
     y, weight_grad = torch.empty(rows, 40, dtype=dtype), torch.empty(40, 24, dtype=dtype)
-    widened = Widening(weight)
+    widened = Widening(weight, len(x))
     for _ in range(2):  # the second time with what the first has left in its memory
         widened.multiply(x, weight, y)
         assert_close(y, (x.double() @ weight.double().T).to(dtype))
@@ -34,7 +34,7 @@ def test_products_are_rounded_once(rows, dtype, transposed):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_an_overflow_left_in_memory_does_not_count(dtype):
     weight, x = torch.full((8, 8), float("nan"), dtype=dtype), torch.ones(16, 8, dtype=dtype)
-    widened, grad = Widening(weight), torch.empty(8, 8, dtype=dtype)
+    widened, grad = Widening(weight, len(x)), torch.empty(8, 8, dtype=dtype)
     widened.multiply(x, weight, torch.empty(16, 8, dtype=dtype))
     widened.weight_grad(x, x, grad)
     assert_close(grad, torch.full_like(grad, 16.0))
