@@ -20,6 +20,8 @@ from routerzoo.errors import UserError
 FILE = "sweep.db"
 LEASE_SECONDS = 120.0
 """A running run whose sweep has not been heard of for so long is taken over."""
+THEN = ", then "
+"""Between the versions of code that have had a part in one run."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS runs (
@@ -240,10 +242,6 @@ class Ledger:
                 set_aside(run)
                 database.execute("UPDATE runs SET status = 'waiting', code = '' WHERE key = ?", (run.key,))
         return old
-
-
-THEN = ", then "
-"""Between the versions of code that have had a part in one run."""
 
 
 def _also(codes: str, code: str) -> str:
