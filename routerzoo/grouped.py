@@ -146,8 +146,9 @@ def _reference(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _widening(weight_EOI: Tensor, ends: list[int]) -> Widening | None:
-    if not widens(weight_EOI.device.type, weight_EOI.dtype):
+def _widening(x_NI: Tensor, weight_EOI: Tensor, ends: list[int]) -> Widening | None:
+    # Of two dtypes, the product that torch has complains.
+    if x_NI.dtype != weight_EOI.dtype or not widens(x_NI.device.type, x_NI.dtype):
         return None
     return Widening(weight_EOI[0], max(end - start for start, end in itertools.pairwise([0, *ends])))
 
@@ -159,7 +160,7 @@ def _widening(weight_EOI: Tensor, ends: list[int]) -> Widening | None:
 def _matmul(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     y_NO = x_NI.new_empty(len(x_NI), weight_EOI.shape[1])
     ends = ends_E.tolist()
-    widening = _widening(weight_EOI, ends)
+    widening = _widening(x_NI, weight_EOI, ends)
     for expert, start, end in _segments(ends):
         if widening is not None and widening.takes(end - start):
             widening.multiply(x_NI[start:end], weight_EOI[expert], y_NO[start:end])
@@ -178,7 +179,7 @@ def _(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
 def _weight_grad(grad_NO: Tensor, x_NI: Tensor, ends_E: Tensor) -> Tensor:
     grad_EOI = x_NI.new_empty(len(ends_E), grad_NO.shape[1], x_NI.shape[1])
     ends = ends_E.tolist()
-    widening = _widening(grad_EOI, ends)
+    widening = _widening(x_NI, grad_EOI, ends)
     start = 0
     for e, end in enumerate(ends):
         if widening is not None and widening.takes(end - start):

@@ -9,6 +9,7 @@ four times as long as both conversions and the float32 product together, a float
 from __future__ import annotations
 
 import platform
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -51,9 +52,11 @@ class Widening:
         # The weights may be a transposed view; their copy has the same layout.
         self._transposed = weight_OI.stride(-1) != 1
         out_width, in_width = weight_OI.shape
-        self._weight = torch.empty(weight_OI.T.shape if self._transposed else weight_OI.shape)
         rows = min(most_rows, CHUNK)
-        self._x_MI, self._y_MO = torch.empty(rows, in_width), torch.empty(rows, out_width)
+        # Named, since the caller may have another default dtype or device.
+        wide = partial(weight_OI.new_empty, dtype=torch.float32)
+        self._weight = wide(weight_OI.T.shape if self._transposed else weight_OI.shape)
+        self._x_MI, self._y_MO = wide((rows, in_width)), wide((rows, out_width))
 
     def takes(self, num_rows: int) -> bool:
         """Whether it pays for so many rows."""

@@ -73,3 +73,23 @@ def test_it_is_chosen_where_rows_are_many_and_instructions_lack(monkeypatch):
 def test_only_16_bit_tensors_of_a_cpu_are_widened():
     assert not widening.widens("cpu", torch.float32)
     assert not widening.widens("cuda", torch.bfloat16)
+
+
+def test_the_callers_default_dtype_is_not_ours():
+    weight, x = draw(8, 16, dtype=torch.bfloat16), draw(64, 16, dtype=torch.bfloat16)
+    y = torch.empty(64, 8, dtype=torch.bfloat16)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        widened = Widening(weight, len(x))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {memory.dtype for memory in (widened._weight, widened._x_MI, widened._y_MO)} == {torch.float32}
+    widened.multiply(x, weight, y)
+    assert_close(y, (x.double() @ weight.double().T).to(torch.bfloat16))
+
+
+def test_two_dtypes_are_refused_with_many_rows_as_with_few():
+    weight = torch.randn(1, 8, 16, dtype=torch.bfloat16)
+    for rows in (1, 64):
+        with pytest.raises(RuntimeError, match="dtype"):
+            grouped_linear(torch.randn(rows, 16), weight, torch.tensor([rows], dtype=torch.int32), backend="loop")

@@ -62,6 +62,8 @@ def main(args: Sequence[str]) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.exit(2, f"error: --{name} must be at least 1, got {value}\n")
+    if options.gpus > 1:
+        parser.exit(2, f"error: --gpus must be at most 1, got {options.gpus:g}: a run of a sweep is one process\n")
     try:
         plan = read_plan(options.config)
         folder = options.folder or Path("sweeps") / options.config.stem

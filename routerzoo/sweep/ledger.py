@@ -153,10 +153,13 @@ class Ledger:
 
     def runs(self) -> list[Run]:
         """Return all runs, in the order of the grid."""
+        with self._told_of_damage(), self._open() as database:
+            return [_run(r) for r in database.execute("SELECT * FROM runs ORDER BY planned DESC, place").fetchall()]
+
+    @contextmanager
+    def _told_of_damage(self) -> Iterator[None]:
         try:
-            with self._open() as database:
-                rows = database.execute("SELECT * FROM runs ORDER BY planned DESC, place").fetchall()
-            return [_run(row) for row in rows]
+            yield
         except (sqlite3.DatabaseError, ValueError, TypeError) as error:
             raise UserError(f"{self.path} is damaged: {error}") from error
 
@@ -230,7 +233,7 @@ class Ledger:
             code: the code that may stay.
             set_aside: takes away what a run has left, so that it does not go on from there.
         """
-        with self._transaction() as database:
+        with self._told_of_damage(), self._transaction() as database:
             now = time.time()
             rows = database.execute("SELECT * FROM runs WHERE planned = 1 AND code NOT IN ('', ?)", (code,)).fetchall()
             old = [

@@ -16,6 +16,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from routerzoo.files import BEFORE, is_there, write_whole
 
 OUTCOME = "outcome.json"
@@ -47,11 +49,24 @@ def resolve(arguments: list[str]) -> tuple[str, str]:
             cli.main([*arguments, "--print_config"])
     except SystemExit as ended:
         if ended.code in (0, None):
-            return out.getvalue(), ""
+            reason = needs_more_processes(out.getvalue())
+            return ("", reason) if reason else (out.getvalue(), "")
         return "", _reason(str(ended.code) if isinstance(ended.code, str) else err.getvalue())
     except Exception as error:
         return "", f"{type(error).__name__}: {error}"
     return "", "the command printed no config"
+
+
+def needs_more_processes(config: str) -> str:
+    """Say why a sweep cannot do a run that is more than one process; empty where it is one.
+
+    Lightning starts the others with the command of the first, which here is the sweep's.
+    """
+    trainer = yaml.safe_load(config)["trainer"]
+    for name, alone in (("devices", ("auto", 1, "1", [0])), ("num_nodes", (1,))):
+        if (value := trainer.get(name, 1)) not in alone:
+            return f"trainer.{name} is {value!r}, but a run of a sweep is one process: set it to 1, or run it by hand"
+    return ""
 
 
 def resolve_all(commands: list[list[str]], channel: Any) -> None:

@@ -282,6 +282,23 @@ def test_a_process_that_left_no_word_is_judged_by_how_it_ended(tmp_path, code, e
     assert expected in reason
 
 
+@pytest.mark.parametrize(
+    ("trainer", "refused"),
+    [
+        ({"devices": "auto", "num_nodes": 1}, ""),
+        ({"devices": 1}, ""),
+        ({"devices": 2}, "trainer.devices is 2"),
+        ({"devices": -1}, "trainer.devices is -1"),
+        ({"devices": [0, 1]}, r"trainer.devices is [0, 1]"),
+        ({"devices": 1, "num_nodes": 2}, "trainer.num_nodes is 2"),
+    ],
+)
+def test_a_run_of_several_processes_is_refused(trainer, refused):
+    reason = work.needs_more_processes(yaml.safe_dump({"trainer": trainer}))
+    assert bool(reason) == bool(refused)
+    assert refused in reason
+
+
 def _tell_gpu(folder, test, threads, sweep, gpu):
     (Path(folder) / "gpu").write_text(str(gpu))
     time.sleep(1.0)
