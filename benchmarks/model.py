@@ -34,10 +34,10 @@ from layer import cpu_name, step_of, timed
 from torch import Tensor, nn
 
 from routerzoo import LinearRouter, MLPExperts, MoE, RoutingContext, sparsify, tune_cpu
-from routerzoo.losses import auxiliary_loss
+from routerzoo.functional.losses import auxiliary_loss
 from routerzoo.models.decoder import Decoder
-from routerzoo.moe import moe_layers
-from routerzoo.tasks.optimization import use_fused_kernel
+from routerzoo.moe.layer import moe_layers
+from routerzoo.optim import use_fused_kernel
 
 WIDTH, BLOCKS, HEADS, EXPERTS, HIDDEN, TOP_K, LENGTH, VOCABULARY = 256, 4, 8, 16, 512, 2, 512, 256
 Step = Callable[[], None]
@@ -102,7 +102,7 @@ def training_step(options: argparse.Namespace) -> list[str]:
 def first_step(options: argparse.Namespace) -> list[str]:
     """Time to the first step."""
     program = (
-        "import routerzoo.startup\nwith routerzoo.startup.quick_imports():\n    import routerzoo.cli\n"
+        "import routerzoo.cli.startup\nwith routerzoo.cli.startup.quick_imports():\n    import routerzoo.cli.main\n"
         "import argparse, sys; sys.path.insert(0, 'benchmarks'); import model; "
         "model.decoder_step(model.EXPERTS, argparse.Namespace(device='cpu', sequences=1))()"
     )

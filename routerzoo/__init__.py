@@ -7,10 +7,10 @@ into a model that exists. Tasks and data modules for Lightning are loaded on fir
 import importlib
 from typing import Any
 
-from routerzoo.cpu import tune_cpu
-from routerzoo.experts import Experts, MLPExperts, SwiGLUExperts
-from routerzoo.grouped import grouped_linear
-from routerzoo.moe import MoE, moe_layers
+from routerzoo.models.sparsify import provide_context, sparsify
+from routerzoo.moe.experts import Experts, MLPExperts, SwiGLUExperts
+from routerzoo.moe.grouped_linear import grouped_linear
+from routerzoo.moe.layer import MoE, moe_layers
 from routerzoo.registry import create_router, list_routers, register_router
 from routerzoo.router import Router
 from routerzoo.routers import (
@@ -21,9 +21,9 @@ from routerzoo.routers import (
     StableMoERouter,
     XMoERouter,
 )
+from routerzoo.routers.wrapper import RouterWrapper
 from routerzoo.routing import LayerSpec, Routing, RoutingContext
-from routerzoo.sparsify import provide_context, sparsify
-from routerzoo.wrapper import RouterWrapper
+from routerzoo.tune_cpu import tune_cpu
 
 __version__ = "0.1.0"
 
@@ -35,7 +35,7 @@ _LAZY = {
     "KSchedule": "routerzoo.callbacks",
     "LabelledText": "routerzoo.data",
     "LanguageModeling": "routerzoo.tasks",
-    "RoutingAnatomy": "routerzoo.callbacks",
+    "ExpertSpecialization": "routerzoo.callbacks",
     "RoutingMonitor": "routerzoo.callbacks",
     "ShardedStrategy": "routerzoo.distributed.strategy",
     "StabilityMonitor": "routerzoo.callbacks",

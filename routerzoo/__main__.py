@@ -38,34 +38,34 @@ def main(args: Sequence[str] | None = None) -> None:
 
         print(version("routerzoo"))
     elif args[0] == "routers":
-        from routerzoo.router_table import main as list_routers
+        from routerzoo.cli.routers import main as list_routers
 
         list_routers(args[1:])
     elif args[0] == "check":
-        from routerzoo.testing.command import main as check
+        from routerzoo.cli.check import main as check
 
         check(args[1:])
     elif args[0] == "plan":
-        from routerzoo.planning import main as plan
+        from routerzoo.cli.plan import main as plan
 
         plan(args[1:])
     elif args[0] == "sweep":
-        from routerzoo.sweep.command import main as sweep
+        from routerzoo.cli.sweep import main as sweep
 
         sweep(args[1:])
     elif args[0] == "report":
-        from routerzoo.report.command import main as report
+        from routerzoo.cli.report import main as report
 
         report(args[1:])
     else:
-        from routerzoo.startup import quick_imports
+        from routerzoo.cli.startup import quick_imports
 
         if owns_process and os.environ.get("ROUTERZOO_TUNE_CPU", "1") != "0":
-            from routerzoo.cpu import tune_cpu
+            from routerzoo.tune_cpu import tune_cpu
 
             tune_cpu()
         with quick_imports():
-            from routerzoo.cli import main as run
+            from routerzoo.cli.main import main as run
         run(args)
 
 

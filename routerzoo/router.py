@@ -65,7 +65,7 @@ class Router(nn.Module, ABC):
     """In evaluation a token is routed the same when it is routed alone, as generation does."""
     trainable: bool = True
     """The router has parameters that learn."""
-    adapted_buffers: frozenset[str] = frozenset()
+    trained_buffers: frozenset[str] = frozenset()
     """The buffers that training changes (running statistics, frozen copies). All others stay as they were drawn."""
     normalized: bool = False
     """A token's weights sum to 1."""
@@ -83,12 +83,12 @@ class Router(nn.Module, ABC):
     def __init__(self, spec: LayerSpec, *, top_k: int = 2, max_top_k: int | None = None) -> None:
         super().__init__()
         self.spec = spec
-        self.also_require()
+        self.require()
         self.is_frozen = False
         self.max_top_k = spec.num_experts if max_top_k is None else max_top_k
         self.top_k = top_k
 
-    def also_require(self, *names: str) -> None:
+    def require(self, *names: str) -> None:
         """Require further context fields, where an argument makes them necessary.
 
         Raises:
@@ -170,7 +170,7 @@ class Router(nn.Module, ABC):
             routing = self.route(x_TD if x_TD.dtype == torch.float64 else x_TD.float(), context)
         return _with_weights_like(x_TD, routing)
 
-    def choose(self, logits_TE: Tensor) -> Tensor:
+    def select_experts(self, logits_TE: Tensor) -> Tensor:
         """Choose experts by logits alone, as evaluation does. Optional: for policies around the router.
 
         Such as steering, which changes logits, and a capacity, which rules experts out by a logit of minus infinity.
@@ -186,8 +186,8 @@ class Router(nn.Module, ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} does not choose by logits alone; it implements no choose")
 
-    def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
-        """Weigh experts as the router would, had it chosen them, with gradients. Optional, like `choose`.
+    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+        """Weigh experts as the router would, had it chosen them, with gradients. Optional, like `select_experts`.
 
         Args:
             logits_TE: of the kind that this router's routings hold.
@@ -218,7 +218,7 @@ class Router(nn.Module, ABC):
         """
         return {}
 
-    def calibrate(self, token_counts_V: Tensor) -> None:
+    def fit_token_counts(self, token_counts_V: Tensor) -> None:
         """Learn from the training split how often each token id occurs, once, before the first step.
 
         Args:
@@ -247,7 +247,7 @@ class Router(nn.Module, ABC):
     def scale_initial_logits(self, factor: float) -> None:
         """Multiply the logits' scale by a factor, before training. Nothing to do in a router without logits.
 
-        So that routers can be compared from the same initial scale; see `routerzoo.logit_scale`.
+        So that routers can be compared from the same initial scale; see `routerzoo.routers.logit_scale`.
 
         Raises:
             NotImplementedError: this router cannot.

@@ -83,7 +83,7 @@ class RoutingContext:
         process_group: processes that train on parts of one batch. What is defined over the batch, such as balance
             losses, is then taken over the tokens of all of them, and all of them must route at the same time.
         routings: the answer of each layer's router by layer index, filled in by the layers during the pass.
-        wants_losses: False where nobody will read the routings' losses, so that a router need not compute them.
+        compute_aux_losses: False where nobody will read the routings' losses, so that a router need not compute them.
     """
 
     token_ids: Tensor | None = None
@@ -97,7 +97,7 @@ class RoutingContext:
     process_group: ProcessGroup | None = None
     carry: dict[str, Any] = field(default_factory=dict)
     routings: dict[int, Routing] = field(default_factory=dict)
-    wants_losses: bool = True
+    compute_aux_losses: bool = True
 
 
 class Assignments(NamedTuple):
@@ -110,7 +110,7 @@ class Assignments(NamedTuple):
     expert_N: Tensor
     weight_N: Tensor
     top_k: int | None
-    may_pad: bool
+    may_drop: bool
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Routing:
         logits_TE: float32, scores before any normalisation; None for a router that has none.
         losses: raw scalar losses by name. The task multiplies them with its coefficients; nobody else does.
         balance_probs_TE: float32, the scores that balance losses are taken on; None for the softmax of `logits_TE`.
-        may_pad: False promises that `experts_TK` holds no -1, which saves a pass over the hidden states.
+        may_drop: False promises that `experts_TK` holds no -1, which saves a pass over the hidden states.
         token_N: int64, the token of each assignment.
         expert_N: int64, the expert of each assignment; -1 for none.
         weight_N: weight of each assignment.
@@ -143,7 +143,7 @@ class Routing:
     logits_TE: Tensor | None = None
     losses: Mapping[str, Tensor] = field(default_factory=dict)
     balance_probs_TE: Tensor | None = None
-    may_pad: bool = True
+    may_drop: bool = True
     token_N: Tensor | None = None
     expert_N: Tensor | None = None
     weight_N: Tensor | None = None
@@ -181,10 +181,10 @@ class Routing:
             num_tokens, top_k = self.experts_TK.shape
             token_N = torch.arange(num_tokens, device=self.experts_TK.device)
             token_N = token_N.unsqueeze(1).expand(-1, top_k).reshape(-1)
-            return Assignments(token_N, self.experts_TK.reshape(-1), self.weights_TK.reshape(-1), top_k, self.may_pad)
+            return Assignments(token_N, self.experts_TK.reshape(-1), self.weights_TK.reshape(-1), top_k, self.may_drop)
         if self.token_N is None or self.expert_N is None or self.weight_N is None:
             raise ValueError("this routing mixes tokens, or experts; it has no assignments")
-        return Assignments(self.token_N, self.expert_N, self.weight_N, None, self.may_pad)
+        return Assignments(self.token_N, self.expert_N, self.weight_N, None, self.may_drop)
 
     def merged_weights(self) -> Tensor:
         """Return the weight of each expert in what computes each token, `[T, E]`; zeros for a token without group.
@@ -197,7 +197,7 @@ class Routing:
         nothing_1E = self.merge_GE.new_zeros(1, self.merge_GE.shape[1])
         return torch.cat([self.merge_GE, nothing_1E]).index_select(0, self.group_T.remainder(len(self.merge_GE) + 1))
 
-    def load_E(self, num_experts: int) -> Tensor:
+    def expert_load(self, num_experts: int) -> Tensor:
         """Return how many assignments each expert gets, float32 `[num_experts]`, without a host synchronisation.
 
         An expert's load in a dense routing is the number of its slots, in a merged one the sum of its weights over

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from routerzoo import cli
+from routerzoo.cli import main as cli
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SIX = ["HashRouter", "HyperRouter", "LinearRouter", "RandomFrozenRouter", "StableMoERouter", "XMoERouter"]

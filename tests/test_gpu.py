@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from routerzoo import MLPExperts, MoE, RoutingContext, SwiGLUExperts
-from routerzoo.cli import main
+from routerzoo.cli.main import main
 from tests.conftest import SPEC, router_factory
 
 pytestmark = pytest.mark.gpu

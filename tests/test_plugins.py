@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import routerzoo
-from routerzoo import cli
+from routerzoo.cli import main as cli
 
 ROOT = Path(__file__).parents[1]
 PLUGINS = sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))

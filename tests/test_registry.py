@@ -48,7 +48,7 @@ def test_a_router_cannot_require_what_no_context_has():
 
 PLUGIN = """
 from routerzoo import LinearRouter, Router, Routing, LayerSpec
-from routerzoo.selection import softmax_over_selected
+from routerzoo.functional.topk import topk_softmax
 import torch
 from torch import nn
 
@@ -68,7 +68,7 @@ class TinyRouter(Router):
 
     def route(self, x_TD, context):
         logits_TE = x_TD @ self.weight.T
-        weights_TK, experts_TK = softmax_over_selected(logits_TE, self.top_k)
+        weights_TK, experts_TK = topk_softmax(logits_TE, self.top_k)
         return Routing(experts_TK, weights_TK, logits_TE)
 
 class Another(TinyRouter):

@@ -5,7 +5,7 @@ import csv
 import pytest
 import torch
 
-from routerzoo.cli import main
+from routerzoo.cli.main import main
 
 LANGUAGE = """
 model:

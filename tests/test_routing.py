@@ -27,18 +27,18 @@ def test_a_routing_has_exactly_one_form():
 
 def test_sparse_routings_give_their_assignments():
     routing = Routing(torch.tensor([[3, 1], [0, -1]]), torch.tensor([[0.7, 0.3], [1.0, 0.0]]))
-    token_N, expert_N, weight_N, top_k, may_pad = routing.assignments()
+    token_N, expert_N, weight_N, top_k, may_drop = routing.assignments()
     assert token_N.tolist() == [0, 0, 1, 1]
     assert expert_N.tolist() == [3, 1, 0, -1]
     assert_close(weight_N, torch.tensor([0.7, 0.3, 1.0, 0.0]))
-    assert (top_k, may_pad) == (2, True)
+    assert (top_k, may_drop) == (2, True)
 
 
 def test_load_counts_assignments_and_leaves_padding_out():
     routing = Routing(torch.tensor([[3, 1], [0, -1], [1, 3]]), torch.ones(3, 2))
-    assert routing.load_E(4).tolist() == [1, 2, 0, 2]
+    assert routing.expert_load(4).tolist() == [1, 2, 0, 2]
 
 
 def test_load_of_a_dense_routing_is_its_slots():
     dense = torch.rand(2, 5, 3, 4)
-    assert Routing(dispatch_GSEP=dense, combine_GSEP=dense).load_E(3).tolist() == [8, 8, 8]
+    assert Routing(dispatch_GSEP=dense, combine_GSEP=dense).expert_load(3).tolist() == [8, 8, 8]

@@ -96,7 +96,7 @@ def batches(number):
 def test_every_router_trains_in_16_bits(name, dtype, device):
     model = Model(name).train()
     for layer in model.layers:
-        layer.router.calibrate(torch.arange(VOCABULARY) + 1)
+        layer.router.fit_token_counts(torch.arange(VOCABULARY) + 1)
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16, init_scale=2.0**10)
@@ -124,7 +124,7 @@ def test_accumulated_gradients_are_those_of_a_larger_batch(name):
     """Auxiliary losses aside, which are of a micro-batch where they are of a batch."""
     model = Model(name, auxiliary=0.0).double().train()
     for layer in model.layers:
-        layer.router.calibrate(torch.arange(VOCABULARY) + 1)
+        layer.router.fit_token_counts(torch.arange(VOCABULARY) + 1)
     if not all(layer.router.batch_independent for layer in model.layers):
         pytest.skip(f"{name} routes a token by the others of its micro-batch")
     ids_BS = batches(1)

@@ -7,9 +7,9 @@ from typing import Any, final
 
 from lightning import Callback, LightningModule, Trainer
 
-from routerzoo.checkpoints import read_checkpoint
+from routerzoo.checkpoints.single import read_checkpoint
 from routerzoo.errors import UserError
-from routerzoo.moe import moe_layers
+from routerzoo.moe.layer import moe_layers
 
 
 @final

@@ -7,13 +7,13 @@ from typing import Any, final
 from lightning import Callback, LightningModule, Trainer
 
 from routerzoo.errors import UserError
-from routerzoo.moe import moe_layers
-from routerzoo.schedules import Growth, k_at
+from routerzoo.functional.schedules import Growth, k_at
+from routerzoo.moe.layer import moe_layers
 
 
 @final
 class KSchedule(Callback):
-    """Sets `top_k` of every router before each training step; see `routerzoo.schedules.k_at`.
+    """Sets `top_k` of every router before each training step; see `routerzoo.functional.schedules.k_at`.
 
     It is a function of the step alone, so that a resumed run goes on as it was. The last k is part of the checkpoint.
 

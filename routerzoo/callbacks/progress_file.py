@@ -9,7 +9,7 @@ from typing import Any, final
 
 from lightning import Callback, LightningModule, Trainer
 
-from routerzoo.files import write_whole
+from routerzoo.runs.atomic import write_whole
 from routerzoo.tasks.base import MoETask
 
 WRITE_SECONDS = 1.0

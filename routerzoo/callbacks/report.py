@@ -16,12 +16,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.table import Table
 
-from routerzoo.accounting import Costs, short
 from routerzoo.callbacks.routing_monitor import RoutingMonitor
 from routerzoo.callbacks.stability import StabilityMonitor
-from routerzoo.figures import quality_by_cost
-from routerzoo.files import write_whole
-from routerzoo.moe import moe_layers
+from routerzoo.costs import Costs, short
+from routerzoo.metrics.figures import quality_by_cost
+from routerzoo.moe.layer import moe_layers
+from routerzoo.runs.atomic import write_whole
 from routerzoo.tasks.base import MoETask
 
 RESULTS = "results.json"

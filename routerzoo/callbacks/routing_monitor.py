@@ -12,9 +12,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from routerzoo.figures import load_over_training
 from routerzoo.metrics import ExpertLoad, GateConfidence
-from routerzoo.moe import moe_layers, without_padding
+from routerzoo.metrics.figures import load_over_training
+from routerzoo.moe.layer import moe_layers, without_padding
 from routerzoo.routing import Routing
 
 

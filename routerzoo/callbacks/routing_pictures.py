@@ -12,7 +12,7 @@ from routerzoo.data.images import ImageBatch
 from routerzoo.data.tokens import TextBatch
 from routerzoo.look.observe import observe
 from routerzoo.look.trainer import draw
-from routerzoo.moe import moe_layers
+from routerzoo.moe.layer import moe_layers
 from routerzoo.tasks.base import MoETask
 
 

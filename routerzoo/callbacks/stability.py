@@ -12,9 +12,9 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from routerzoo.errors import UserError
-from routerzoo.figures import stability_over_training
 from routerzoo.metrics import LastFluctuation, RouterSaturation, RoutingFluctuation
-from routerzoo.moe import moe_layers
+from routerzoo.metrics.figures import stability_over_training
+from routerzoo.moe.layer import moe_layers
 from routerzoo.routing import Routing
 from routerzoo.tasks.base import MoETask
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from routerzoo.distributed.ranks import counts_from_ranks, exchange_rows
+from routerzoo.distributed.collectives import counts_from_ranks, exchange_rows
 from routerzoo.errors import UserError
-from routerzoo.experts import Experts
+from routerzoo.moe.experts import Experts
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from routerzoo.moe import MoE
+    from routerzoo.moe.layer import MoE
 
 
 def shard_experts(layer: MoE, mesh: DeviceMesh) -> None:

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from routerzoo.checkpoints import read_checkpoint
-from routerzoo.distributed import checkpoints
+from routerzoo.checkpoints import sharded
+from routerzoo.checkpoints.single import read_checkpoint
 from routerzoo.errors import UserError
-from routerzoo.tasks.optimization import parameter_groups
+from routerzoo.optim import parameter_groups
 
 
 @final
@@ -55,23 +55,23 @@ class ShardedStrategy(ModelParallelStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return this process's part of the optimiser's state, by name of parameter."""
         assert self.lightning_module is not None
-        return checkpoints.named_state(getattr(optimizer, "_optimizer", optimizer), self.lightning_module)
+        return sharded.named_state(getattr(optimizer, "_optimizer", optimizer), self.lightning_module)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write a folder, on all processes together."""
         if len(checkpoint.get("optimizer_states", [])) > 1:
             raise UserError("a checkpoint of a model that is spread over processes takes one optimiser, not several")
         path = Path(self.broadcast(filepath))
-        state = checkpoint[checkpoints.STATE]
-        tensors = {f"{checkpoints.STATE}.{name}": value for name, value in state.items() if isinstance(value, Tensor)}
+        state = checkpoint[sharded.STATE]
+        tensors = {f"{sharded.STATE}.{name}": value for name, value in state.items() if isinstance(value, Tensor)}
         rest = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
-        meta = {**checkpoint, checkpoints.STATE: rest}
+        meta = {**checkpoint, sharded.STATE: rest}
         if checkpoint.get("optimizer_states"):
             optimizer = checkpoint["optimizer_states"][0]
             for name, values in optimizer["state"].items():
-                tensors.update({f"{checkpoints.OPTIMIZER}.{name}.{key}": _tensor(v) for key, v in values.items()})
+                tensors.update({f"{sharded.OPTIMIZER}.{name}.{key}": _tensor(v) for key, v in values.items()})
             meta["optimizer_states"] = [{"state": {}, "param_groups": optimizer["param_groups"]}]
-        checkpoints.save(path, meta, tensors)
+        sharded.save(path, meta, tensors)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a folder, or a file of one process, into the model and the optimiser."""
@@ -79,19 +79,19 @@ class ShardedStrategy(ModelParallelStrategy):
         model, module = self.model, self.lightning_module
         assert model is not None
         assert module is not None
-        if not checkpoints.is_folder(path):
+        if not sharded.is_folder(path):
             checkpoint = read_checkpoint(path)
-            model.load_state_dict(_spread(checkpoint.pop(checkpoints.STATE), model.state_dict()))
+            model.load_state_dict(_spread(checkpoint.pop(sharded.STATE), model.state_dict()))
             if self.optimizers and checkpoint.get("optimizer_states"):
-                saved = checkpoints.named(checkpoint["optimizer_states"][0], parameter_groups(module), module)
+                saved = sharded.named(checkpoint["optimizer_states"][0], parameter_groups(module), module)
                 self._load_optimizer(saved)
             return checkpoint
-        meta = checkpoints.read_meta(path)
-        checkpoints.verify(path, meta.pop(checkpoints.CHECKSUMS), self.global_rank, self.world_size)
+        meta = sharded.read_meta(path)
+        sharded.verify(path, meta.pop(sharded.CHECKSUMS), self.global_rank, self.world_size)
         state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
         found = {name: torch.empty_like(value) for name, value in state.items()}
-        checkpoints.load(path, {f"{checkpoints.STATE}.{name}": value for name, value in found.items()})
-        model.load_state_dict({**found, **meta[checkpoints.STATE]})
+        sharded.load(path, {f"{sharded.STATE}.{name}": value for name, value in found.items()})
+        model.load_state_dict({**found, **meta[sharded.STATE]})
         if self.optimizers and meta.get("optimizer_states"):
             saved = {
                 "state": self._optimizer_tensors(path),
@@ -105,14 +105,14 @@ class ShardedStrategy(ModelParallelStrategy):
         assert self.lightning_module is not None
         parameters = dict(self.lightning_module.named_parameters())
         wanted: dict[str, Tensor] = {}
-        for entry, (size, dtype) in checkpoints.sizes(path).items():
+        for entry, (size, dtype) in sharded.sizes(path).items():
             kind, _, rest = entry.partition(".")
             parameter = parameters.get(rest.rpartition(".")[0])
-            if kind != checkpoints.OPTIMIZER or parameter is None:
+            if kind != sharded.OPTIMIZER or parameter is None:
                 continue
             like = parameter.detach() if size == parameter.shape else torch.empty(size)
             wanted[entry] = torch.zeros_like(like, dtype=dtype)
-        checkpoints.load(path, wanted)
+        sharded.load(path, wanted)
         state: dict[str, dict[str, Tensor]] = {}
         for entry, value in wanted.items():
             name, _, key = entry.partition(".")[2].rpartition(".")
@@ -127,7 +127,7 @@ class ShardedStrategy(ModelParallelStrategy):
         for name, values in saved["state"].items():
             like = parameters[name]
             spread[name] = _spread(values, {key: like for key, value in values.items() if value.shape == like.shape})
-        optimizer.load_state_dict(checkpoints.by_number({**saved, "state": spread}, optimizer.param_groups, module))
+        optimizer.load_state_dict(sharded.by_number({**saved, "state": spread}, optimizer.param_groups, module))
 
 
 # Its name, for `--trainer.strategy sharded`.

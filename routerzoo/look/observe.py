@@ -12,7 +12,7 @@ from torch import Tensor
 from routerzoo.data.images import ImageBatch
 from routerzoo.data.tokens import TextBatch
 from routerzoo.errors import UserError
-from routerzoo.moe import moe_layers
+from routerzoo.moe.layer import moe_layers
 from routerzoo.routing import Routing
 from routerzoo.tasks.base import MoETask
 
@@ -49,7 +49,7 @@ def observe(task: MoETask, batch: Any) -> Observation:
     training = task.training
     task.eval()
     try:
-        with task.evaluation_top_k():
+        with task.override_top_k():
             if isinstance(batch, TextBatch):
                 options = {} if task.net.num_tasks is None else {"task_ids_B": batch.task_ids_B}
                 _, context = task.net(batch.ids_BS, **options)

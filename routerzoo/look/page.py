@@ -14,9 +14,9 @@ from jinja2 import Environment
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from routerzoo.files import write_whole
 from routerzoo.look.drawings import expert_colours
 from routerzoo.look.observe import Observation
+from routerzoo.runs.atomic import write_whole
 
 CLAIMS_SHOWN = 8
 FEWEST = 5

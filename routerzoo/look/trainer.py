@@ -11,14 +11,14 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from routerzoo.checkpoints import read_checkpoint
+from routerzoo.checkpoints.single import read_checkpoint
 from routerzoo.data.images import ImageBatch
 from routerzoo.data.tokens import TextBatch
 from routerzoo.errors import UserError
 from routerzoo.look.drawings import patches_by_expert, text_by_expert
 from routerzoo.look.observe import Observation, claims, observe
 from routerzoo.look.page import write_page
-from routerzoo.moe import moe_layers
+from routerzoo.moe.layer import moe_layers
 from routerzoo.tasks.base import MoETask
 
 PAGE, PICTURE = "look.html", "look.png"

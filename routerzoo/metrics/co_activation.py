@@ -55,7 +55,7 @@ class CoActivation(Metric):
 
     def plot(self, val: Tensor | None = None, ax: Any = None) -> Any:
         """Draw the matrix without its diagonal; `val` instead of what was computed. Returns figure and axes."""
-        from routerzoo.figures import heat_map
+        from routerzoo.metrics.figures import heat_map
 
         shares_EE = (self.compute() if val is None else val).clone()
         shares_EE.fill_diagonal_(torch.nan)

@@ -76,7 +76,7 @@ class RepresentationCollapse(Metric):
 
     def plot(self, val: Tensor | None = None, ax: Any = None) -> Any:
         """Draw the value as a bar; `val` instead of what was computed. Returns figure and axes."""
-        from routerzoo.figures import bars
+        from routerzoo.metrics.figures import bars
 
         value = self.compute() if val is None else val
         return bars({"within / between": value}, ax, ylabel="smaller is more collapsed")

@@ -72,7 +72,7 @@ class GateConfidence(Metric):
 
     def plot(self, val: dict[str, Tensor] | None = None, ax: Any = None) -> Any:
         """Draw entropy and margin as bars; `val` instead of what was computed. Returns figure and axes."""
-        from routerzoo.figures import bars
+        from routerzoo.metrics.figures import bars
 
         val = self.compute() if val is None else val
         return bars({name: val[name] for name in ("gate_entropy", "gate_margin")}, ax, ylabel="mean over tokens")

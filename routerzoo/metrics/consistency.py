@@ -63,6 +63,6 @@ class InterRunConsistency(Metric):
 
     def plot(self, val: Tensor | None = None, ax: Any = None) -> Any:
         """Draw the correlation of each pair of runs; `val` instead of those computed. Returns figure and axes."""
-        from routerzoo.figures import heat_map
+        from routerzoo.metrics.figures import heat_map
 
         return heat_map(self.correlations() if val is None else val, ax, xlabel="run", ylabel="run", low=-1.0)

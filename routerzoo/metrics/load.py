@@ -76,7 +76,7 @@ class ExpertLoad(Metric):
 
     def update(self, routing: Routing) -> None:
         """Count a routing's assignments."""
-        self.counts_E += routing.load_E(self.num_experts)
+        self.counts_E += routing.expert_load(self.num_experts)
 
     @property
     def shares_E(self) -> Tensor:
@@ -97,6 +97,6 @@ class ExpertLoad(Metric):
         Returns:
             Figure and axes.
         """
-        from routerzoo.figures import load_bars
+        from routerzoo.metrics.figures import load_bars
 
         return load_bars(self.counts_E if val is None else val, ax)

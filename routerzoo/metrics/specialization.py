@@ -93,7 +93,7 @@ class Specialization(Metric):
         Returns:
             Figure and axes.
         """
-        from routerzoo.figures import heat_map
+        from routerzoo.metrics.figures import heat_map
 
         share_VE = (self.compute() if val is None else val)["share_VE"]
         largest_V = share_VE.nan_to_num(-1).max(1).values

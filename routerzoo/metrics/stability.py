@@ -88,7 +88,7 @@ class RoutingFluctuation(_SetOverlap):
 
     def plot(self, val: dict[str, Tensor] | None = None, ax: Any = None) -> Any:
         """Draw both as bars; `val` instead of what was computed. Returns figure and axes."""
-        from routerzoo.figures import bars
+        from routerzoo.metrics.figures import bars
 
         return bars(self.compute() if val is None else val, ax, ylabel="share")
 
@@ -133,7 +133,7 @@ class RouterSaturation(_SetOverlap):
 
     def plot(self, val: dict[str, Tensor] | None = None, ax: Any = None) -> Any:
         """Draw both as bars; `val` instead of what was computed. Returns figure and axes."""
-        from routerzoo.figures import bars
+        from routerzoo.metrics.figures import bars
 
         return bars(self.compute() if val is None else val, ax, ylabel="share of the final experts")
 
@@ -205,7 +205,7 @@ class LastFluctuation(Metric):
 
     def plot(self, val: dict[str, Tensor] | None = None, ax: Any = None) -> Any:
         """Draw the curve; `val` instead of what was computed. Returns figure and axes."""
-        from routerzoo.figures import curves
+        from routerzoo.metrics.figures import curves
 
         val = self.compute() if val is None else val
         return curves(val["steps"], {"settled": val["settled"]}, ax, xlabel="training step", ylabel="share of tokens")

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
-from routerzoo.experts import MLPExperts
-from routerzoo.grouped import Backend
 from routerzoo.models.blocks import MoEBlocks, moe_block_indices
-from routerzoo.moe import ExpertsFactory, MoE, RouterFactory, moe_layers
+from routerzoo.models.sparsify import provide_context
+from routerzoo.moe.experts import MLPExperts
+from routerzoo.moe.grouped_linear import Backend
+from routerzoo.moe.layer import ExpertsFactory, MoE, RouterFactory, moe_layers
 from routerzoo.routing import LayerSpec, RoutingContext
-from routerzoo.sparsify import provide_context
 
 PROVIDED_CONTEXT = frozenset({"token_ids", "positions", "sequence_ids", "attention", "step", "total_steps"})
 
@@ -128,7 +128,7 @@ class DenseFeedForward(nn.Module):
 
     def forward(self, x_BSD: Tensor, context: RoutingContext | None) -> Tensor:
         """Compute the sum of all experts."""
-        return self.experts.all_experts(x_BSD.flatten(0, -2)).view(x_BSD.shape)
+        return self.experts.dense_forward(x_BSD.flatten(0, -2)).view(x_BSD.shape)
 
 
 @final

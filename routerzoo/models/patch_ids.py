@@ -38,7 +38,7 @@ class PatchIds(nn.Module, ABC):
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Return the ids of all patches, int64 `[B, N]`, row by row."""
 
-    def calibrate(self, images_BCHW: Tensor, generator: torch.Generator) -> None:
+    def fit_token_counts(self, images_BCHW: Tensor, generator: torch.Generator) -> None:
         """Fit to images of the training split, once, before the first step."""
 
     def patches(self, images_BCHW: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class LSHIds(PatchIds):
             projected = F.linear(self.patches(images_BCHW) - self.mean.float(), self.projection.float())
             return ((projected > 0) * self.bit_values).sum(-1)
 
-    def calibrate(self, images_BCHW: Tensor, generator: torch.Generator) -> None:
+    def fit_token_counts(self, images_BCHW: Tensor, generator: torch.Generator) -> None:
         """Take the mean patch."""
         self.mean.copy_(self.patches(images_BCHW).mean((0, 1)))
 
@@ -127,7 +127,7 @@ class CodebookIds(PatchIds):
         with torch.autocast(images_BCHW.device.type, enabled=False):
             return _nearest(self.patches(images_BCHW), self.codebook.float())
 
-    def calibrate(self, images_BCHW: Tensor, generator: torch.Generator, iterations: int = 20) -> None:
+    def fit_token_counts(self, images_BCHW: Tensor, generator: torch.Generator, iterations: int = 20) -> None:
         """Fit the codebook: Lloyd's algorithm from randomly chosen patches."""
         patches_MP = self.patches(images_BCHW).flatten(0, 1).to(self.codebook.device)
         distinct_MP = torch.unique(patches_MP, dim=0)

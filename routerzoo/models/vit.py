@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from routerzoo.experts import MLPExperts
-from routerzoo.grouped import Backend
 from routerzoo.models.blocks import MoEBlocks
 from routerzoo.models.patch_ids import PatchIdKind, PatchIds, create_patch_ids
-from routerzoo.moe import ExpertsFactory, MoE, RouterFactory
+from routerzoo.models.sparsify import provide_context, sparsify, withdraw_context
+from routerzoo.moe.experts import MLPExperts
+from routerzoo.moe.grouped_linear import Backend
+from routerzoo.moe.layer import ExpertsFactory, MoE, RouterFactory
 from routerzoo.router import UnmetRequirementError
 from routerzoo.routing import RoutingContext
-from routerzoo.sparsify import provide_context, sparsify, withdraw_context
 
 PROVIDED_CONTEXT = frozenset({"positions", "sequence_ids", "attention", "step", "total_steps"})
 

@@ -19,11 +19,11 @@ from jinja2 import Environment
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from routerzoo.accounting import short
-from routerzoo.files import write_whole
+from routerzoo.costs import short
 from routerzoo.report import pictures
 from routerzoo.report.collect import Sweep, Task, differences, tested_k
 from routerzoo.report.statistics import Comparison, Interval, adjusted, compare, interval, mean_ranks
+from routerzoo.runs.atomic import write_whole
 from routerzoo.sweep.ledger import THEN, Run
 from routerzoo.sweep.work import CELL, LOG
 

@@ -65,9 +65,9 @@ class HashRouter(Router):
         """Look the tokens up."""
         assert context.token_ids is not None  # `forward` checked what `requires` names.
         experts_TK = self.table[context.token_ids, : self.top_k].long()
-        return Routing(experts_TK, x_TD.new_full(experts_TK.shape, 1 / self.top_k), may_pad=False)
+        return Routing(experts_TK, x_TD.new_full(experts_TK.shape, 1 / self.top_k), may_drop=False)
 
-    def calibrate(self, token_counts_V: Tensor) -> None:
+    def fit_token_counts(self, token_counts_V: Tensor) -> None:
         """Balance the table for these frequencies, if it is to be balanced."""
         if self.balanced:
             balanced = balance_table(self.table.cpu().numpy(), token_counts_V.cpu().numpy(), self.top_k)

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from routerzoo.functional.topk import softmax_at, topk_indices, topk_softmax
 from routerzoo.registry import register_router
 from routerzoo.router import Router
 from routerzoo.routing import LayerSpec, Routing, RoutingContext
-from routerzoo.selection import largest_logits, softmax_over, softmax_over_selected
 
 
 @register_router
@@ -97,20 +97,20 @@ class HyperRouter(Router):
         """Scale the hypernetwork's last layer, so the whole generated gate."""
         self.hypernet_w2 *= factor
 
-    def choose(self, logits_TE: Tensor) -> Tensor:
+    def select_experts(self, logits_TE: Tensor) -> Tensor:
         """Choose the k largest."""
-        return largest_logits(logits_TE, self.top_k)
+        return topk_indices(logits_TE, self.top_k)
 
-    def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
         """Take the softmax over the chosen logits."""
-        return softmax_over(logits_TE, experts_TK)
+        return softmax_at(logits_TE, experts_TK)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Take the k largest logits of the generated gate."""
         gate_EG = self.gate()
         logits_TE = F.linear(x_TD, gate_EG[:, :-1], gate_EG[:, -1])
-        weights_TK, experts_TK = softmax_over_selected(logits_TE, self.top_k)
-        return Routing(experts_TK, weights_TK, logits_TE, may_pad=False)
+        weights_TK, experts_TK = topk_softmax(logits_TE, self.top_k)
+        return Routing(experts_TK, weights_TK, logits_TE, may_drop=False)
 
     def __getstate__(self) -> dict[str, object]:
         # A copy has other addresses, and must not keep a gate of this one's.

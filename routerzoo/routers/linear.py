@@ -10,19 +10,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from routerzoo.losses import Scope, balance_loss, fields_of_scope, importance_loss, load_loss, scope_of, z_loss
+from routerzoo.functional.losses import (
+    Scope,
+    balance_loss,
+    fields_of_scope,
+    importance_loss,
+    load_loss,
+    scope_of,
+    z_loss,
+)
+from routerzoo.functional.topk import (
+    ScoreFunction,
+    gather_weights,
+    score,
+    softmax_at,
+    topk,
+    topk_indices,
+    topk_softmax,
+)
 from routerzoo.registry import register_router
 from routerzoo.router import Router
 from routerzoo.routing import LayerSpec, Routing, RoutingContext
-from routerzoo.selection import (
-    ScoreFunction,
-    largest_logits,
-    score,
-    softmax_over,
-    softmax_over_selected,
-    top_k_experts,
-    weights_at,
-)
 
 
 @register_router
@@ -70,7 +78,7 @@ class LinearRouter(Router):
         init_std: float = 0.02,
     ) -> None:
         super().__init__(spec, top_k=top_k)
-        self.also_require(*fields_of_scope(balance_scope))
+        self.require(*fields_of_scope(balance_scope))
         self.balance_scope: Scope = balance_scope
         self.score_function: ScoreFunction = score
         self.renormalize = top_k > 1 if renormalize is None else renormalize
@@ -85,15 +93,15 @@ class LinearRouter(Router):
         """Scale the gate."""
         self.weight.mul_(factor)
 
-    def choose(self, logits_TE: Tensor) -> Tensor:
+    def select_experts(self, logits_TE: Tensor) -> Tensor:
         """Choose the k largest."""
-        return largest_logits(logits_TE, self.top_k)
+        return topk_indices(logits_TE, self.top_k)
 
-    def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
         """Take the scores of the chosen logits, renormalised or not."""
         if self.score_function == "softmax" and self.renormalize:
-            return softmax_over(logits_TE, experts_TK)
-        return weights_at(score(logits_TE, self.score_function), experts_TK, renormalize=self.renormalize)
+            return softmax_at(logits_TE, experts_TK)
+        return gather_weights(score(logits_TE, self.score_function), experts_TK, renormalize=self.renormalize)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Take the k largest logits of the gate."""
@@ -104,14 +112,14 @@ class LinearRouter(Router):
             logits_TE = clean_TE + torch.randn_like(clean_TE) * std_TE
         probs_TE = None
         if self.score_function == "softmax" and self.renormalize:
-            weights_TK, experts_TK = softmax_over_selected(logits_TE, self.top_k)
+            weights_TK, experts_TK = topk_softmax(logits_TE, self.top_k)
         else:
             probs_TE = score(logits_TE, self.score_function)
-            weights_TK, experts_TK = top_k_experts(probs_TE, self.top_k)
+            weights_TK, experts_TK = topk(probs_TE, self.top_k)
             if self.renormalize:
                 weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(1e-20)
-        if not (self.training and context.wants_losses):
-            return Routing(experts_TK, weights_TK, logits_TE, may_pad=False)
+        if not (self.training and context.compute_aux_losses):
+            return Routing(experts_TK, weights_TK, logits_TE, may_drop=False)
         if probs_TE is None:
             probs_TE = score(logits_TE, self.score_function)
         scoped = scope_of(self.balance_scope, context)
@@ -125,4 +133,4 @@ class LinearRouter(Router):
             losses["load"] = load_loss(
                 clean_TE, self.top_k, noisy_logits_TE=logits_TE, noise_std=std_TE, exclude_itself=True, **scoped
             )
-        return Routing(experts_TK, weights_TK, logits_TE, losses, probs_TE, may_pad=False)
+        return Routing(experts_TK, weights_TK, logits_TE, losses, probs_TE, may_drop=False)

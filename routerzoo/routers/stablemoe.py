@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from routerzoo.losses import Scope, distillation_loss, fields_of_scope, scope_of, stablemoe_balance_loss
+from routerzoo.functional.losses import Scope, distillation_loss, fields_of_scope, scope_of, stablemoe_balance_loss
+from routerzoo.functional.topk import gather_weights, topk
 from routerzoo.registry import register_router
 from routerzoo.router import Router, UnmetRequirementError
 from routerzoo.routers.hash import expert_dtype
 from routerzoo.routing import LayerSpec, Routing, RoutingContext
-from routerzoo.selection import top_k_experts, weights_at
 
 
 @register_router
@@ -56,7 +56,7 @@ class StableMoERouter(Router):
 
     paper = "Dai et al., ACL 2022, arXiv:2204.08396"
     requires = frozenset({"token_ids"})
-    adapted_buffers = frozenset({"frozen_choices"})
+    trained_buffers = frozenset({"frozen_choices"})
     default_loss_weights: ClassVar[Mapping[str, float]] = {"balance": 0.3, "distillation": 0.3}
     frozen_choices: Tensor
 
@@ -72,7 +72,7 @@ class StableMoERouter(Router):
         balance_scope: Scope = "batch",
     ) -> None:
         super().__init__(spec, top_k=top_k)
-        self.also_require(*fields_of_scope(balance_scope))
+        self.require(*fields_of_scope(balance_scope))
         self.balance_scope: Scope = balance_scope
         if spec.vocab_size is None:
             raise UnmetRequirementError(type(self).__name__, frozenset({"vocab_size"}))
@@ -107,7 +107,7 @@ class StableMoERouter(Router):
         for start in range(0, len(self.frozen_choices), 4096):  # bounds memory at a large vocabulary
             with torch.autocast(self.frozen_choices.device.type, enabled=False):
                 scores_VE = F.linear(self.routing_embedding[start : start + 4096], self.distilled_centroids)
-            # Not a sort: the first k must be what `top_k_experts` gives on ties.
+            # Not a sort: the first k must be what `topk` gives on ties.
             first_V1 = scores_VE.argmax(-1, keepdim=True)
             order_VE = scores_VE.scatter(1, first_V1, torch.inf).argsort(dim=-1, descending=True, stable=True)
             self.frozen_choices[start : start + 4096] = order_VE.to(self.frozen_choices.dtype)
@@ -128,9 +128,9 @@ class StableMoERouter(Router):
         """Scale the gate; the distilled router learns from choices alone."""
         self.expert_centroids.mul_(factor)
 
-    def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
         """Take the sigmoid of the gate; what it weighs is chosen by token ids."""
-        return weights_at(logits_TE.sigmoid(), experts_TK)
+        return gather_weights(logits_TE.sigmoid(), experts_TK)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Route by the gate in stage 1, by the frozen choices in stage 2."""
@@ -141,9 +141,9 @@ class StableMoERouter(Router):
         if self.stage == 2:
             experts_TK = self.frozen_choices[token_ids, : self.top_k].long()
         elif self.training or self.evaluate == "stage":
-            experts_TK = top_k_experts(logits_TE, self.top_k)[1]
+            experts_TK = topk(logits_TE, self.top_k)[1]
         else:
-            experts_TK = top_k_experts(self._distilled_logits(token_ids), self.top_k)[1]
+            experts_TK = topk(self._distilled_logits(token_ids), self.top_k)[1]
         gates_TK = logits_TE.gather(1, experts_TK).sigmoid()
         losses = {}
         if distil:
@@ -159,7 +159,7 @@ class StableMoERouter(Router):
             # Zeros that keep every parameter in the graph: DistributedDataParallel waits for all gradients.
             zero = 0.0 * (self.routing_embedding.sum() + self.distilled_centroids.sum())
             losses = {"balance": logits_TE.new_zeros(()), "distillation": zero}
-        return Routing(experts_TK, gates_TK, logits_TE, losses, may_pad=False)
+        return Routing(experts_TK, gates_TK, logits_TE, losses, may_drop=False)
 
     def _distilled_logits(self, token_ids: Tensor) -> Tensor:
         return F.linear(F.embedding(token_ids, self.routing_embedding), self.distilled_centroids)

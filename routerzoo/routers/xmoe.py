@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from routerzoo.losses import Scope, balance_loss, fields_of_scope, scope_of
+from routerzoo.functional.losses import Scope, balance_loss, fields_of_scope, scope_of
+from routerzoo.functional.topk import ScoreFunction, gather_weights, score, topk, topk_indices
 from routerzoo.registry import register_router
 from routerzoo.router import Router
 from routerzoo.routing import LayerSpec, Routing, RoutingContext
-from routerzoo.selection import ScoreFunction, largest_logits, score, top_k_experts, weights_at
 
 BALANCE_TEMPERATURE: dict[ScoreFunction, float] = {"softmax": 0.3, "sigmoid": 0.07}
 MIN_TEMPERATURE = 0.01
@@ -61,7 +61,7 @@ class XMoERouter(Router):
         balance_scope: Scope = "batch",
     ) -> None:
         super().__init__(spec, top_k=top_k)
-        self.also_require(*fields_of_scope(balance_scope))
+        self.require(*fields_of_scope(balance_scope))
         self.balance_scope: Scope = balance_scope
         if score not in BALANCE_TEMPERATURE:
             raise ValueError(f"score must be softmax or sigmoid, got {score!r}")
@@ -88,22 +88,22 @@ class XMoERouter(Router):
             raise ValueError(f"the temperature would have to be {temperature:.3g}; it is at least {MIN_TEMPERATURE}")
         self.temperature.fill_(temperature)
 
-    def choose(self, logits_TE: Tensor) -> Tensor:
+    def select_experts(self, logits_TE: Tensor) -> Tensor:
         """Choose the k largest."""
-        return largest_logits(logits_TE, self.top_k)
+        return topk_indices(logits_TE, self.top_k)
 
-    def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
         """Take the scores of the chosen logits."""
-        return weights_at(score(logits_TE, self.score_function), experts_TK)
+        return gather_weights(score(logits_TE, self.score_function), experts_TK)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Take the k most similar experts."""
         token_TR = F.normalize(F.linear(x_TD, self.projection), dim=-1)
         cosine_TE = F.linear(token_TR, F.normalize(self.expert_embedding, dim=-1))
         logits_TE = cosine_TE * self.temperature.clamp_min(MIN_TEMPERATURE).reciprocal()
-        weights_TK, experts_TK = top_k_experts(score(logits_TE, self.score_function), self.top_k)
+        weights_TK, experts_TK = topk(score(logits_TE, self.score_function), self.top_k)
         probs_TE = (cosine_TE / self.balance_temperature).softmax(-1)
         losses = {}
-        if self.training and context.wants_losses:
+        if self.training and context.compute_aux_losses:
             losses["balance"] = balance_loss(probs_TE, experts_TK, **scope_of(self.balance_scope, context))
-        return Routing(experts_TK, weights_TK, logits_TE, losses, probs_TE, may_pad=False)
+        return Routing(experts_TK, weights_TK, logits_TE, losses, probs_TE, may_drop=False)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from routerzoo.files import remove
+from routerzoo.runs.atomic import remove
 from routerzoo.sweep.work import BEST, LAST
 
 Keep = Literal["all", "best", "none"]

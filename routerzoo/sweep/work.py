@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from routerzoo.files import BEFORE, is_there, write_whole
+from routerzoo.runs.atomic import BEFORE, is_there, write_whole
 
 OUTCOME = "outcome.json"
 LOG = "log.txt"
@@ -32,16 +32,16 @@ TAKEN = "another process is at this run"
 def preload() -> None:
     """Import what every run needs, once, in the server that runs are forked from."""
     from routerzoo import registry
-    from routerzoo.startup import quick_imports
+    from routerzoo.cli.startup import quick_imports
 
     with quick_imports():
-        import routerzoo.cli  # noqa: F401
+        import routerzoo.cli.main  # noqa: F401
     registry.load_plugins()
 
 
 def resolve(arguments: list[str]) -> tuple[str, str]:
     """Return the whole config of a `fit` command, or why there is none."""
-    from routerzoo import cli
+    from routerzoo.cli import main as cli
 
     out, err = io.StringIO(), io.StringIO()
     try:
@@ -107,9 +107,9 @@ def _outcome(folder: Path, test: list[str], threads: int) -> dict[str, Any]:
     try:
         import torch
 
-        from routerzoo import cli
         from routerzoo.callbacks.checkpoint import TERMINATED
-        from routerzoo.cpu import tune_cpu
+        from routerzoo.cli import main as cli
+        from routerzoo.tune_cpu import tune_cpu
 
         os.environ["OMP_NUM_THREADS"] = str(threads)
         os.environ[cli.PROGRESS_VARIABLE] = str(folder / PROGRESS)

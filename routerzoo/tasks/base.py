@@ -19,14 +19,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
-from routerzoo.accounting import Costs, count_costs
-from routerzoo.distributed.ranks import all_ranks
+from routerzoo.costs import Costs, count_costs
+from routerzoo.distributed.collectives import all_ranks
 from routerzoo.errors import UserError
-from routerzoo.logit_scale import match_logit_std
-from routerzoo.losses import auxiliary_loss
-from routerzoo.moe import moe_layers
+from routerzoo.functional.losses import auxiliary_loss
+from routerzoo.moe.layer import moe_layers
+from routerzoo.optim import EXECUTION, WarmupCosine, parameter_groups, use_fused_kernel
+from routerzoo.routers.logit_scale import match_logit_std
 from routerzoo.routing import RoutingContext
-from routerzoo.tasks.optimization import EXECUTION, WarmupCosine, parameter_groups, use_fused_kernel
 
 SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
 
@@ -95,7 +95,7 @@ class MoETask(LightningModule, ABC):
         mesh = self._device_mesh
         if mesh is None or self.is_sharded:
             return
-        from routerzoo.distributed.sharding import shard_model  # takes a second to import
+        from routerzoo.distributed.fsdp import shard_model  # takes a second to import
 
         if mesh["tensor_parallel"].size() > 1:
             raise UserError(
@@ -148,7 +148,7 @@ class MoETask(LightningModule, ABC):
             counts_V = self.token_counts()
             for layer in moe_layers(self.net):
                 if counts_V is not None and not layer.router.is_frozen:
-                    layer.router.calibrate(counts_V)
+                    layer.router.fit_token_counts(counts_V)
 
     def auxiliary_losses(self, context: RoutingContext) -> dict[str, Tensor]:
         """Return each weighted auxiliary loss, its coefficient applied, summed over layers (as Switch does).
@@ -190,7 +190,7 @@ class MoETask(LightningModule, ABC):
             task_loss = task_loss + loss
         return task_loss
 
-    def consistent_loss(self, losses: list[Tensor], logits: list[Tensor], kept: Tensor | None = None) -> Tensor:
+    def consistency_loss(self, losses: list[Tensor], logits: list[Tensor], kept: Tensor | None = None) -> Tensor:
         """Return the loss of one pass, or of two with their divergence.
 
         Two passes of a model that draws random numbers (stochastic routers, dropout) are drawn to each other by the
@@ -239,7 +239,7 @@ class MoETask(LightningModule, ABC):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Tell the routers that the gradients are complete."""
         if self.is_sharded:
-            from routerzoo.distributed.sharding import average_gradients
+            from routerzoo.distributed.fsdp import average_gradients
 
             average_gradients(self.parameters())
         for layer in moe_layers(self.net):
@@ -263,12 +263,12 @@ class MoETask(LightningModule, ABC):
         if not self.is_sharded or not gradient_clip_val or gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
-        from routerzoo.distributed.sharding import clip_gradients
+        from routerzoo.distributed.fsdp import clip_gradients
 
         clip_gradients((p for group in optimizer.param_groups for p in group["params"]), float(gradient_clip_val))
 
     @contextmanager
-    def evaluation_top_k(self, place: int = 0) -> Iterator[None]:
+    def override_top_k(self, place: int = 0) -> Iterator[None]:
         """Route with one of the k of `eval_top_k` for a while."""
         layers = list(moe_layers(self.net))
         trained = [layer.router.top_k for layer in layers]
@@ -285,7 +285,7 @@ class MoETask(LightningModule, ABC):
     def _evaluation_step(self, stage: str, batch: Any) -> None:
         for place, top_k in enumerate(self.eval_top_ks):
             metrics = _metrics(self.evaluated[place])
-            with self.evaluation_top_k(place):
+            with self.override_top_k(place):
                 self.evaluate(batch, metrics)
             if place == 0:
                 shown = ("loss", self.headline_metric)
@@ -308,7 +308,7 @@ class MoETask(LightningModule, ABC):
         """Count parameters and operations at one of the k of `eval_top_k`."""
         if self._costs_before_sharding is not None:
             return self._costs_before_sharding[place]
-        with self.evaluation_top_k(place):
+        with self.override_top_k(place):
             return count_costs(self.net, self.example)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -321,7 +321,7 @@ class MoETask(LightningModule, ABC):
         states = checkpoint.get("optimizer_states", [])
         # Several processes save the optimiser's state by name; one reads it by number.
         if not self.is_sharded and states and any(isinstance(name, str) for name in states[0]["state"]):
-            from routerzoo.distributed.checkpoints import by_number
+            from routerzoo.checkpoints.sharded import by_number
 
             checkpoint["optimizer_states"] = [by_number(states[0], parameter_groups(self), self)]
 
@@ -330,7 +330,7 @@ def _metrics(module: Any) -> Mapping[str, Metric]:
     return dict(module.items())
 
 
-def make_loadable(*factories: Any) -> None:
+def allow_in_checkpoints(*factories: Any) -> None:
     """Let checkpoints that hold these classes, or partial applications of them, be read with `weights_only=True`.
 
     A module built in Python keeps the classes it was given among its hyper-parameters, where reading with
@@ -345,4 +345,4 @@ def make_loadable(*factories: Any) -> None:
     torch.serialization.add_safe_globals(allowed)
 
 
-make_loadable(torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, WarmupCosine)
+allow_in_checkpoints(torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, WarmupCosine)

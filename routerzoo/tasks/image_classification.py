@@ -15,15 +15,15 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from routerzoo.data.images import ImageBatch, ImageData
 from routerzoo.errors import UserError
-from routerzoo.experts import MLPExperts
-from routerzoo.grouped import Backend
 from routerzoo.models.blocks import MoEBlocks
 from routerzoo.models.patch_ids import PatchIdKind
 from routerzoo.models.vit import ViTMoE
-from routerzoo.moe import ExpertsFactory, RouterFactory
+from routerzoo.moe.experts import MLPExperts
+from routerzoo.moe.grouped_linear import Backend
+from routerzoo.moe.layer import ExpertsFactory, RouterFactory
+from routerzoo.optim import WarmupCosine
 from routerzoo.routers import LinearRouter
-from routerzoo.tasks.base import MoETask, SchedulerFactory, make_loadable
-from routerzoo.tasks.optimization import WarmupCosine
+from routerzoo.tasks.base import MoETask, SchedulerFactory, allow_in_checkpoints
 
 CALIBRATION_IMAGES = 512
 
@@ -129,7 +129,7 @@ class ImageClassification(MoETask):
             consistency,
             evaluation_metrics,
         )
-        make_loadable(router, experts, optimizer, lr_scheduler)
+        allow_in_checkpoints(router, experts, optimizer, lr_scheduler)
         self.save_hyperparameters()
         self.num_classes, self.label_smoothing = num_classes, label_smoothing
 
@@ -145,7 +145,7 @@ class ImageClassification(MoETask):
         return "most frequent class", datamodule.most_frequent_class_accuracy("val")
 
     def setup(self, stage: str) -> None:
-        """Fit the patch ids to training images, then calibrate the routers."""
+        """Fit the patch ids to training images, then fit_token_counts the routers."""
         datamodule = getattr(self.trainer, "datamodule", None)
         classes = getattr(datamodule, "num_classes", self.num_classes)
         if classes != self.num_classes:
@@ -165,7 +165,7 @@ class ImageClassification(MoETask):
             if sum(map(len, batches)) >= CALIBRATION_IMAGES:
                 break
         images_BCHW = torch.cat(batches)[:CALIBRATION_IMAGES].to(self.device)
-        self.net.patch_ids.calibrate(images_BCHW, torch.Generator().manual_seed(0))
+        self.net.patch_ids.fit_token_counts(images_BCHW, torch.Generator().manual_seed(0))
         ids = self.net.token_ids(images_BCHW)
         assert ids is not None  # there are patch ids
         return torch.bincount(ids, minlength=self.net.vocab_size or 0)
@@ -188,7 +188,7 @@ class ImageClassification(MoETask):
             prog_bar=True,
             sync_dist=True,
         )
-        return self.consistent_loss(losses, logits) + auxiliary
+        return self.consistency_loss(losses, logits) + auxiliary
 
     def evaluate(self, batch: ImageBatch, metrics: Mapping[str, Metric]) -> None:
         """Add a batch's images."""
@@ -209,6 +209,6 @@ class ImageClassification(MoETask):
 
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> ClassPredictions:
         """Return the class probabilities of a batch."""
-        with self.evaluation_top_k():
+        with self.override_top_k():
             logits_BL, _ = self.net(batch.images_BCHW)
         return ClassPredictions(logits_BL.float().softmax(-1), batch.labels_B)

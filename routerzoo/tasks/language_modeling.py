@@ -16,15 +16,15 @@ from torchmetrics import MeanMetric, Metric
 
 from routerzoo.data.text import TextData, TextMetric
 from routerzoo.data.tokens import IGNORED_TARGET, TextBatch
-from routerzoo.experts import MLPExperts
-from routerzoo.grouped import Backend
 from routerzoo.models.blocks import MoEBlocks
 from routerzoo.models.decoder import Decoder
-from routerzoo.moe import ExpertsFactory, RouterFactory
+from routerzoo.moe.experts import MLPExperts
+from routerzoo.moe.grouped_linear import Backend
+from routerzoo.moe.layer import ExpertsFactory, RouterFactory
+from routerzoo.optim import WarmupCosine
 from routerzoo.routers import LinearRouter
 from routerzoo.routing import RoutingContext
-from routerzoo.tasks.base import MoETask, SchedulerFactory, make_loadable
-from routerzoo.tasks.optimization import WarmupCosine
+from routerzoo.tasks.base import MoETask, SchedulerFactory, allow_in_checkpoints
 
 
 class Continuation(NamedTuple):
@@ -167,7 +167,7 @@ class LanguageModeling(MoETask):
             consistency,
             evaluation_metrics,
         )
-        make_loadable(router, experts, optimizer, lr_scheduler)
+        allow_in_checkpoints(router, experts, optimizer, lr_scheduler)
         self.save_hyperparameters()
         self.metric: TextMetric = metric
         self.vocab_size = vocab_size
@@ -219,7 +219,7 @@ class LanguageModeling(MoETask):
             prog_bar=True,
             sync_dist=True,
         )
-        return self.consistent_loss(losses, logits, has_target_T) + auxiliary
+        return self.consistency_loss(losses, logits, has_target_T) + auxiliary
 
     def evaluate(self, batch: TextBatch, metrics: Mapping[str, Metric]) -> None:
         """Add a batch's tokens."""
@@ -238,7 +238,7 @@ class LanguageModeling(MoETask):
     def predict_step(self, batch: Tensor, batch_idx: int) -> list[Continuation]:
         """Sample a continuation of each prompt. The same seed gives the same text."""
         generator = torch.Generator(self.device).manual_seed(batch_idx)
-        with self.evaluation_top_k():
+        with self.override_top_k():
             stream = self.net.stream(batch, temperature=self.temperature, top_p=self.top_p, generator=generator)
             sampled_BS = torch.stack(list(itertools.islice(stream, self.predict_tokens)), dim=1)
         return [Continuation(p.tolist(), s.tolist()) for p, s in zip(batch, sampled_BS, strict=True)]

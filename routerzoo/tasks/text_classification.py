@@ -15,16 +15,16 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from routerzoo.data.labelled_text import LabelledBatch, LabelledText
 from routerzoo.errors import UserError
-from routerzoo.experts import MLPExperts
-from routerzoo.grouped import Backend
 from routerzoo.models.blocks import MoEBlocks
 from routerzoo.models.decoder import Decoder
-from routerzoo.moe import ExpertsFactory, RouterFactory
+from routerzoo.moe.experts import MLPExperts
+from routerzoo.moe.grouped_linear import Backend
+from routerzoo.moe.layer import ExpertsFactory, RouterFactory
+from routerzoo.optim import WarmupCosine
 from routerzoo.routers import LinearRouter
 from routerzoo.routing import RoutingContext
-from routerzoo.tasks.base import MoETask, SchedulerFactory, make_loadable
+from routerzoo.tasks.base import MoETask, SchedulerFactory, allow_in_checkpoints
 from routerzoo.tasks.image_classification import ClassPredictions
-from routerzoo.tasks.optimization import WarmupCosine
 
 
 @final
@@ -132,7 +132,7 @@ class TextClassification(MoETask):
             consistency,
             evaluation_metrics,
         )
-        make_loadable(router, experts, optimizer, lr_scheduler)
+        allow_in_checkpoints(router, experts, optimizer, lr_scheduler)
         self.save_hyperparameters()
         self.num_classes, self.vocab_size, self.label_smoothing = num_classes, vocab_size, label_smoothing
         self.classifier = nn.Linear(d_model, num_classes)
@@ -153,7 +153,7 @@ class TextClassification(MoETask):
         return "most frequent class", datamodule.most_frequent_class_accuracy("val")
 
     def setup(self, stage: str) -> None:
-        """Refuse data with other labels, then calibrate the routers."""
+        """Refuse data with other labels, then fit_token_counts the routers."""
         datamodule = getattr(self.trainer, "datamodule", None)
         classes = getattr(datamodule, "num_classes", self.num_classes)
         if classes != self.num_classes:
@@ -194,7 +194,7 @@ class TextClassification(MoETask):
             prog_bar=True,
             sync_dist=True,
         )
-        return self.consistent_loss(losses, logits) + auxiliary
+        return self.consistency_loss(losses, logits) + auxiliary
 
     def evaluate(self, batch: LabelledBatch, metrics: Mapping[str, Metric]) -> None:
         """Add a batch's texts."""
@@ -214,6 +214,6 @@ class TextClassification(MoETask):
 
     def predict_step(self, batch: LabelledBatch, batch_idx: int) -> ClassPredictions:
         """Return the class probabilities of a batch."""
-        with self.evaluation_top_k():
+        with self.override_top_k():
             logits_BL, _ = self(batch)
         return ClassPredictions(logits_BL.float().softmax(-1), batch.labels_B)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from routerzoo.moe import RouterFactory
+from routerzoo.moe.layer import RouterFactory
 from routerzoo.registry import router_class
 from routerzoo.testing.cases import Cases, CheckFailure
 from routerzoo.testing.checks import CHECKS

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from routerzoo.moe import RouterFactory
+from routerzoo.moe.layer import RouterFactory
 from routerzoo.registry import router_class
 from routerzoo.router import Router
 from routerzoo.routing import RoutingContext

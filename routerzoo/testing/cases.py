@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from routerzoo.moe import RouterFactory
+from routerzoo.moe.layer import RouterFactory
 from routerzoo.router import Router
 from routerzoo.routing import LayerSpec, Routing, RoutingContext
 
@@ -112,7 +112,7 @@ class Case:
     def router(self, *, training: bool = False, top_k: int | None = None, seed: int = 0) -> Router:
         """Build a router, and take it to the example's step of training."""
         router = self.build(top_k=top_k, seed=seed)
-        router.calibrate(torch.arange(1, VOCAB_SIZE + 1))
+        router.fit_token_counts(torch.arange(1, VOCAB_SIZE + 1))
         router.on_step_start(self.sizes.step, TOTAL_STEPS)
         return router.train(training)
 

@@ -22,10 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import routerzoo
 from routerzoo import LayerSpec, MoE, RoutingContext, provide_context
-from routerzoo.distributed.ranks import all_ranks, sum_over_ranks
-from routerzoo.distributed.sharding import average_gradients, shard_model
+from routerzoo.distributed.collectives import all_ranks, sum_over_ranks
+from routerzoo.distributed.fsdp import average_gradients, shard_model
 from routerzoo.errors import UserError
-from routerzoo.losses import auxiliary_loss
+from routerzoo.functional.losses import auxiliary_loss
 
 SEQUENCES, LENGTH, WIDTH, EXPERTS, VOCABULARY, STEPS = 8, 6, 16, 4, 20, 4
 
@@ -95,7 +95,7 @@ def train(name, how, rank, ranks, device):
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape))
     for layer in model.layers:
-        layer.router.calibrate(torch.arange(VOCABULARY) + 1)
+        layer.router.fit_token_counts(torch.arange(VOCABULARY) + 1)
     parallel = model.to(device)
     if ranks > 1 and how == "ddp":
         parallel = DistributedDataParallel(model)

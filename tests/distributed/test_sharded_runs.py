@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from routerzoo.cli import main
+from routerzoo.cli.main import main
 from tests.test_resume import stop_after
 
 ROOT = Path(__file__).parents[2]

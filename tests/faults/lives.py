@@ -33,7 +33,7 @@ def life(arguments, log, limit_bytes=None, torn=None):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
         if torn is not None:
             _tear(torn)
-        from routerzoo.cli import main
+        from routerzoo.cli.main import main
 
         try:
             main(arguments)

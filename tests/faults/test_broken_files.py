@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from routerzoo import ImageData, TextData
-from routerzoo.checkpoints import WholeCheckpoints, read_checkpoint
+from routerzoo.checkpoints import sharded as folders
+from routerzoo.checkpoints.single import WholeCheckpoints, read_checkpoint
 from routerzoo.data.download import extract_member
 from routerzoo.data.tokens import Span, WordCorpus, encode_words
-from routerzoo.distributed import checkpoints as folders
 from routerzoo.errors import UserError
 from routerzoo.sweep.ledger import Ledger
 from tests.faults.test_kills import assert_same

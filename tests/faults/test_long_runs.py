@@ -25,8 +25,8 @@ trainer:
   callbacks:
     - {class_path: KSchedule, init_args: {start: 1, end: 4}}
     - {class_path: StabilityMonitor, init_args: {every_n_steps: 100}}
-    - {class_path: RoutingAnatomy, init_args: {while_training: true}}
-    - {class_path: FiniteLoss, init_args: {skip: 3}}
+    - {class_path: ExpertSpecialization, init_args: {while_training: true}}
+    - {class_path: StopOnNonFiniteLoss, init_args: {skip: 3}}
     - {class_path: RoutingPictures, init_args: {every_n_validations: 10}}
     - {class_path: tests.faults.test_long_runs.Measure}
 checkpoint_every: 20

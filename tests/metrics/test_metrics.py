@@ -4,10 +4,10 @@ import torch
 from matplotlib.figure import Figure
 
 from routerzoo import Routing
-from routerzoo.figures import load_over_training
+from routerzoo.functional.schedules import k_at
 from routerzoo.metrics import ExpertLoad, GateConfidence
+from routerzoo.metrics.figures import load_over_training
 from routerzoo.metrics.load import load_statistics
-from routerzoo.schedules import k_at
 
 
 def test_load_statistics_by_hand():

@@ -132,7 +132,7 @@ def test_patch_ids_come_from_the_pixels_and_survive_the_state_dict():
     images = torch.randn(8, 1, 28, 28)
     for kind in ("lsh", "codebook"):
         ids = create_patch_ids(kind, (7, 7), 1, 16, 16)
-        ids.calibrate(images, torch.Generator().manual_seed(0))
+        ids.fit_token_counts(images, torch.Generator().manual_seed(0))
         given = ids(images)
         assert given.shape == (8, 16)
         assert given.max() < 16

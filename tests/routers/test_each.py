@@ -76,13 +76,13 @@ def test_balanced_hash_is_more_even_than_a_random_one():
     loads = []
     for table in ("random", "balanced"):
         router = HashRouter(spec, top_k=2, table=table)
-        router.calibrate(counts)
+        router.fit_token_counts(counts)
         assert router.table.sort(-1).values.eq(torch.arange(8)).all()
         chosen = router.table[:, :2].long()
         loads.append(torch.zeros(8).index_add(0, chosen.flatten(), counts.repeat_interleave(2).float()))
     assert loads[1].std() < 0.05 * loads[0].std()
     with pytest.raises(ValueError, match="counts are for 3 token ids, the table has 400"):
-        router.calibrate(counts[:3])
+        router.fit_token_counts(counts[:3])
 
 
 def test_hyperrouter_generates_its_gate_once_without_gradients(monkeypatch):

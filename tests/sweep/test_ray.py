@@ -9,7 +9,7 @@ import yaml
 ray = pytest.importorskip("ray", reason="needs pip install 'routerzoo[ray]'")
 cluster_utils = pytest.importorskip("ray.cluster_utils")
 
-from routerzoo.sweep.command import main  # noqa: E402
+from routerzoo.cli.sweep import main  # noqa: E402
 from routerzoo.sweep.ledger import Ledger  # noqa: E402
 from routerzoo.sweep.ray_engine import RayEngine  # noqa: E402
 from tests.sweep.test_sweep import BASE, measured  # noqa: E402

@@ -323,7 +323,7 @@ def test_a_run_that_was_asked_to_end_says_how_it_goes_on(tmp_path, monkeypatch):
     def asked_to_end(arguments):
         raise SystemExit(143)
 
-    monkeypatch.setattr("routerzoo.cli.main", asked_to_end)
+    monkeypatch.setattr("routerzoo.cli.main.main", asked_to_end)
     monkeypatch.setenv("ROUTERZOO_TUNE_CPU", "0")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("ROUTERZOO_PROGRESS_FILE", "")

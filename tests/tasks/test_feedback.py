@@ -9,7 +9,7 @@ from lightning import Callback, Trainer
 from routerzoo import ImageClassification, ImageData, LanguageModeling, LinearRouter, Router, Routing, TextData
 from routerzoo.data.tokens import IGNORED_TARGET
 from routerzoo.errors import UserError
-from routerzoo.moe import moe_layers
+from routerzoo.moe.layer import moe_layers
 
 
 def language_task(router=LinearRouter, **options):
@@ -42,7 +42,7 @@ class Rewarded(Router):
 
     def route(self, x_TD, context):
         logits_TE = x_TD @ self.gate.T
-        return Routing(logits_TE.argmax(-1, keepdim=True), torch.ones(len(x_TD), 1), logits_TE, may_pad=False)
+        return Routing(logits_TE.argmax(-1, keepdim=True), torch.ones(len(x_TD), 1), logits_TE, may_drop=False)
 
     def feedback(self, routing, context, token_losses_T):
         self.told = token_losses_T
@@ -89,7 +89,7 @@ class RandomChoice(Router):
 
     def route(self, x_TD, context):
         expert = torch.randint(self.spec.num_experts, (1, 1)) if self.training else torch.zeros(1, 1).long()
-        return Routing(expert.expand(len(x_TD), 1), torch.ones(len(x_TD), 1), may_pad=False)
+        return Routing(expert.expand(len(x_TD), 1), torch.ones(len(x_TD), 1), may_drop=False)
 
 
 def test_divergence_of_equal_predictions_is_nothing():
@@ -145,7 +145,7 @@ class ByTask(Router):
 
     def route(self, x_TD, context):
         self.seen = context.task_ids
-        return Routing(context.task_ids.unsqueeze(1), torch.ones(len(x_TD), 1), may_pad=False)
+        return Routing(context.task_ids.unsqueeze(1), torch.ones(len(x_TD), 1), may_drop=False)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from routerzoo import ImageClassification, ImageData, LanguageModeling, TextData, moe_layers
 from routerzoo.callbacks import KSchedule
 from routerzoo.errors import UserError
-from routerzoo.tasks.optimization import WarmupCosine, parameter_groups, use_fused_kernel
+from routerzoo.optim import WarmupCosine, parameter_groups, use_fused_kernel
 from tests.conftest import router_factory
 
 QUIET = {

@@ -12,7 +12,7 @@ from routerzoo import LabelledText, LanguageModeling, LinearRouter, TextClassifi
 from routerzoo.callbacks import FineTune
 from routerzoo.data.labelled_text import LabelledBatch
 from routerzoo.errors import UserError
-from routerzoo.moe import moe_layers
+from routerzoo.moe.layer import moe_layers
 from tests.conftest import router_factory
 
 SIZES = {"d_model": 16, "num_blocks": 2, "num_heads": 2, "num_experts": 4}

@@ -7,7 +7,7 @@ import torch
 
 import routerzoo
 from routerzoo import LayerSpec, LinearRouter, MoE, Router, Routing, RoutingContext
-from routerzoo.moe import BatchDependenceWarning
+from routerzoo.moe.layer import BatchDependenceWarning
 from routerzoo.registry import router_class
 from routerzoo.routing import LayerSpec as Spec
 from routerzoo.testing.attack import cross_batch_attack

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from routerzoo import LinearRouter, Router, Routing
-from routerzoo.losses import balance_loss
-from routerzoo.selection import softmax_over_selected
+from routerzoo.functional.losses import balance_loss
+from routerzoo.functional.topk import topk_softmax
 from routerzoo.testing import CHECKS, RouterCheckError, check_router
 
 
@@ -29,7 +29,7 @@ class Sound(Router):
         return F.linear(x_TD, self.weight)
 
     def chosen(self, logits_TE):
-        return softmax_over_selected(logits_TE, self.top_k)
+        return topk_softmax(logits_TE, self.top_k)
 
     def route(self, x_TD, context):
         logits_TE = self.logits(x_TD, context)
@@ -105,7 +105,7 @@ class PromisesNoPadding(Sound):
             routing.experts_TK.masked_fill(drop_TK, -1),
             routing.weights_TK.masked_fill(drop_TK, 0),
             routing.logits_TE,
-            may_pad=False,
+            may_drop=False,
         )
 
 
@@ -392,21 +392,21 @@ class BreaksTheGraph(Sound):
 class ChoosesOtherwise(Sound):
     """Tells policies that it would take the worst experts."""
 
-    def choose(self, logits_TE):
+    def select_experts(self, logits_TE):
         return (-logits_TE).topk(self.top_k, dim=-1).indices
 
 
 class WeighsOtherwise(Sound):
     """Tells policies other weights than it gives."""
 
-    def weigh(self, logits_TE, experts_TK):
+    def combine_weights(self, logits_TE, experts_TK):
         return torch.full(experts_TK.shape, 0.25).masked_fill(experts_TK < 0, 0.0)
 
 
 class TakesWhatIsRuledOut(Sound):
     """Takes minus infinity for the largest logit."""
 
-    def choose(self, logits_TE):
+    def select_experts(self, logits_TE):
         return logits_TE.masked_fill(logits_TE == -torch.inf, 1e9).topk(self.top_k, dim=-1).indices
 
 
@@ -418,7 +418,7 @@ BROKEN = {
     SumsToTwo: ("weights", "the weights of token 0 sum to 2"),
     NegativeWeights: ("weights", "declares nonnegative, but has the weight -"),
     WeightOfNoExpert: ("choices", "gives a choice of -1 (no expert) a weight other than 0"),
-    PromisesNoPadding: ("choices", "promises may_pad=False, but chooses expert -1"),
+    PromisesNoPadding: ("choices", "promises may_drop=False, but chooses expert -1"),
     ChoosesTwice: ("choices", "chooses expert 0 2 times"),
     NoisyInEvaluation: ("deterministic", "advances the global random state in evaluation"),
     RemembersCalls: ("deterministic", "when it is asked again in evaluation"),

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.distributed.ranks import rows_of_all_ranks
-from routerzoo.selection import top_k_experts
+from routerzoo.distributed.collectives import rows_of_all_ranks
+from routerzoo.functional.topk import topk
 
 
 @register_router
@@ -69,7 +69,7 @@ class BaseLayerRouter(Router):
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Assign in training, choose in evaluation."""
         logits_TE = F.linear(x_TD, self.expert_embedding)
-        experts_T1 = top_k_experts(logits_TE, 1)[1]
+        experts_T1 = topk(logits_TE, 1)[1]
         if self.training:
             scores_TE = logits_TE.detach()
             real_R = None if context.padding_mask is None else (~context.padding_mask).nonzero().squeeze(1)
@@ -77,7 +77,7 @@ class BaseLayerRouter(Router):
             all_RE, own = rows_of_all_ranks(scores_RE, context.process_group)
             assigned_R1 = balanced_assignment(all_RE, self.precision, self.max_rounds)[own].unsqueeze(1)
             experts_T1 = assigned_R1 if real_R is None else experts_T1.index_copy(0, real_R, assigned_R1)
-        return Routing(experts_T1, logits_TE.gather(1, experts_T1).sigmoid(), logits_TE, may_pad=False)
+        return Routing(experts_T1, logits_TE.gather(1, experts_T1).sigmoid(), logits_TE, may_drop=False)
 
 
 @torch.no_grad()

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.distributed.ranks import rows_of_all_ranks
-from routerzoo.sequences import sequences_of
+from routerzoo.distributed.collectives import rows_of_all_ranks
+from routerzoo.functional.ragged import group_by_sequence
 
 
 @register_router
@@ -54,8 +54,8 @@ class ExpertChoiceRouter(Router):
         """Let each expert take its tokens."""
         num_experts = self.spec.num_experts
         logits_TE = F.linear(x_TD, self.weight)
-        sequences = sequences_of(len(x_TD), context.sequence_ids, context.padding_mask, x_TD.device)
-        probs_GSE = sequences.spread(logits_TE.softmax(-1), fill=-1.0)  # below all probabilities
+        sequences = group_by_sequence(len(x_TD), context.sequence_ids, context.padding_mask, x_TD.device)
+        probs_GSE = sequences.to_padded(logits_TE.softmax(-1), fill=-1.0)  # below all probabilities
         capacity_G = -(-sequences.lengths_G * self.top_k // num_experts)
         length = sequences.real_GS.shape[1]
         capacity = min(-(-length * self.top_k // num_experts), length)
@@ -98,7 +98,7 @@ class ExpertThresholdRouter(Router):
     paper = "Zhou et al., NeurIPS 2022, arXiv:2202.09368"
     inspired_by = True
     compiles = False
-    adapted_buffers = frozenset({"thresholds_E", "calibrated", "batch_thresholds_E", "num_batches"})
+    trained_buffers = frozenset({"thresholds_E", "calibrated", "batch_thresholds_E", "num_batches"})
     thresholds_E: Tensor
     calibrated: Tensor
     batch_thresholds_E: Tensor
@@ -134,7 +134,11 @@ class ExpertThresholdRouter(Router):
             self._observe(probs_TE.detach(), context)
         token_N, expert_N = chosen_TE.nonzero().unbind(1)
         return Routing(
-            token_N=token_N, expert_N=expert_N, weight_N=probs_TE[token_N, expert_N], logits_TE=logits_TE, may_pad=False
+            token_N=token_N,
+            expert_N=expert_N,
+            weight_N=probs_TE[token_N, expert_N],
+            logits_TE=logits_TE,
+            may_drop=False,
         )
 
     @torch.no_grad()

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.losses import balance_loss, masked_mean, scope_of
-from routerzoo.selection import largest_logits, weights_at
+from routerzoo.functional.losses import balance_loss, masked_mean, scope_of
+from routerzoo.functional.topk import gather_weights, topk_indices
 
 _CARRIED = "routerzoo_assignment.RLRouter.value"
 
@@ -65,28 +65,28 @@ class RLRouter(Router):
         """Scale the gate."""
         self.weight.mul_(factor)
 
-    def choose(self, logits_TE: Tensor) -> Tensor:
+    def select_experts(self, logits_TE: Tensor) -> Tensor:
         """Choose the k largest, as evaluation does."""
-        return largest_logits(logits_TE, self.top_k)
+        return topk_indices(logits_TE, self.top_k)
 
-    def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
         """Give each the same weight, whatever its logit."""
-        return weights_at(torch.ones_like(logits_TE), experts_TK, renormalize=True)
+        return gather_weights(torch.ones_like(logits_TE), experts_TK, renormalize=True)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Sample experts, or take the most likely."""
         logits_TE = F.linear(x_TD, self.weight)
         # The k largest of logits with Gumbel noise are k draws without replacement.
         noise_TE = -torch.empty_like(logits_TE).exponential_().log() if self.training else 0.0
-        experts_TK = largest_logits(logits_TE.detach() + noise_TE, self.top_k)
+        experts_TK = topk_indices(logits_TE.detach() + noise_TE, self.top_k)
         # A hidden state that is no number must not be routed as if nothing were wrong.
         weights_TK = (x_TD.detach().sum(-1, keepdim=True) * 0.0 + 1.0 / self.top_k).expand(-1, self.top_k)
         losses = {}
-        if self.training and context.wants_losses:
+        if self.training and context.compute_aux_losses:
             losses["balance"] = balance_loss(logits_TE.softmax(-1), experts_TK, **scope_of("batch", context))
             # The baseline looks at the model, and does not change it.
             context.carry[_CARRIED, self.spec.layer] = self.baseline(x_TD.detach()).squeeze(-1)
-        return Routing(experts_TK, weights_TK, logits_TE, losses, may_pad=False)
+        return Routing(experts_TK, weights_TK, logits_TE, losses, may_drop=False)
 
     def feedback(self, routing: Routing, context: RoutingContext, token_losses_T: Tensor) -> Mapping[str, Tensor]:
         """Reward the experts that were drawn."""
@@ -94,7 +94,7 @@ class RLRouter(Router):
         assert routing.logits_TE is not None
         assert routing.experts_TK is not None
         log_TE = routing.logits_TE.log_softmax(-1)
-        chosen_T = weights_at(log_TE, routing.experts_TK).sum(-1)
+        chosen_T = gather_weights(log_TE, routing.experts_TK).sum(-1)
         advantage_T = -token_losses_T.to(value_T.dtype) - value_T
         mask = context.padding_mask
         return {

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.distributed.ranks import of_first_rank, rows_of_all_ranks
-from routerzoo.losses import Scope, fields_of_scope
-from routerzoo.selection import softmax_over_selected, top_k_experts
-from routerzoo.sequences import sequences_of
+from routerzoo.distributed.collectives import of_first_rank, rows_of_all_ranks
+from routerzoo.functional.losses import Scope, fields_of_scope
+from routerzoo.functional.ragged import group_by_sequence
+from routerzoo.functional.topk import topk, topk_softmax
 from routerzoo_assignment.sinkhorn import log_sinkhorn
 
 
@@ -46,15 +46,15 @@ class _TransportRouter(Router):
         """
         options = {"epsilon": epsilon, "iterations": iterations, "tolerance": tolerance}
         ids_T = context.sequence_ids if scope == "sequence" else None
-        sequences = sequences_of(len(scores_TE), ids_T, context.padding_mask, scores_TE.device)
+        sequences = group_by_sequence(len(scores_TE), ids_T, context.padding_mask, scores_TE.device)
         if scope == "batch":
             all_RE, own = rows_of_all_ranks(scores_TE.detach()[sequences.token_R], context.process_group)
             real_1R = torch.ones(1, len(all_RE), dtype=torch.bool, device=all_RE.device)
             plan_RE = log_sinkhorn(all_RE.unsqueeze(0), real_1R, **options)[0, own]
             plan_TE = plan_RE.new_zeros(scores_TE.shape).index_copy(0, sequences.token_R, plan_RE)
         else:
-            plan_GSE = log_sinkhorn(sequences.spread(scores_TE.detach()), sequences.real_GS, **options)
-            plan_TE = sequences.gather(plan_GSE, len(scores_TE))
+            plan_GSE = log_sinkhorn(sequences.to_padded(scores_TE.detach()), sequences.real_GS, **options)
+            plan_TE = sequences.to_flat(plan_GSE, len(scores_TE))
         return plan_TE if context.padding_mask is None else plan_TE.where(~context.padding_mask.unsqueeze(1), scores_TE)
 
 
@@ -105,11 +105,11 @@ class SinkhornRouter(_TransportRouter):
         """Take the k largest of the plan."""
         logits_TE = F.linear(x_TD, self.weight)
         plan_TE = self._log_plan(logits_TE, context, "sequence", self.epsilon, self.iterations, 0.0)
-        _, experts_TK = top_k_experts(plan_TE, self.top_k)
+        _, experts_TK = topk(plan_TE, self.top_k)
         weights_TK = logits_TE.softmax(-1).gather(1, experts_TK)
         if self.renormalize:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(1e-20)
-        return Routing(experts_TK, weights_TK, logits_TE, may_pad=False)
+        return Routing(experts_TK, weights_TK, logits_TE, may_drop=False)
 
 
 @register_router
@@ -153,7 +153,7 @@ class SBaseRouter(_TransportRouter):
     ) -> None:
         _check_transport(epsilon, iterations)
         super().__init__(spec, top_k=top_k)
-        self.also_require(*fields_of_scope(scope))
+        self.require(*fields_of_scope(scope))
         self.epsilon, self.iterations, self.tolerance, self.scope = epsilon, iterations, tolerance, scope
         self._make_gate(spec, init_std)
 
@@ -173,9 +173,9 @@ class SBaseRouter(_TransportRouter):
         choice_TE = logits_TE
         if self.training:
             choice_TE = self._log_plan(logits_TE, context, self.scope, self.epsilon, self.iterations, self.tolerance)
-        _, experts_TK = top_k_experts(choice_TE, self.top_k)
+        _, experts_TK = topk(choice_TE, self.top_k)
         scores_TE = logits_TE.sigmoid() if self.top_k == 1 else logits_TE.softmax(-1)
-        return Routing(experts_TK, scores_TE.gather(1, experts_TK), logits_TE, may_pad=False)
+        return Routing(experts_TK, scores_TE.gather(1, experts_TK), logits_TE, may_drop=False)
 
 
 @register_router
@@ -248,16 +248,16 @@ class SelectiveSinkhornRouter(_TransportRouter):
         """Take the k largest, of the plan in chosen steps."""
         logits_TE = F.linear(x_TD, self.weight)
         if not self.training or not self._transports(context):
-            weights_TK, experts_TK = softmax_over_selected(logits_TE, self.top_k)
-            return Routing(experts_TK, weights_TK, logits_TE, may_pad=False)
+            weights_TK, experts_TK = topk_softmax(logits_TE, self.top_k)
+            return Routing(experts_TK, weights_TK, logits_TE, may_drop=False)
         scores_TE = logits_TE if self.scores == "logits" else logits_TE.softmax(-1)
         noisy_TE = scores_TE + self.noise * torch.randn_like(scores_TE)
         plan_TE = self._log_plan(noisy_TE, context, "batch", self.epsilon, self.iterations, self.tolerance)
-        _, experts_TK = top_k_experts(plan_TE, self.top_k)
+        _, experts_TK = topk(plan_TE, self.top_k)
         # The potentials are constants, so that the plan's gradient is its kernel's.
         kernel_TE = scores_TE.detach() if self.detach else scores_TE
         log_TE = plan_TE + (kernel_TE - scores_TE.detach()) / self.epsilon
-        return Routing(experts_TK, log_TE.gather(1, experts_TK).softmax(-1), logits_TE, may_pad=False)
+        return Routing(experts_TK, log_TE.gather(1, experts_TK).softmax(-1), logits_TE, may_drop=False)
 
     def _transports(self, context: RoutingContext) -> bool:
         drawn = torch.rand(())

@@ -19,7 +19,7 @@ from scipy.optimize import linear_sum_assignment
 from torch.testing import assert_close
 
 from routerzoo import LayerSpec, MoE, RoutingContext
-from routerzoo.moe import NonCausalRouterError
+from routerzoo.moe.layer import NonCausalRouterError
 from routerzoo.testing import CHECKS, check_router
 
 VARIANTS = {
@@ -76,7 +76,7 @@ def test_expert_choice_has_equal_loads_without_padding():
     mask = torch.arange(24) % 12 >= 8  # two sequences of 8 tokens and 4 of padding
     context = RoutingContext(sequence_ids=torch.arange(24) // 12, padding_mask=mask)
     routing = router(torch.randn(24, 8) * 9, context)
-    assert routing.load_E(4).tolist() == [8, 8, 8, 8]
+    assert routing.expert_load(4).tolist() == [8, 8, 8, 8]
     assert not chosen(routing, 24, 4)[mask].any()
 
 
@@ -138,7 +138,7 @@ def test_transport_levels_the_load(router):
     built = router(LayerSpec(8, 4), top_k=1, epsilon=0.05)
     x_TD = gate_of_preferences(built)
     context = sequences(64)
-    load = built(x_TD, context).load_E(4)
+    load = built(x_TD, context).expert_load(4)
     assert load.max() <= 24
     assert x_TD[:, :4].argmax(1).bincount(minlength=4).max() > 40  # without transport
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.selection import largest_logits, softmax_over, softmax_over_selected
+from routerzoo.functional.topk import softmax_at, topk_indices, topk_softmax
 
 
 @register_router
@@ -49,13 +49,13 @@ class AttentionRouter(Router):
         """Scale the gate."""
         self.weight.mul_(factor)
 
-    def choose(self, logits_TE: Tensor) -> Tensor:
+    def select_experts(self, logits_TE: Tensor) -> Tensor:
         """Choose the k largest."""
-        return largest_logits(logits_TE, self.top_k)
+        return topk_indices(logits_TE, self.top_k)
 
-    def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
         """Take the softmax over the chosen logits."""
-        return softmax_over(logits_TE, experts_TK)
+        return softmax_at(logits_TE, experts_TK)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Average logits by the attention, and take the k largest."""
@@ -65,8 +65,8 @@ class AttentionRouter(Router):
         assert ids_T is not None
         own_TE = F.linear(x_TD, self.weight)
         logits_TE = mixed_by_attention(own_TE, attention_THS, place_T, ids_T, context.padding_mask, self.causal)
-        weights_TK, experts_TK = softmax_over_selected(logits_TE, self.top_k)
-        return Routing(experts_TK, weights_TK, logits_TE, may_pad=False)
+        weights_TK, experts_TK = topk_softmax(logits_TE, self.top_k)
+        return Routing(experts_TK, weights_TK, logits_TE, may_drop=False)
 
 
 def mixed_by_attention(

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.losses import balance_loss, scope_of
-from routerzoo.selection import largest_logits, top_k_experts, weights_at
+from routerzoo.functional.losses import balance_loss, scope_of
+from routerzoo.functional.topk import gather_weights, topk, topk_indices
 
 _CARRIED = "routerzoo_context.OmniRouter"
 
@@ -51,13 +51,13 @@ class OmniRouter(Router):
         if self.weight is not None:
             self.weight.mul_(factor)
 
-    def choose(self, logits_TE: Tensor) -> Tensor:
+    def select_experts(self, logits_TE: Tensor) -> Tensor:
         """Choose the k largest."""
-        return largest_logits(logits_TE, self.top_k)
+        return topk_indices(logits_TE, self.top_k)
 
-    def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
         """Take the softmax over all experts at the chosen ones."""
-        return weights_at(logits_TE.softmax(-1), experts_TK)
+        return gather_weights(logits_TE.softmax(-1), experts_TK)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Take the k most probable experts."""
@@ -76,8 +76,8 @@ class OmniRouter(Router):
             )
         logits_TE = F.linear(x_TD, gate_ED.to(x_TD.dtype))
         probs_TE = logits_TE.softmax(-1)
-        weights_TK, experts_TK = top_k_experts(probs_TE, self.top_k)
+        weights_TK, experts_TK = topk(probs_TE, self.top_k)
         losses = {}
-        if self.training and context.wants_losses:
+        if self.training and context.compute_aux_losses:
             losses["balance"] = balance_loss(probs_TE, experts_TK, **scope_of("batch", context))
-        return Routing(experts_TK, weights_TK, logits_TE, losses, probs_TE, may_pad=False)
+        return Routing(experts_TK, weights_TK, logits_TE, losses, probs_TE, may_drop=False)

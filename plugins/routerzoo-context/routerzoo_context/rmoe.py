@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.losses import balance_loss, scope_of
-from routerzoo.selection import largest_logits, softmax_over, softmax_over_selected
+from routerzoo.functional.losses import balance_loss, scope_of
+from routerzoo.functional.topk import softmax_at, topk_indices, topk_softmax
 
 _INPUT, _STATE = "routerzoo_context.RMoERouter.input", "routerzoo_context.RMoERouter.state"
 
@@ -57,13 +57,13 @@ class RMoERouter(Router):
         """Scale the last map."""
         self.up.mul_(factor)
 
-    def choose(self, logits_TE: Tensor) -> Tensor:
+    def select_experts(self, logits_TE: Tensor) -> Tensor:
         """Choose the k largest."""
-        return largest_logits(logits_TE, self.top_k)
+        return topk_indices(logits_TE, self.top_k)
 
-    def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
         """Take the softmax over the chosen logits."""
-        return softmax_over(logits_TE, experts_TK)
+        return softmax_at(logits_TE, experts_TK)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Take the k largest logits of the new state."""
@@ -86,11 +86,11 @@ class RMoERouter(Router):
         )
         context.carry[_STATE, layer] = state_TR
         logits_TE = F.linear(state_TR, self.up)
-        weights_TK, experts_TK = softmax_over_selected(logits_TE, self.top_k)
+        weights_TK, experts_TK = topk_softmax(logits_TE, self.top_k)
         losses = {}
-        if self.training and context.wants_losses:
+        if self.training and context.compute_aux_losses:
             losses["balance"] = balance_loss(logits_TE.softmax(-1), experts_TK, **scope_of("batch", context))
-        return Routing(experts_TK, weights_TK, logits_TE, losses, may_pad=False)
+        return Routing(experts_TK, weights_TK, logits_TE, losses, may_drop=False)
 
 
 def _gru(input_TF: Tensor, bias_F: Tensor, state_TR: Tensor | None, state_cell: nn.Module | None) -> Tensor:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.selection import largest_logits, softmax_over, softmax_over_selected
-from routerzoo.sequences import sequences_of
+from routerzoo.functional.ragged import group_by_sequence
+from routerzoo.functional.topk import softmax_at, topk_indices, topk_softmax
 
 
 @register_router
@@ -65,18 +65,18 @@ class SimilarityRouter(Router):
         """Scale the gate."""
         self.weight.mul_(factor)
 
-    def choose(self, logits_TE: Tensor) -> Tensor:
+    def select_experts(self, logits_TE: Tensor) -> Tensor:
         """Choose the k largest."""
-        return largest_logits(logits_TE, self.top_k)
+        return topk_indices(logits_TE, self.top_k)
 
-    def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
         """Take the softmax over the chosen logits."""
-        return softmax_over(logits_TE, experts_TK)
+        return softmax_at(logits_TE, experts_TK)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Average logits over similar tokens, and take the k largest."""
-        sequences = sequences_of(len(x_TD), context.sequence_ids, context.padding_mask, x_TD.device)
-        x_GSD = sequences.spread(x_TD)
+        sequences = group_by_sequence(len(x_TD), context.sequence_ids, context.padding_mask, x_TD.device)
+        x_GSD = sequences.to_padded(x_TD)
         scale = self.temperature * self.spec.d_model**0.5
         likeness_GSS = (x_GSD @ self.similarity) @ x_GSD.mT / scale
         seen_GSS = sequences.real_GS.unsqueeze(1) | torch.eye(
@@ -85,6 +85,6 @@ class SimilarityRouter(Router):
         if self.causal:
             seen_GSS = seen_GSS & torch.ones_like(seen_GSS).tril()
         mixing_GSS = likeness_GSS.masked_fill(~seen_GSS, -torch.inf).softmax(-1)
-        logits_TE = sequences.gather(mixing_GSS @ F.linear(x_GSD, self.weight), len(x_TD))
-        weights_TK, experts_TK = softmax_over_selected(logits_TE, self.top_k)
-        return Routing(experts_TK, weights_TK, logits_TE, may_pad=False)
+        logits_TE = sequences.to_flat(mixing_GSS @ F.linear(x_GSD, self.weight), len(x_TD))
+        weights_TK, experts_TK = topk_softmax(logits_TE, self.top_k)
+        return Routing(experts_TK, weights_TK, logits_TE, may_drop=False)

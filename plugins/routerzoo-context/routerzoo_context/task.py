@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
+from routerzoo.functional.topk import softmax_at, topk_indices, topk_softmax
 from routerzoo.router import UnmetRequirementError
-from routerzoo.selection import largest_logits, softmax_over, softmax_over_selected
 
 
 @register_router
@@ -56,13 +56,13 @@ class TaskRouter(Router):
         """Scale the last map."""
         self.up.mul_(factor)
 
-    def choose(self, logits_TE: Tensor) -> Tensor:
+    def select_experts(self, logits_TE: Tensor) -> Tensor:
         """Choose the k largest."""
-        return largest_logits(logits_TE, self.top_k)
+        return topk_indices(logits_TE, self.top_k)
 
-    def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
         """Take the softmax over the chosen logits."""
-        return softmax_over(logits_TE, experts_TK)
+        return softmax_at(logits_TE, experts_TK)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Take the task's k largest logits."""
@@ -70,5 +70,5 @@ class TaskRouter(Router):
         logits_QE = F.linear(F.relu(F.linear(self.task_embedding, self.hidden)), self.up)
         # A hidden state that is no number must not be routed as if nothing were wrong.
         logits_TE = logits_QE.to(x_TD.dtype).index_select(0, context.task_ids) + 0.0 * x_TD.sum(-1, keepdim=True)
-        weights_TK, experts_TK = softmax_over_selected(logits_TE, self.top_k)
-        return Routing(experts_TK, weights_TK, logits_TE, may_pad=False)
+        weights_TK, experts_TK = topk_softmax(logits_TE, self.top_k)
+        return Routing(experts_TK, weights_TK, logits_TE, may_drop=False)

@@ -61,4 +61,4 @@ class ThorRouter(Router):
             experts_TK = self.table[context.positions % _TABLE].unsqueeze(1)
         # A hidden state that is no number must not be routed as if nothing were wrong.
         weights_TK = x_TD.detach().sum(-1, keepdim=True) * 0.0 + 1.0 / experts_TK.shape[1]
-        return Routing(experts_TK, weights_TK.expand(-1, experts_TK.shape[1]), may_pad=False)
+        return Routing(experts_TK, weights_TK.expand(-1, experts_TK.shape[1]), may_drop=False)

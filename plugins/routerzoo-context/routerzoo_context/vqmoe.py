@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.losses import balance_loss, masked_mean, scope_of
-from routerzoo.selection import softmax_over_selected
+from routerzoo.functional.losses import balance_loss, masked_mean, scope_of
+from routerzoo.functional.topk import topk_softmax
 
 
 @register_router
@@ -59,7 +59,7 @@ class VQMoERouter(Router):
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Take the gate's k experts, and the nearest code's."""
         logits_TE = F.linear(x_TD, self.weight)
-        weights_TK, experts_TK = softmax_over_selected(logits_TE, self.top_k)
+        weights_TK, experts_TK = topk_softmax(logits_TE, self.top_k)
         # The nearest code has the largest x q - |q|^2 / 2.
         codebook_CD = self.codebook.detach()
         nearness_TC = F.linear(x_TD.detach(), codebook_CD, -0.5 * codebook_CD.square().sum(-1))
@@ -70,7 +70,7 @@ class VQMoERouter(Router):
         weights_TK = weights_TK * branch_T2[:, :1] + again_TK * branch_T2[:, 1:]
         new_T1 = ~again_TK.any(1, keepdim=True)
         losses = {}
-        if self.training and context.wants_losses:
+        if self.training and context.compute_aux_losses:
             mask = context.padding_mask
             losses["balance"] = balance_loss(logits_TE.softmax(-1), experts_TK, **scope_of("batch", context))
             code_TD = self.codebook.index_select(0, code_T)

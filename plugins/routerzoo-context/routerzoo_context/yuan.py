@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.selection import largest_logits, softmax_over, softmax_over_selected
+from routerzoo.functional.topk import softmax_at, topk_indices, topk_softmax
 
 
 @register_router
@@ -41,18 +41,18 @@ class YuanRouter(Router):
         """Scale the values: logits are averages of them."""
         self.weight[2 * self.spec.num_experts :].mul_(factor)
 
-    def choose(self, logits_TE: Tensor) -> Tensor:
+    def select_experts(self, logits_TE: Tensor) -> Tensor:
         """Choose the k largest."""
-        return largest_logits(logits_TE, self.top_k)
+        return topk_indices(logits_TE, self.top_k)
 
-    def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
         """Take the softmax over the chosen logits."""
-        return softmax_over(logits_TE, experts_TK)
+        return softmax_at(logits_TE, experts_TK)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Take the k largest of the attended scores."""
         query_TE, key_TF, value_TF = F.linear(x_TD, self.weight).chunk(3, dim=-1)
         attention_TEF = (query_TE.unsqueeze(2) * key_TF.unsqueeze(1)).softmax(-1)
         logits_TE = (attention_TEF @ value_TF.unsqueeze(2)).squeeze(2)
-        weights_TK, experts_TK = softmax_over_selected(logits_TE, self.top_k)
-        return Routing(experts_TK, weights_TK, logits_TE, may_pad=False)
+        weights_TK, experts_TK = topk_softmax(logits_TE, self.top_k)
+        return Routing(experts_TK, weights_TK, logits_TE, may_drop=False)

@@ -18,10 +18,10 @@ from routerzoo_context import (
 from torch.testing import assert_close
 
 from routerzoo import LayerSpec, MoE, RoutingContext
-from routerzoo.losses import balance_loss
+from routerzoo.functional.losses import balance_loss
 from routerzoo.models.decoder import Decoder
 from routerzoo.models.vit import ViTMoE
-from routerzoo.moe import NonCausalRouterError, moe_layers
+from routerzoo.moe.layer import NonCausalRouterError, moe_layers
 from routerzoo.router import UnmetRequirementError
 from routerzoo.testing import CHECKS, check_router
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.selection import weights_at
-from routerzoo.sequences import Sequences, sequences_of
+from routerzoo.functional.ragged import Sequences, group_by_sequence
+from routerzoo.functional.topk import gather_weights
 from routerzoo_dynamic.chosen import choices, routing_of
 
 _SHARPNESS = 100.0  # of the sigmoid that stands in for "is active", the paper's
@@ -61,13 +61,13 @@ class BlockFFNRouter(Router):
         """Scale the gate; weights are normalised and stay as they are."""
         self.weight.mul_(factor)
 
-    def choose(self, logits_TE: Tensor) -> Tensor:
+    def select_experts(self, logits_TE: Tensor) -> Tensor:
         """Choose the experts with a positive logit; -1 for the others."""
         return choices(logits_TE > 0)
 
-    def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
         """Take the normalised, scaled ReLU at the chosen experts."""
-        return weights_at(self._weights(logits_TE.relu()), experts_TK)
+        return gather_weights(self._weights(logits_TE.relu()), experts_TK)
 
     def _weights(self, active_TE: Tensor) -> Tensor:
         return self.gamma * F.rms_norm(active_TE, active_TE.shape[-1:], eps=1e-6)
@@ -78,8 +78,8 @@ class BlockFFNRouter(Router):
         active_TE = logits_TE.relu()
         weights_TE = self._weights(active_TE)
         losses = {}
-        if self.training and context.wants_losses:
-            sequences = sequences_of(len(x_TD), context.sequence_ids, context.padding_mask, x_TD.device)
+        if self.training and context.compute_aux_losses:
+            sequences = group_by_sequence(len(x_TD), context.sequence_ids, context.padding_mask, x_TD.device)
             losses["locality"] = locality_loss(logits_TE, sequences)
             losses["chunk"] = chunk_loss(active_TE, sequences, self.chunk_length)
         probs_TE = active_TE / active_TE.sum(-1, keepdim=True).clamp_min(1e-20)
@@ -88,7 +88,7 @@ class BlockFFNRouter(Router):
 
 def locality_loss(logits_TE: Tensor, sequences: Sequences) -> Tensor:
     """Return the mean cross-entropy between what is active at a token and at the one before; 0 without such pairs."""
-    sharp_GSE = sequences.spread(logits_TE) * _SHARPNESS
+    sharp_GSE = sequences.to_padded(logits_TE) * _SHARPNESS
     if sharp_GSE.shape[1] < 2:
         return logits_TE.sum() * 0.0
     pair_GS1 = sequences.real_GS[:, 1:].unsqueeze(-1)
@@ -99,7 +99,7 @@ def locality_loss(logits_TE: Tensor, sequences: Sequences) -> Tensor:
 def chunk_loss(active_TE: Tensor, sequences: Sequences, chunk_length: int) -> Tensor:
     """Return the mean over chunks and experts of the probability that a token of the chunk takes the expert."""
     share_TE = active_TE / active_TE.sum(-1, keepdim=True).clamp_min(1e-20)
-    share_GSE = sequences.spread(share_TE)
+    share_GSE = sequences.to_padded(share_TE)
     if share_GSE.numel() == 0:
         return active_TE.sum() * 0.0
     share_GSE = F.pad(share_GSE, (0, 0, 0, -share_GSE.shape[1] % chunk_length))

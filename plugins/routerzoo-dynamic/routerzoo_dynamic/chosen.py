@@ -34,7 +34,7 @@ def routing_of(
         logits_TE=logits_TE,
         losses=losses,
         balance_probs_TE=balance_probs_TE,
-        may_pad=False,
+        may_drop=False,
     )
 
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.losses import balance_loss, scope_of
-from routerzoo.selection import softmax_over, top_k_experts
+from routerzoo.functional.losses import balance_loss, scope_of
+from routerzoo.functional.topk import softmax_at, topk
 
 Importance = Literal["received", "spread"]
 
@@ -65,22 +65,22 @@ class DAMoERouter(Router):
         """Scale the gate."""
         self.weight.mul_(factor)
 
-    def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
         """Take the softmax over the chosen logits; how many are chosen is the attention's affair."""
-        return softmax_over(logits_TE, experts_TK)
+        return softmax_at(logits_TE, experts_TK)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Take as many of the largest logits as the attention says."""
         logits_TE = F.linear(x_TD, self.weight)
-        _, experts_TK = top_k_experts(logits_TE, self.top_k)
+        _, experts_TK = topk(logits_TE, self.top_k)
         share_T = self._importance(context).to(logits_TE.dtype)
         k_T1 = (share_T * self.top_k - 1e-4).ceil().clamp(1, self.top_k).unsqueeze(1)
         beyond_TK = torch.arange(self.top_k, device=x_TD.device) >= k_T1
         experts_TK = experts_TK.masked_fill(beyond_TK, -1)
         losses = {}
-        if self.training and context.wants_losses:
+        if self.training and context.compute_aux_losses:
             losses["balance"] = balance_loss(logits_TE.softmax(-1), experts_TK, **scope_of("batch", context))
-        return Routing(experts_TK, softmax_over(logits_TE, experts_TK), logits_TE, losses)
+        return Routing(experts_TK, softmax_at(logits_TE, experts_TK), logits_TE, losses)
 
     @torch.no_grad()
     def _importance(self, context: RoutingContext) -> Tensor:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.losses import masked_mean, sums_in
-from routerzoo.selection import weights_at
+from routerzoo.functional.losses import masked_mean, sums_in
+from routerzoo.functional.topk import gather_weights
 from routerzoo_dynamic.chosen import choices, routing_of
 
 _EPSILON = 1e-5  # the authors'
@@ -71,14 +71,14 @@ class DynMoLERouter(Router):
         """Scale the gate."""
         self.weight.mul_(factor)
 
-    def choose(self, logits_TE: Tensor) -> Tensor:
+    def select_experts(self, logits_TE: Tensor) -> Tensor:
         """Choose the likely experts, or all; -1 for the others."""
         probs_TE = logits_TE.softmax(-1)
         return choices(self._chosen(probs_TE, normalized_tsallis_entropy(probs_TE, self.q)))
 
-    def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
         """Take the softmax over all experts at the chosen ones."""
-        return weights_at(logits_TE.softmax(-1), experts_TK)
+        return gather_weights(logits_TE.softmax(-1), experts_TK)
 
     def _chosen(self, probs_TE: Tensor, entropy_T: Tensor) -> Tensor:
         sorted_TE, order_TE = probs_TE.detach().sort(dim=-1, descending=True, stable=True)
@@ -94,7 +94,7 @@ class DynMoLERouter(Router):
         entropy_T = normalized_tsallis_entropy(probs_TE, self.q)
         chosen_TE = self._chosen(probs_TE, entropy_T)
         losses = {}
-        if self.training and context.wants_losses:
+        if self.training and context.compute_aux_losses:
             (weight_1E, probs_1E), tokens_11 = sums_in("batch", context, probs_TE * chosen_TE, probs_TE)
             share_1E = weight_1E / weight_1E.sum().clamp_min(1e-20)
             losses["balance"] = self.spec.num_experts * (share_1E * probs_1E / tokens_11.clamp_min(1)).sum()

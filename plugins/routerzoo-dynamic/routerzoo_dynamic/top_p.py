@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.losses import balance_loss, masked_mean, scope_of
-from routerzoo.selection import weights_at
+from routerzoo.functional.losses import balance_loss, masked_mean, scope_of
+from routerzoo.functional.topk import gather_weights
 from routerzoo_dynamic.chosen import choices, routing_of
 
 
@@ -51,13 +51,13 @@ class TopPRouter(Router):
         """Scale the gate."""
         self.weight.mul_(factor)
 
-    def choose(self, logits_TE: Tensor) -> Tensor:
+    def select_experts(self, logits_TE: Tensor) -> Tensor:
         """Choose until the probabilities reach the threshold; -1 for the others."""
         return choices(nucleus(logits_TE.softmax(-1), self.threshold))
 
-    def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
         """Take the softmax over all experts at the chosen ones."""
-        return weights_at(logits_TE.softmax(-1), experts_TK)
+        return gather_weights(logits_TE.softmax(-1), experts_TK)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Take experts until their probabilities reach the threshold."""
@@ -65,7 +65,7 @@ class TopPRouter(Router):
         probs_TE = logits_TE.softmax(-1)
         chosen_TE = nucleus(probs_TE, self.threshold)
         losses = {}
-        if self.training and context.wants_losses:
+        if self.training and context.compute_aux_losses:
             mask = context.padding_mask
             entropy_T = torch.special.entr(probs_TE).sum(-1)
             losses["balance"] = balance_loss(probs_TE, choices(chosen_TE), **scope_of("batch", context))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from routerzoo import LayerSpec, Router, RouterWrapper, Routing, RoutingContext, register_router
-from routerzoo.sequences import Sequences, sequences_of
+from routerzoo.functional.ragged import Sequences, group_by_sequence
 
 Scope = Literal["sequence", "batch"]
 Order = Literal["token", "choice", "priority", "weight"]
@@ -99,7 +99,7 @@ class CapacityRouter(RouterWrapper):
             raise ValueError(f"devices must divide num_experts = {spec.num_experts}, got {devices}")
         super().__init__(spec, router=router)
         if scope == "sequence":
-            self.also_require("sequence_ids")
+            self.require("sequence_ids")
         self.capacity_factor, self.devices, self.fill = capacity_factor, devices, fill
         self.scope: Scope = scope
         self.order: Order = order
@@ -156,15 +156,15 @@ class CapacityRouter(RouterWrapper):
         """Counting within sequences reads their number from the device."""
         return False
 
-    def choose(self, logits_TE: Tensor) -> Tensor:
+    def select_experts(self, logits_TE: Tensor) -> Tensor:
         """Choose as the inner router does, unless evaluation is limited too."""
         self._refuse_if_limited()
-        return super().choose(logits_TE)
+        return super().select_experts(logits_TE)
 
-    def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
         """Weigh as the inner router does, unless evaluation is limited too."""
         self._refuse_if_limited()
-        return super().weigh(logits_TE, experts_TK)
+        return super().combine_weights(logits_TE, experts_TK)
 
     def _refuse_if_limited(self) -> None:
         if self.in_evaluation:
@@ -188,12 +188,12 @@ class CapacityRouter(RouterWrapper):
             expert_N, weight_N = pairs.expert_N.masked_fill(~kept_N, -1), pairs.weight_N.masked_fill(~kept_N, 0.0)
             if self._rectifies:
                 raise NotImplementedError(f"{type(self.router).__name__} has no fixed number of choices to make up for")
-            return replace(routing, expert_N=expert_N, weight_N=weight_N, may_pad=True)
+            return replace(routing, expert_N=expert_N, weight_N=weight_N, may_drop=True)
         kept_TK = kept_N.view_as(routing.experts_TK)
         experts_TK = routing.experts_TK.masked_fill(~kept_TK, -1)
         if not self._rectifies:
             weights_TK = routing.weights_TK.masked_fill(~kept_TK, 0.0)
-            return replace(routing, experts_TK=experts_TK, weights_TK=weights_TK, may_pad=True)
+            return replace(routing, experts_TK=experts_TK, weights_TK=weights_TK, may_drop=True)
         return self._rectified(routing, experts_TK, groups, capacity_G)
 
     def _capacities(self, groups: _Groups, routing: Routing) -> Tensor:
@@ -237,20 +237,20 @@ class CapacityRouter(RouterWrapper):
         with torch.no_grad():
             in_turn = self._served_in_turn if self.order == "token" else self._served_in_rounds
             experts_TK = in_turn(routing, groups, capacity_G)
-        weights_TK = self.router.weigh(logits_TE, experts_TK)
-        return replace(routing, experts_TK=experts_TK, weights_TK=weights_TK, may_pad=True)
+        weights_TK = self.router.combine_weights(logits_TE, experts_TK)
+        return replace(routing, experts_TK=experts_TK, weights_TK=weights_TK, may_drop=True)
 
     def _served_in_turn(self, routing: Routing, groups: _Groups, capacity_G: Tensor) -> Tensor:
         """Serve one token of every group at a time."""
         assert routing.logits_TE is not None
         sequences, num_experts = groups.sequences, self.spec.num_experts
-        logits_GSE = sequences.spread(routing.logits_TE)
+        logits_GSE = sequences.to_padded(routing.logits_TE)
         length = sequences.real_GS.shape[1]
         room_GE = capacity_G.unsqueeze(1).expand(-1, num_experts).clone()
         chosen = []
         for place in range(length):
             open_GE = logits_GSE[:, place].masked_fill(room_GE <= 0, -torch.inf)
-            experts_GK = self.router.choose(open_GE)
+            experts_GK = self.router.select_experts(open_GE)
             none_GK = (experts_GK < 0) | (open_GE.gather(1, experts_GK.clamp_min(0)) == -torch.inf)
             experts_GK = experts_GK.masked_fill(none_GK | ~sequences.real_GS[:, place].unsqueeze(1), -1)
             room_GE.scatter_add_(1, experts_GK.clamp_min(0), -(experts_GK >= 0).long())
@@ -258,7 +258,7 @@ class CapacityRouter(RouterWrapper):
         num_tokens = len(routing.logits_TE)
         if not chosen:
             return sequences.token_R.new_full((num_tokens, self.top_k), -1)
-        return sequences.gather(torch.stack(chosen, dim=1), num_tokens, fill=-1)
+        return sequences.to_flat(torch.stack(chosen, dim=1), num_tokens, fill=-1)
 
     def _served_in_rounds(self, routing: Routing, groups: _Groups, capacity_G: Tensor) -> Tensor:
         """Serve all choices; then all next choices of those that found no room, until there are none."""
@@ -285,7 +285,7 @@ class CapacityRouter(RouterWrapper):
             room = room - torch.bincount(bin_TK[found_TK], minlength=len(room))
             tried_TE = tried_TE.scatter_add(1, proposed_TK.clamp_min(0), wants_TK) if num_tokens else tried_TE
             open_TE = logits_TE.masked_fill(tried_TE, -torch.inf)
-            best_TK = self.router.choose(open_TE)
+            best_TK = self.router.select_experts(open_TE)
             best_TK = best_TK.masked_fill(open_TE.gather(1, best_TK.clamp_min(0)) == -torch.inf, -1)
             # The n-th lost choice of a token proposes to its n-th best expert.
             lost_TK = (settled_TK < 0) & real_T1 & (experts_TK >= 0)
@@ -329,7 +329,7 @@ class CapacityRouter(RouterWrapper):
         total_T1 = share_TK.sum(1, keepdim=True)
         total_T1 = total_T1.detach() if self.fill else total_T1
         weights_TK = torch.where(none_TK, 0.0, share_TK / total_T1.masked_fill(total_T1 == 0, 1.0))
-        return replace(routing, experts_TK=chosen_TK, weights_TK=weights_TK, may_pad=True)
+        return replace(routing, experts_TK=chosen_TK, weights_TK=weights_TK, may_drop=True)
 
     @torch.no_grad()
     def _fill_ins(self, routing: Routing, experts_TK: Tensor, groups: _Groups, capacity_G: Tensor) -> Tensor:
@@ -360,7 +360,7 @@ class _Groups(NamedTuple):
 
     @classmethod
     def of(cls, num_tokens: int, ids_T: Tensor | None, padding_mask: Tensor | None, device: torch.device) -> _Groups:
-        sequences = sequences_of(num_tokens, ids_T, padding_mask, device)
+        sequences = group_by_sequence(num_tokens, ids_T, padding_mask, device)
         length = sequences.real_GS.shape[1]
         group_T = sequences.token_R.new_full((num_tokens,), -1)
         if length:

@@ -70,7 +70,7 @@ class ReplayRouter(RouterWrapper):
             raise NotImplementedError(
                 f"{type(self.router).__name__} cannot weigh experts that it did not choose; replay the recorded weights"
             )
-        weights_TK = self.router.weigh(routing.logits_TE, forced.experts_TK)
+        weights_TK = self.router.combine_weights(routing.logits_TE, forced.experts_TK)
         return replace(forced, weights_TK=weights_TK, **told)
 
 
@@ -102,8 +102,8 @@ def _join(calls: list[Routing], num_sequences: int) -> Routing:
             raise ValueError("only routings with a fixed number of choices can be joined; replay one call at a time")
         experts.append(call.experts_TK.unflatten(0, (num_sequences, -1)))
         weights.append(call.weights_TK.unflatten(0, (num_sequences, -1)))
-    may_pad = any(call.may_pad for call in calls)
-    return Routing(torch.cat(experts, 1).flatten(0, 1), torch.cat(weights, 1).flatten(0, 1), may_pad=may_pad)
+    may_drop = any(call.may_drop for call in calls)
+    return Routing(torch.cat(experts, 1).flatten(0, 1), torch.cat(weights, 1).flatten(0, 1), may_drop=may_drop)
 
 
 @contextmanager

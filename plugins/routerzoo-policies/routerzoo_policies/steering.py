@@ -79,9 +79,9 @@ class SteeredRouter(RouterWrapper):
         """Not where the offset must be looked at, to see whether there is any."""
         return self.learn and super().compiles
 
-    def choose(self, logits_TE: Tensor) -> Tensor:
+    def select_experts(self, logits_TE: Tensor) -> Tensor:
         """Choose as the inner router does, and no expert that is ruled out, even where there are too few others."""
-        experts_TK = super().choose(logits_TE)
+        experts_TK = super().select_experts(logits_TE)
         ruled_out_TK = logits_TE.gather(1, experts_TK.clamp_min(0)) == -torch.inf
         return experts_TK.masked_fill(ruled_out_TK, -1)
 
@@ -93,8 +93,8 @@ class SteeredRouter(RouterWrapper):
         if routing.logits_TE is None:
             raise NotImplementedError(f"{type(self.router).__name__} has no logits to steer")
         logits_TE = routing.logits_TE + self.offset_E
-        experts_TK = self.choose(logits_TE)
-        weights_TK = self.weigh(logits_TE, experts_TK)
+        experts_TK = self.select_experts(logits_TE)
+        weights_TK = self.combine_weights(logits_TE, experts_TK)
         return Routing(experts_TK, weights_TK, logits_TE, routing.losses, routing.balance_probs_TE)
 
 

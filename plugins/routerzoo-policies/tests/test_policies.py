@@ -23,7 +23,7 @@ from routerzoo import (
     moe_layers,
 )
 from routerzoo.models.decoder import Decoder
-from routerzoo.moe import NonCausalRouterError
+from routerzoo.moe.layer import NonCausalRouterError
 from routerzoo.testing import CHECKS, check_router
 from routerzoo.testing.attack import cross_batch_attack
 
@@ -305,7 +305,7 @@ class Flat(Router):
 
     def route(self, x_TD, context):
         token_N, expert_N = (x_TD[:, : self.spec.num_experts] > 0).nonzero().unbind(1)
-        return Routing(token_N=token_N, expert_N=expert_N, weight_N=x_TD[token_N, expert_N], may_pad=False)
+        return Routing(token_N=token_N, expert_N=expert_N, weight_N=x_TD[token_N, expert_N], may_drop=False)
 
 
 def test_a_capacity_around_choices_of_varying_number():

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.sequences import sequences_of
+from routerzoo.functional.ragged import group_by_sequence
 
 SMEARScope = Literal["sequence", "prefix"]
 
@@ -73,8 +73,8 @@ class SMEARRouter(Router):
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Weigh the experts for each group of tokens."""
-        sequences = sequences_of(len(x_TD), context.sequence_ids, context.padding_mask, x_TD.device)
-        x_BSD = sequences.spread(x_TD)
+        sequences = group_by_sequence(len(x_TD), context.sequence_ids, context.padding_mask, x_TD.device)
+        x_BSD = sequences.to_padded(x_TD)
         if self.scope == "sequence":
             mean_BCD = x_BSD.sum(1, keepdim=True) / sequences.lengths_G.clamp_min(1).view(-1, 1, 1)
             segment_BS = torch.zeros_like(sequences.token_GS)
@@ -89,7 +89,7 @@ class SMEARRouter(Router):
             kept_GE = torch.rand_like(merge_GE) >= self.expert_dropout
             kept_GE |= ~kept_GE.any(dim=1, keepdim=True)  # not all at once
             merge_GE = merge_GE * kept_GE / (merge_GE * kept_GE).sum(1, keepdim=True)
-        group_T = sequences.gather(group_BS, len(x_TD), fill=-1)
+        group_T = sequences.to_flat(group_BS, len(x_TD), fill=-1)
         # Padding has no group; its logits say nothing.
         logits_TE = logits_GE.new_zeros(len(x_TD), self.spec.num_experts)
         real_R, of_R = sequences.token_R, group_BS.flatten().index_select(0, sequences.place_R)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.sequences import sequences_of
+from routerzoo.functional.ragged import group_by_sequence
 
 
 @register_router
@@ -79,7 +79,7 @@ def _rectangle(num_tokens: int, sequence_ids: Tensor | None, device: torch.devic
     Raises:
         ValueError: they have several lengths, or their tokens are not adjacent.
     """
-    sequences = sequences_of(num_tokens, sequence_ids, None, device)
+    sequences = group_by_sequence(num_tokens, sequence_ids, None, device)
     groups, length = sequences.real_GS.shape
     if not sequences.real_GS.all() or not torch.equal(
         sequences.token_GS.sort(0).values.flatten(), torch.arange(num_tokens, device=device)

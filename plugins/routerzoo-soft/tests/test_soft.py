@@ -8,7 +8,7 @@ from routerzoo_soft import SMEARRouter, SoftMoERouter
 from torch.testing import assert_close
 
 from routerzoo import LayerSpec, MLPExperts, MoE, RoutingContext, SwiGLUExperts
-from routerzoo.moe import NonCausalRouterError
+from routerzoo.moe.layer import NonCausalRouterError
 from routerzoo.testing import CHECKS, check_router
 
 VARIANTS = {
@@ -96,7 +96,7 @@ def test_merged_experts_are_one_expert_of_mean_parameters(experts):
         single.load_state_dict(
             {n: torch.einsum("e,e...->...", weights[group], p)[None] for n, p in layer.experts.named_parameters()}
         )
-        assert_close(y_TD[rows], single.all_experts(x_TD[rows]))
+        assert_close(y_TD[rows], single.dense_forward(x_TD[rows]))
     y_TD.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters())
 
@@ -133,7 +133,7 @@ def test_padding_belongs_to_no_group_and_comes_out_as_zeros():
     assert given.routings[0].group_T.tolist() == [0, -1, 0, -1]
     assert not y_TD[mask].any()
     assert_close(y_TD[~mask], layer(x_TD[~mask], context(2)))
-    assert given.routings[0].load_E(3).sum().item() == pytest.approx(2.0)
+    assert given.routings[0].expert_load(3).sum().item() == pytest.approx(2.0)
 
 
 def test_expert_dropout_leaves_experts_out_and_never_all():

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.losses import balance_loss, scope_of
-from routerzoo.selection import largest_logits, softmax_over, softmax_over_selected
+from routerzoo.functional.losses import balance_loss, scope_of
+from routerzoo.functional.topk import softmax_at, topk_indices, topk_softmax
 
 
 @register_router
@@ -49,20 +49,20 @@ class TemplateRouter(Router):
         """Multiply the logits' scale, so that routers can be compared from the same start."""
         self.up.mul_(factor)
 
-    def choose(self, logits_TE: Tensor) -> Tensor:
+    def select_experts(self, logits_TE: Tensor) -> Tensor:
         """Choose by logits alone: optional, so that policies such as steering and replay can wrap the router."""
-        return largest_logits(logits_TE, self.top_k)
+        return topk_indices(logits_TE, self.top_k)
 
-    def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
         """Weigh given experts: optional, likewise."""
-        return softmax_over(logits_TE, experts_TK)
+        return softmax_at(logits_TE, experts_TK)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Choose experts. It is called in float32; the layer casts the weights back."""
         logits_TE = F.linear(F.linear(x_TD, self.down), self.up)
-        weights_TK, experts_TK = softmax_over_selected(logits_TE, self.top_k)
+        weights_TK, experts_TK = topk_softmax(logits_TE, self.top_k)
         losses = {}
-        if self.training and context.wants_losses:
+        if self.training and context.compute_aux_losses:
             # Raw: the task multiplies it with its coefficient. Padding counts for nothing.
             losses["balance"] = balance_loss(logits_TE.softmax(-1), experts_TK, **scope_of("batch", context))
-        return Routing(experts_TK, weights_TK, logits_TE, losses, may_pad=False)
+        return Routing(experts_TK, weights_TK, logits_TE, losses, may_drop=False)

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.distributed.ranks import rows_of_all_ranks, sum_over_ranks
-from routerzoo.losses import balance_loss, importance_loss, load_loss, scope_of, z_loss
-from routerzoo.selection import top_k_experts, weights_at
+from routerzoo.distributed.collectives import rows_of_all_ranks, sum_over_ranks
+from routerzoo.functional.losses import balance_loss, importance_loss, load_loss, scope_of, z_loss
+from routerzoo.functional.topk import gather_weights, topk
 
 Score = Literal["softmax", "sigmoid", "sqrt_softplus"]
 
@@ -72,7 +72,7 @@ class TopKRouter(Router):
     """
 
     paper = "DeepSeek-AI 2024, arXiv:2412.19437; Wang et al. 2024, arXiv:2408.15664"
-    adapted_buffers = frozenset({"selection_bias", "load_E", "quantile_E", "num_quantiles"})
+    trained_buffers = frozenset({"selection_bias", "load_E", "quantile_E", "num_quantiles"})
     selection_bias: Tensor
     load_E: Tensor
     quantile_E: Tensor
@@ -141,15 +141,15 @@ class TopKRouter(Router):
         """Scale the gate."""
         self.weight.mul_(factor)
 
-    def choose(self, logits_TE: Tensor) -> Tensor:
+    def select_experts(self, logits_TE: Tensor) -> Tensor:
         """Choose the k best biased scores of the best groups."""
         scores_TE = logits_TE if self.quantile_balancing else SCORES[self.score](logits_TE)
         biased_TE = (scores_TE.detach() + self.selection_bias).masked_fill(logits_TE == -torch.inf, -torch.inf)
-        return top_k_experts(self._eligible(biased_TE), self.top_k)[1]
+        return topk(self._eligible(biased_TE), self.top_k)[1]
 
-    def weigh(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
         """Take the unbiased scores of the chosen experts."""
-        return weights_at(SCORES[self.score](logits_TE), experts_TK, renormalize=self.renormalize) * self.scale
+        return gather_weights(SCORES[self.score](logits_TE), experts_TK, renormalize=self.renormalize) * self.scale
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Take the k best experts of the best groups."""
@@ -160,7 +160,7 @@ class TopKRouter(Router):
             logits_TE = clean_TE + torch.randn_like(clean_TE) / self.spec.num_experts
         scores_TE = SCORES[self.score](logits_TE)
         biased_TE = (logits_TE if self.quantile_balancing else scores_TE).detach() + self.selection_bias
-        _, experts_TK = top_k_experts(self._eligible(biased_TE), self.top_k)
+        _, experts_TK = topk(self._eligible(biased_TE), self.top_k)
         weights_TK = scores_TE.gather(1, experts_TK)
         if self.renormalize:
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
@@ -171,13 +171,13 @@ class TopKRouter(Router):
             left_out_TK = torch.rand_like(weights_TK) >= 2 * weights_TK
             left_out_TK[:, 0] = False
             experts_TK, weights_TK = experts_TK.masked_fill(left_out_TK, -1), weights_TK.masked_fill(left_out_TK, 0.0)
-        may_pad = self.sample_choices and self.training
-        return Routing(experts_TK, weights_TK * self.scale, clean_TE, losses, scores_TE, may_pad=may_pad)
+        may_drop = self.sample_choices and self.training
+        return Routing(experts_TK, weights_TK * self.scale, clean_TE, losses, scores_TE, may_drop=may_drop)
 
     def _losses(
         self, clean_TE: Tensor, logits_TE: Tensor, scores_TE: Tensor, experts_TK: Tensor, context: RoutingContext
     ) -> dict[str, Tensor]:
-        if not context.wants_losses:
+        if not context.compute_aux_losses:
             return {}
         mask = context.padding_mask
         losses = {

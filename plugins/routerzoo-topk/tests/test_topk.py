@@ -81,7 +81,7 @@ def test_deepseek_v3_block():
     )
     close(ours, theirs)
     close(output, golden["output"])
-    close(layer.shared_experts.all_experts(golden["hidden"].flatten(0, 1)).view_as(output), golden["shared_output"])
+    close(layer.shared_experts.dense_forward(golden["hidden"].flatten(0, 1)).view_as(output), golden["shared_output"])
 
 
 def test_bias_chooses_and_does_not_weigh():
@@ -151,12 +151,12 @@ def test_quantile_balancing_levels_the_load_and_leaves_padding_out():
     router = TopKRouter(LayerSpec(16, 8), top_k=2, score="sigmoid", quantile_balancing=True, init_std=1.0)
     x_TD = torch.randn(512, 16) + torch.randn(16)
     mask = torch.arange(512) >= 256
-    before = router(x_TD[:256]).load_E(8)
+    before = router(x_TD[:256]).expert_load(8)
     for _ in range(30):
         router.zero_grad()
         router(x_TD, RoutingContext(padding_mask=mask))
         router.before_optimizer_step()
-    after = router.eval()(x_TD[:256]).load_E(8)
+    after = router.eval()(x_TD[:256]).expert_load(8)
     assert after.max() < 1.3 * 64 < before.max()
     bias = router.selection_bias.clone()
     router.train()(x_TD[:0])  # no token tells nothing

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from routerzoo.losses import GENERIC_LOSSES
+from routerzoo.functional.losses import GENERIC_LOSSES
 from routerzoo.router import Router, UnmetRequirementError
 from routerzoo.routing import CONTEXT_FIELDS, Routing, RoutingContext
 from routerzoo.testing.cases import Case, Cases, CheckFailure, RefusedSizesError, takes_top_k
@@ -124,9 +124,9 @@ def weights(cases: Cases) -> None:
 
 @law_of_routers
 def choices(cases: Cases) -> None:
-    """No expert is chosen twice by a token, -1 stands for no expert and has weight 0, and `may_pad` tells of it.
+    """No expert is chosen twice by a token, -1 stands for no expert and has weight 0, and `may_drop` tells of it.
 
-    `may_pad=False` lets the layer skip a pass over the hidden states; an expert of -1 would then be read as the last.
+    `may_drop=False` lets the layer skip a pass over the hidden states; an expert of -1 would then be read as the last.
     """
 
     def law(case: Case) -> None:
@@ -137,7 +137,7 @@ def choices(cases: Cases) -> None:
                 return
             pairs = routing.assignments()
             none_N = pairs.expert_N < 0
-            fail_unless(pairs.may_pad or not none_N.any(), "promises may_pad=False, but chooses expert -1")
+            fail_unless(pairs.may_drop or not none_N.any(), "promises may_drop=False, but chooses expert -1")
             fail_unless((pairs.weight_N[none_N] == 0).all(), "gives a choice of -1 (no expert) a weight other than 0")
             chosen_TE = case.effect(routing, x_TD)[:, case.sizes.num_experts :]
             twice = (chosen_TE > 1).nonzero()
@@ -225,7 +225,7 @@ def top_k(cases: Cases) -> None:
 
 @law_of_routers
 def policies(cases: Cases) -> None:
-    """`choose` and `weigh`, where a router has them, do what `route` does in evaluation.
+    """`select_experts` and `combine_weights`, where a router has them, do what `route` does in evaluation.
 
     They let policies around a router (a capacity, a replay, a steering) choose and weigh experts as it would. An expert
     whose logit is minus infinity is chosen by nobody who has others; no expert (-1) has weight 0.
@@ -239,7 +239,7 @@ def policies(cases: Cases) -> None:
             return
         experts_TK = routing.experts_TK
         try:
-            chosen_TK = router.choose(logits_TE)
+            chosen_TK = router.select_experts(logits_TE)
         except NotImplementedError:
             pass
         else:
@@ -252,12 +252,16 @@ def policies(cases: Cases) -> None:
             experts_TK = chosen_TK
             if case.sizes.num_experts > chosen_TK.shape[1]:
                 out = case.sizes.seed % case.sizes.num_experts
-                others_TK = router.choose(logits_TE.index_fill(1, torch.tensor([out], device=x_TD.device), -torch.inf))
-                fail_unless((others_TK != out).all(), f"choose takes expert {out}, whose logit is minus infinity")
+                others_TK = router.select_experts(
+                    logits_TE.index_fill(1, torch.tensor([out], device=x_TD.device), -torch.inf)
+                )
+                fail_unless(
+                    (others_TK != out).all(), f"select_experts takes expert {out}, whose logit is minus infinity"
+                )
         if experts_TK is None:
             return
         try:
-            weights_TK = router.weigh(logits_TE, experts_TK)
+            weights_TK = router.combine_weights(logits_TE, experts_TK)
         except NotImplementedError:
             return
         weighed = Routing(experts_TK, weights_TK.to(x_TD.dtype))
@@ -268,7 +272,7 @@ def policies(cases: Cases) -> None:
             tolerance=1e-5,
         )
         left_TK = experts_TK.index_fill(1, torch.tensor([0], device=x_TD.device), -1)
-        weights_TK = router.weigh(logits_TE, left_TK)
+        weights_TK = router.combine_weights(logits_TE, left_TK)
         fail_unless(
             (weights_TK[:, 0] == 0).all() and weights_TK.isfinite().all(),
             f"weigh gives no expert (-1) the weights {brief(weights_TK)}; they must be 0, and the others finite",

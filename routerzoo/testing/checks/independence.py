@@ -215,7 +215,7 @@ def _taken(context: RoutingContext, places: Tensor) -> RoutingContext:
 def padding(cases: Cases) -> None:
     """What stands at padded places (`context.padding_mask`) changes neither the losses nor other tokens' routing.
 
-    Statistics and losses are taken over the tokens that are none; `routerzoo.losses` take the mask.
+    Statistics and losses are taken over the tokens that are none; `routerzoo.functional.losses` take the mask.
     """
 
     def law(case: Case) -> None:

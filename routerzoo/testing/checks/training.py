@@ -83,7 +83,7 @@ def copies(cases: Cases) -> None:
 def frozen(cases: Cases) -> None:
     """What is frozen stays bit-identical through optimiser steps with momentum and weight decay.
 
-    That is every buffer (but those named in `adapted_buffers`), every parameter with `requires_grad=False`, and every
+    That is every buffer (but those named in `trained_buffers`), every parameter with `requires_grad=False`, and every
     parameter that a later stage of training no longer reaches: set its gradient to None in `before_optimizer_step`,
     since optimisers move a parameter whose gradient is 0 on by momentum, and shrink it by weight decay.
     """
@@ -91,11 +91,11 @@ def frozen(cases: Cases) -> None:
     for make in (_sgd, _adamw):
         router = case.router(training=True)
         frozen_parts = {
-            **{name: value for name, value in router.named_buffers() if name not in router.adapted_buffers},
+            **{name: value for name, value in router.named_buffers() if name not in router.trained_buffers},
             **{name: value for name, value in router.named_parameters() if not value.requires_grad},
         }
-        missing = router.adapted_buffers - {name for name, _ in router.named_buffers()}
-        fail_unless(not missing, f"adapted_buffers names {', '.join(sorted(missing))}, which it does not have")
+        missing = router.trained_buffers - {name for name, _ in router.named_buffers()}
+        fail_unless(not missing, f"trained_buffers names {', '.join(sorted(missing))}, which it does not have")
         before = {name: value.detach().clone() for name, value in frozen_parts.items()}
         learned = [value for value in router.parameters() if value.requires_grad]
         _train(case, router, make(learned) if learned else None)
@@ -103,7 +103,7 @@ def frozen(cases: Cases) -> None:
             fail_unless(
                 torch.equal(value, before[name]),
                 f"{name} is frozen, but changed in training; name a buffer that training is meant to change in "
-                "adapted_buffers",
+                "trained_buffers",
             )
 
 

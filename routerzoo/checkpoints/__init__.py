@@ -1,0 +1,1 @@
+"""Reading and writing checkpoints: one file, or a folder of shards."""

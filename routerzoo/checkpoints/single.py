@@ -1,0 +1,94 @@
+"""Checkpoint files: written whole or not at all, and read without letting them run code."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from routerzoo.checkpoints import sharded as folders
+from routerzoo.errors import UserError
+from routerzoo.runs.atomic import PART, put_in_place
+
+
+@final
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes checkpoint files whole or not at all, and reads them, and folders of several processes, without code.
+
+    Lightning writes into the system's temporary folder and moves the file, which is a copy where that is another file
+    system: a run that is killed meanwhile leaves a torn checkpoint. Here the file is written beside its place, handed
+    to the disk, and renamed.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a file.
+
+        Raises:
+            UserError: there is no room, or no permission. The file that was there is as it was.
+        """
+        path = Path(path)
+        part = path.with_name(path.name + PART)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            put_in_place(part, path)
+        except (OSError, RuntimeError) as error:
+            part.unlink(missing_ok=True)
+            kept = f"; {path} is still the one before" if path.exists() else ""
+            raise UserError(f"cannot write the checkpoint {path}: {_reason(error)}{kept}") from error
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a file or a folder; with `weights_only`, whatever is asked for."""
+        return read_checkpoint(Path(path))
+
+
+def _reason(error: BaseException) -> str:
+    # torch says that writing failed, and its cause says why.
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    known = next((c for c in causes if isinstance(c, OSError) and c.strerror), None)
+    return str(known.strerror) if isinstance(known, OSError) else str(error).splitlines()[0]
+
+
+def read_outline(path: Path) -> dict[str, Any]:
+    """Read a checkpoint; of a folder of several processes, all but its tensors.
+
+    Raises:
+        UserError: see `read_checkpoint`.
+    """
+    return folders.read_meta(path) if folders.is_folder(path) else read_checkpoint(path)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint's content without letting it run code.
+
+    Raises:
+        UserError: not a checkpoint, broken, or one that needs code to be read.
+    """
+    if folders.is_folder(path):
+        return folders.read_whole(path)
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is not a checkpoint, or a broken one: it is not an archive as torch.save writes it")
+    try:
+        # torch reads past a checksum that is wrong.
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken is not None:
+            raise ValueError(f"{broken} has changed since it was written")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a damaged pickle can raise anything
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is not a checkpoint that can be read: {first}") from error
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise UserError(f"{path} is not a checkpoint of a Lightning module: it holds no state_dict")
+    return content

@@ -1,0 +1,281 @@
+"""`python -m routerzoo sweep`: run a grid, and go on where it was stopped."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import re
+import shlex
+import signal
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+
+from routerzoo.errors import UserError
+from routerzoo.runs.atomic import write_whole
+from routerzoo.sweep import work
+from routerzoo.sweep.code import code_version
+from routerzoo.sweep.engine import Engine, LocalEngine
+from routerzoo.sweep.ledger import Ledger, Run
+from routerzoo.sweep.plan import Cell, Plan, read_plan
+from routerzoo.sweep.progress import Progress
+from routerzoo.sweep.room import KEEP, Room, shown_size, size_of
+
+RUNS = "runs"
+PLAN = "plan.json"
+POLL_SECONDS = 0.2
+BEAT_SECONDS = 10.0
+TAKEN_SECONDS = 5.0
+"""After so long a run that another process held is tried again."""
+
+
+def main(args: Sequence[str]) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m routerzoo sweep",
+        description="Run a grid of routers, tasks, seeds and anything else that a config holds. The same command goes "
+        "on where it was stopped, however it was.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, required=True, help="the sweep: a YAML file, see configs/sweeps")
+    parser.add_argument("--folder", type=Path, help="where everything goes; by default sweeps/ and the file's name")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parser.add_argument("--workers", type=int, help="runs at a time; by default as many as there are cores, or GPUs")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each run; by default 1")
+    parser.add_argument("--engine", choices=["local", "ray"], default="local", help="processes here, or a Ray cluster")
+    parser.add_argument("--gpus", type=float, default=0.0, help="GPUs of each run, for Ray; a fraction shares one")
+    parser.add_argument("--keep", choices=KEEP, default="all", help="checkpoints of finished runs that stay")
+    parser.add_argument("--print", action="store_true", dest="show", help="print the runs as commands, and stop")
+    parser.add_argument("--retry-failed", action="store_true", help="do failed runs again")
+    parser.add_argument("--redo-old", action="store_true", help="do runs again that other code has made")
+    options = parser.parse_args(args)
+    for name in ("workers", "threads"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.exit(2, f"error: --{name} must be at least 1, got {value}\n")
+    if options.gpus > 1:
+        parser.exit(2, f"error: --gpus must be at most 1, got {options.gpus:g}: a run of a sweep is one process\n")
+    try:
+        plan = read_plan(options.config)
+        folder = options.folder or Path("sweeps") / options.config.stem
+        gpus = torch.cuda.device_count() if options.engine == "local" else 0
+        workers = options.workers or gpus or max(cores // options.threads, 1)
+        failed = _sweep(plan, folder, workers, gpus, options)
+    except (UserError, OSError) as error:  # the latter names a file, and what the system has against it
+        raise SystemExit(f"error: {error}") from None
+    if failed:
+        raise SystemExit(1)
+
+
+def _sweep(plan: Plan, folder: Path, workers: int, gpus: int, options: argparse.Namespace) -> int:
+    console = Console(highlight=False, soft_wrap=True)
+    local = LocalEngine(workers, options.threads, gpus)
+    ledger = Ledger(folder)
+    code = code_version()
+    told = {"config": str(plan.path), "baseline": plan.baseline, "margin": plan.margin}
+    write_whole(folder / PLAN, json.dumps(told, indent=2) + "\n")
+    refused = _enter(plan, folder, ledger, local, code, console)
+    if options.show:
+        _print_commands(folder, ledger.runs(), options.threads, console)
+        return 0
+    if options.retry_failed:
+        ledger.retry_failed()
+    if options.redo_old:
+        for run in ledger.redo(code, lambda run: _set_aside(folder / run.folder, run.code)):
+            _write_config(folder / run.folder, run.config)
+    planned = [run for run in ledger.runs() if run.planned]
+    _say_what_is_known(planned, refused, code, console)
+    room = Room(folder, options.keep)
+    for run in planned:
+        if run.status in ("finished", "failed"):
+            room.ended(folder / run.folder, run.status)
+    engine: Engine = local
+    if options.engine == "ray":
+        from routerzoo.sweep.ray_engine import RayEngine
+
+        engine = RayEngine(options.workers or 10_000, options.threads, options.gpus)
+    try:
+        with Progress(folder, min(engine.slots, max(len(planned), 1)), console) as progress:
+            _work_through(folder, ledger, engine, progress, room, code)
+    finally:
+        engine.close()
+    planned = [run for run in ledger.runs() if run.planned]
+    counts = Counter(run.status for run in planned)
+    summary = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
+    console.print(f"{summary}; {shown_size(size_of(folder))} in {folder}.", markup=False)
+    console.print(f"What came of it: python -m routerzoo report {shlex.quote(str(folder))}", markup=False)
+    for run in planned:
+        if run.status == "failed":
+            console.print(f"failed: {run.label}: {run.reason} ({folder / run.folder / work.LOG})", markup=False)
+    return counts["failed"]
+
+
+def _enter(
+    plan: Plan, folder: Path, ledger: Ledger, engine: LocalEngine, code: str, console: Console
+) -> dict[str, str]:
+    """Resolve the plan's configs and write the runs into the ledger; return those that cannot be, and why."""
+    cells = list(plan.cells())
+    sources, commands, unknown = [], [], []
+    overlays = folder / "overlays"
+    overlays.mkdir(exist_ok=True)
+    for cell in cells:
+        text = yaml.safe_dump(dict(cell.overlay), sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        overlay = overlays / f"{digest}.yaml"
+        if not overlay.is_file():
+            write_whole(overlay, text)
+        arguments = cell.arguments(overlay)
+        # What a config resolves to follows from the files and from the code, whose defaults it takes.
+        content = "\0".join([code, text, *(path.read_text(encoding="utf-8") for path in cell.configs)])
+        sources.append(hashlib.sha256(content.encode()).hexdigest())
+        if ledger.resolved(sources[-1]) is None:
+            unknown.append(sources[-1])
+            commands.append(arguments)
+    if commands:
+        with console.status(f"reading {len(commands)} configs"):
+            answers = dict(zip(unknown, engine.resolve(commands), strict=True))
+        for source, (text, reason) in answers.items():
+            if not reason:
+                ledger.remember(source, text)
+    rows: dict[str, dict[str, Any]] = {}
+    refused: dict[str, str] = {}
+    for cell, source in zip(cells, sources, strict=True):
+        config = ledger.resolved(source)
+        if config is None:
+            refused[cell.label] = answers[source][1]
+            continue
+        key = hashlib.sha256(json.dumps([config, cell.test_arguments]).encode()).hexdigest()[:12]
+        if key in rows:
+            raise UserError(f"{rows[key]['label']} and {cell.label} are the same run: their configs do not differ")
+        rows[key] = _row(cell, key, config)
+        _write_config(folder / rows[key]["folder"], config)
+    ledger.plan(rows.values())
+    write_whole(folder / "refused.json", json.dumps(refused, indent=2) + "\n")
+    if refused and not rows:
+        label, reason = next(iter(refused.items()))
+        raise UserError(f"no run of the sweep can be made; {label}: {reason}")
+    return refused
+
+
+def _write_config(place: Path, config: str) -> None:
+    place.mkdir(parents=True, exist_ok=True)
+    if not (place / work.CELL).is_file():
+        write_whole(place / work.CELL, config)
+
+
+def _set_aside(place: Path, code: str) -> None:
+    """Rename a run's folder, so that the run neither goes on from what other code has left nor loses it."""
+    if place.is_dir():
+        name = f"{place.name}.by-{re.sub(r'[^A-Za-z0-9.+]+', '-', code)}"
+        taken = itertools.count(2)
+        target = place.with_name(name)
+        while target.exists():
+            target = place.with_name(f"{name}.{next(taken)}")
+        place.rename(target)
+
+
+def _row(cell: Cell, key: str, config: str) -> dict[str, Any]:
+    name = re.sub(r"[^A-Za-z0-9._=-]+", "-", f"{cell.task}-{cell.variant}-{cell.seed}").strip("-")
+    return {
+        "key": key,
+        "task": cell.task,
+        "router": cell.router,
+        "variant": cell.variant,
+        "seed": cell.seed,
+        "folder": f"{RUNS}/{name}-{key}",
+        "config": config,
+        "test": cell.test_arguments,
+        "label": cell.label,
+    }
+
+
+def _print_commands(folder: Path, runs: Sequence[Run], threads: int, console: Console) -> None:
+    for run in runs:
+        if not run.planned:
+            continue
+        place = folder / run.folder
+        test = " ".join(map(shlex.quote, run.test))
+        python = f"OMP_NUM_THREADS={threads} python -m routerzoo"
+        console.print(f"# {run.label}", markup=False)
+        by_hand = shlex.quote(str(Path("by-hand") / place.name))
+        fit = f"{python} fit --config {shlex.quote(str(place / work.CELL))} --run_dir {by_hand}"
+        console.print(f"{fit} && {python} test --run_dir {by_hand} --ckpt_path best {test}".rstrip(), markup=False)
+
+
+def _say_what_is_known(planned: Sequence[Run], refused: dict[str, str], code: str, console: Console) -> None:
+    counts = Counter(run.status for run in planned)
+    console.print(f"{len(planned)} runs; {counts['finished']} finished before, {counts['failed']} failed before")
+    if old := [run for run in planned if run.status == "finished" and run.code != code]:
+        console.print(
+            f"[yellow]{len(old)} finished runs were made by other code ({old[0].code}; this is {code}). They stay, and "
+            "the report says so; --redo-old does them again[/yellow]"
+        )
+    if counts["failed"]:
+        console.print("--retry-failed does failed runs again")
+    for label, reason in refused.items():
+        console.print(f"refused: {label}: {reason}", markup=False)
+
+
+def _work_through(folder: Path, ledger: Ledger, engine: Engine, progress: Progress, room: Room, code: str) -> None:
+    """Do runs until none is left that nobody is at, or no room for one."""
+    started: dict[str, tuple[float, Path]] = {}
+    taken: dict[str, float] = {}  # runs that some other process holds, and when that was seen
+    beaten = 0.0
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        while True:
+            for run, status, reason in engine.ended():
+                place = folder / run.folder
+                if reason == work.TAKEN:
+                    ledger.finish(run.key, "waiting", reason)
+                    del started[run.key]
+                    taken[run.key] = time.time()
+                    continue
+                measured = work.results(place) if status == "finished" else {}
+                if status == "finished" and "test" not in measured:
+                    status, reason = "failed", f"finished without results; see {place / work.LOG}"
+                ledger.finish(run.key, status, reason, measured)
+                room.ended(place, status)
+                seconds = time.time() - started.pop(run.key)[0]
+                progress.ended(run, status, reason, seconds, [r for r in ledger.runs() if r.planned])
+            taken = {key: seen for key, seen in taken.items() if time.time() - seen < TAKEN_SECONDS}
+            while len(started) < engine.slots:
+                lacks = room.lacks([place for _, place in started.values()])
+                if lacks and started:
+                    break  # what is under way may leave less than it takes now
+                if (claimed := ledger.claim(code, taken, work.goes_on)) is None:
+                    break
+                if lacks:
+                    ledger.finish(claimed.key, "waiting", lacks)
+                    raise UserError(f"{lacks}; the same command goes on from here")
+                place = folder / claimed.folder
+                resumes = work.goes_on(place)
+                started[claimed.key] = (time.time(), place)
+                engine.start(claimed, place)
+                progress.started(claimed, resumes)
+            if not started and not taken:
+                return
+            if time.time() - beaten > BEAT_SECONDS:
+                ledger.beat()
+                beaten = time.time()
+            progress.show([run for run in ledger.runs() if run.planned])
+            time.sleep(POLL_SECONDS)
+    except KeyboardInterrupt:
+        for run in engine.stop():
+            ledger.finish(run.key, "waiting", "interrupted")
+        raise UserError("interrupted; the same command goes on from here") from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt

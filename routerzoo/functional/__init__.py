@@ -1,0 +1,1 @@
+"""Pure functions of routing, on plain tensors."""

@@ -1,0 +1,1 @@
+"""The Mixture-of-Experts layer: experts, dispatch and the grouped products."""

@@ -1,0 +1,105 @@
+"""How tokens reach experts and come back."""
+# Shape suffixes: T tokens, K choices per token, E experts, D model width, N assignments (rows sorted by expert),
+# G groups of tokens, S tokens of a group, P slots of an expert.
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from routerzoo.distributed.expert_parallel import compute
+from routerzoo.errors import UserError
+from routerzoo.moe.experts import Experts
+from routerzoo.moe.permute import permutation_of, permute, unpermute
+from routerzoo.routing import Assignments, Routing
+
+
+def apply_experts(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    """Send each token to its experts and add up what they return, weighted.
+
+    Dropless: every assignment that the routing names is computed, and none that it does not.
+
+    Args:
+        x_TD: hidden states.
+        routing: a router's answer, in any form.
+        experts: the bank that computes.
+
+    Returns:
+        `[tokens, d_model]`; zeros for a token without expert.
+    """
+    if routing.merge_GE is not None:
+        return _merged(x_TD, routing, experts)
+    if routing.dense:
+        return _soft(x_TD, routing, experts)
+    return _sparse(x_TD, routing.assignments(), experts)
+
+
+def _sparse(x_TD: Tensor, assignments: Assignments, experts: Experts) -> Tensor:
+    token_N, expert_N, weight_N, top_k, may_drop = assignments
+    if top_k is None:
+        token_N, by_token_N = token_N.sort(stable=True)
+        expert_N, weight_N = expert_N.index_select(0, by_token_N), weight_N.index_select(0, by_token_N)
+    num_experts = experts.spec.num_experts
+    filter_rows = may_drop and x_TD.device.type == "cpu" and not torch.compiler.is_compiling()
+    if filter_rows:
+        keep = (expert_N >= 0).nonzero().squeeze(1)  # on a GPU this would wait for the device
+        if len(keep) < len(expert_N):
+            token_N, expert_N, weight_N, top_k = token_N[keep], expert_N[keep], weight_N[keep], None
+        may_drop = False
+    # Padding sorts behind the last expert, where no backend looks.
+    key_N = expert_N.remainder(num_experts + 1) if may_drop else expert_N
+    sorted_N, order_N = key_N.sort(stable=True)
+    bounds_E = torch.arange(num_experts, device=sorted_N.device, dtype=sorted_N.dtype)
+    ends_E = torch.searchsorted(sorted_N, bounds_E, right=True, out_int32=True)
+    permutation = permutation_of(token_N, order_N, len(x_TD), top_k)
+    x_ND = permute(x_TD, permutation)
+    real_N1 = (sorted_N < num_experts).unsqueeze(1) if may_drop else None
+    if real_N1 is not None:
+        x_ND = torch.where(real_N1, x_ND, 0)  # stops what the unspecified rows send back
+    y_ND = compute(experts, x_ND, ends_E)
+    if real_N1 is not None:
+        y_ND = torch.where(real_N1, y_ND, 0)
+    return unpermute(y_ND, weight_N, permutation)
+
+
+def _soft(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    dispatch_GSEP, combine_GSEP = routing.dispatch_GSEP, routing.combine_GSEP
+    assert dispatch_GSEP is not None
+    assert combine_GSEP is not None  # `Routing` has one whole form
+    groups, tokens, num_experts, slots = dispatch_GSEP.shape
+    x_GSD = x_TD.view(groups, tokens, -1)
+    x_EGPD = torch.einsum("gsep,gsd->egpd", dispatch_GSEP, x_GSD)
+    rows = groups * slots
+    ends_E = torch.arange(1, num_experts + 1, device=x_TD.device, dtype=torch.int32) * rows
+    y_ND = compute(experts, x_EGPD.reshape(num_experts * rows, -1), ends_E)
+    y_EGPD = y_ND.view(num_experts, groups, slots, -1)
+    return torch.einsum("gsep,egpd->gsd", combine_GSEP.to(y_EGPD.dtype), y_EGPD).reshape(len(x_TD), -1)
+
+
+def _merged(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    merge_GE, group_T = routing.merge_GE, routing.group_T
+    assert merge_GE is not None
+    assert group_T is not None  # `Routing` has one whole form
+    if experts.mesh is not None:
+        raise UserError("a router that merges experts needs all of them on every rank: leave expert_parallel out")
+    num_groups, num_experts = merge_GE.shape
+    if num_groups == 0:
+        return x_TD * 0.0
+    merged = {}
+    for name, stacked in experts.named_parameters():
+        if stacked.shape[0] != num_experts:
+            raise ValueError(
+                f"experts are merged along the first dimension of their parameters; that of {name} is "
+                f"{stacked.shape[0]}, not {num_experts}"
+            )
+        mixed = merge_GE.to(stacked.dtype) @ stacked.flatten(1)
+        merged[name] = mixed.view(num_groups, *stacked.shape[1:])
+    # Tokens without a group sort behind the last one, where no backend looks.
+    sorted_T, order_T = group_T.remainder(num_groups + 1).sort(stable=True)
+    bounds_G = torch.arange(num_groups, device=sorted_T.device)
+    ends_G = torch.searchsorted(sorted_T, bounds_G, right=True, out_int32=True)
+    real_T1 = (sorted_T < num_groups).unsqueeze(1)
+    rows_TD = torch.where(real_T1, x_TD.index_select(0, order_T), 0)
+    y_TD: Tensor = torch.func.functional_call(experts, merged, (rows_TD, ends_G))
+    y_TD = torch.where(real_T1, y_TD, 0)
+    return y_TD.new_zeros(y_TD.shape).index_copy(0, order_T, y_TD)

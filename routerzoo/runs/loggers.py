@@ -1,0 +1,64 @@
+"""`AppendingCSVLogger`: a CSV log that a resumed run continues."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any, final
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.loggers.csv_logs import CSVLogger, ExperimentWriter
+
+from routerzoo.runs.atomic import write_whole
+
+
+class _AppendingWriter(ExperimentWriter):
+    def _check_log_dir_exists(self) -> None:
+        # Lightning's writer deletes what is there.
+        path = Path(self.metrics_file_path)
+        if path.is_file():
+            with path.open(newline="") as file:
+                self.metrics_keys = list(next(csv.reader(file), []))
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        # Lightning empties the file first: a run that is killed then has lost its log.
+        path = Path(self.metrics_file_path)
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        write_whole(path, _table(fieldnames, rows))
+
+
+def _table(names: list[str], rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=names, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+@final
+class AppendingCSVLogger(CSVLogger):
+    """Lightning's CSV logger, except that a file which exists is continued rather than deleted."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The writer."""
+        if self._experiment is None:
+            self._experiment = _AppendingWriter(log_dir=self.log_dir)
+        return self._experiment
+
+    @rank_zero_only
+    def forget_after(self, step: int) -> None:
+        """Drop the rows of later steps: a run resumed from there will write them again."""
+        path = Path(self.log_dir) / ExperimentWriter.NAME_METRICS_FILE
+        if not path.is_file():
+            return
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            # A row that a crash cut short has no step.
+            rows = [row for row in reader if (row.get("step") or "").isdigit() and int(row["step"]) < step]
+            names = list(reader.fieldnames or [])
+        write_whole(path, _table(names, rows))

@@ -1,0 +1,83 @@
+"""A run ends at a loss that is no number, and says where that began."""
+
+import pytest
+import torch
+from lightning import Callback, Trainer
+
+from routerzoo.callbacks import StopOnNonFiniteLoss
+from routerzoo.errors import UserError
+from routerzoo.moe.layer import moe_layers
+from tests.tasks.test_tasks import QUIET, language, text_data
+
+
+class Break(Callback):
+    """Writes a number that is none into a parameter before the third step."""
+
+    def __init__(self, find):
+        self.find = find
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 2:
+            with torch.no_grad():
+                self.find(pl_module).view(-1)[0] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("find", "message"),
+    [
+        (
+            lambda task: list(moe_layers(task))[1].router.weight,
+            "LinearRouter's router.weight of MoE layer 1",
+        ),
+        (lambda task: next(moe_layers(task)).experts.down, "experts.down of MoE layer 0 is no longer finite"),
+        (lambda task: task.net.norm.weight, "net.norm.weight is no longer finite. Try a smaller learning rate"),
+    ],
+)
+def test_the_step_and_the_layer_are_named(find, message):
+    trainer = Trainer(**QUIET, max_steps=5, enable_checkpointing=False, callbacks=[Break(find), StopOnNonFiniteLoss()])
+    with pytest.raises(UserError, match=f"the loss is nan at step 2: {message}"):
+        trainer.fit(language("LinearRouter"), text_data())
+
+
+def test_looking_less_often():
+    with pytest.raises(ValueError, match="every_n_steps must be at least 1, got 0"):
+        StopOnNonFiniteLoss(0)
+    task, data = language("LinearRouter"), text_data()
+    finding = Break(lambda task: task.net.norm.weight)
+    trainer = Trainer(**QUIET, max_steps=8, enable_checkpointing=False, callbacks=[finding, StopOnNonFiniteLoss(4)])
+    with pytest.raises(UserError, match="the loss is nan at step 4"):
+        trainer.fit(task, data)
+
+
+class BreakLoss(Callback):
+    """Makes the loss of some steps a number that is none, and keeps the parameters of each step."""
+
+    def __init__(self, steps):
+        self.steps, self.kept = steps, []
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        self.kept.append(torch.cat([p.detach().flatten() for p in pl_module.parameters()]).clone())
+        if trainer.global_step in self.steps:
+            loss.mul_(torch.nan)
+
+
+def test_a_step_can_be_left_out():
+    breaking = BreakLoss({2, 3})
+    skipping = StopOnNonFiniteLoss(skip=2)
+    trainer = Trainer(**QUIET, max_steps=6, enable_checkpointing=False, callbacks=[breaking, skipping])
+    with pytest.warns(UserWarning, match="step [23] is left out: its loss is no number"):
+        trainer.fit(language("LinearRouter"), text_data())
+    assert skipping.skipped == 2
+    changed = [not torch.equal(one, other) for one, other in zip(breaking.kept, breaking.kept[1:], strict=False)]
+    assert changed == [True, True, False, False, True]
+    assert all(kept.isfinite().all() for kept in breaking.kept)
+
+
+@pytest.mark.filterwarnings("ignore:step . is left out")
+def test_a_run_that_stays_broken_ends():
+    breaking = BreakLoss({2, 3, 4})
+    trainer = Trainer(
+        **QUIET, max_steps=6, enable_checkpointing=False, callbacks=[breaking, StopOnNonFiniteLoss(skip=2)]
+    )
+    with pytest.raises(UserError, match="the loss is nan at step 4, after 2 steps that were skipped"):
+        trainer.fit(language("LinearRouter"), text_data())

@@ -1,0 +1,101 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+from routerzoo import grouped_linear
+from routerzoo.moe import experts
+from routerzoo.moe import grouped_linear as grouped
+from routerzoo.moe.grouped_linear import BACKENDS
+
+LOADS = {
+    "even": [4, 4, 4, 4],
+    "uneven": [1, 9, 0, 6],
+    "one expert takes all": [0, 0, 16, 0],
+    "empty at both ends": [0, 8, 8, 0],
+}
+
+
+def ends(loads):
+    return torch.tensor(loads).cumsum(0).to(torch.int32)
+
+
+def run(backend, loads, dtype=torch.float32, bias=True):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(sum(loads), 16, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(len(loads), 24, 16, generator=generator).to(dtype).requires_grad_()
+    b = torch.randn(len(loads), 24, generator=generator).to(dtype).requires_grad_() if bias else None
+    y = grouped_linear(x, weight, ends(loads), b, backend)
+    probe = torch.randn(y.shape, generator=generator).to(dtype)
+    (y * probe).sum().backward()
+    return [y.detach(), x.grad, weight.grad, *([b.grad] if bias else [])]
+
+
+@pytest.mark.parametrize("loads", LOADS.values(), ids=LOADS)
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "reference"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_backends_agree_with_the_reference(backend, loads, bias):
+    for got, expected in zip(run(backend, loads, bias=bias), run("reference", loads, bias=bias), strict=True):
+        assert_close(got, expected)
+
+
+@pytest.mark.parametrize("backend", ["grouped", "loop"])
+def test_backends_agree_in_bfloat16(backend):
+    expected = run("reference", LOADS["uneven"], torch.bfloat16)
+    for got, value in zip(run(backend, LOADS["uneven"], torch.bfloat16), expected, strict=True):
+        assert_close(got, value, rtol=2e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("loads", LOADS.values(), ids=LOADS)
+def test_loop_passes_gradcheck(loads):
+    x = torch.randn(sum(loads), 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(len(loads), 2, 3, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(len(loads), 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *a: grouped_linear(a[0], a[1], ends(loads), a[2], "loop"), (x, weight, bias))
+
+
+def test_no_rows_give_no_rows_and_zero_gradients():
+    weight = torch.randn(4, 24, 16, requires_grad=True)
+    y = grouped_linear(torch.empty(0, 16), weight, ends([0, 0, 0, 0]))
+    assert y.shape == (0, 24)
+    y.sum().backward()
+    assert weight.grad.abs().sum() == 0
+
+
+def test_auto_takes_widths_that_torch_does_not():
+    x, weight = torch.randn(5, 7), torch.randn(2, 3, 7)
+    assert_close(grouped_linear(x, weight, ends([2, 3])), grouped_linear(x, weight, ends([2, 3]), backend="reference"))
+    with pytest.raises(ValueError, match="multiples of 16 bytes"):
+        grouped_linear(x, weight, ends([2, 3]), backend="grouped")
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="backend must be one of"):
+        grouped_linear(torch.randn(2, 4), torch.randn(1, 4, 4), ends([2]), backend="fast")
+
+
+def test_autocast_reaches_the_grouped_product():
+    x, weight = torch.randn(4, 16), torch.randn(2, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert grouped_linear(x, weight, ends([2, 2])).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("rows", "experts", "dtype", "chosen"),
+    [
+        (8, 64, torch.float32, "loop"),  # a row for every eighth expert
+        (9, 64, torch.float32, "grouped"),
+        (1, 8, torch.float32, "loop"),
+        (2, 8, torch.bfloat16, "grouped"),
+        (64, 8, torch.float64, "loop"),
+    ],
+)
+def test_the_backend_is_chosen_by_shape_and_dtype(rows, experts, dtype, chosen):
+    assert grouped._choose(torch.empty(rows, 16, dtype=dtype), torch.empty(experts, 32, 16, dtype=dtype)) == chosen
+
+
+def test_gated_activation_is_what_its_parts_are():
+    gate_up = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    gate, up = gate_up.chunk(2, dim=-1)
+    assert_close(experts._gated(gate_up, "silu"), torch.nn.functional.silu(gate) * up)
+    assert torch.autograd.gradcheck(lambda x: experts._gated(x, "silu"), gate_up)
+    assert torch.autograd.gradgradcheck(lambda x: experts._gated(x, "silu"), gate_up)

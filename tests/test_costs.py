@@ -1,0 +1,68 @@
+"""Costs against hand counts."""
+
+import pytest
+import torch
+
+from routerzoo import HyperRouter, LanguageModeling, LayerSpec, LinearRouter, MoE, StableMoERouter, moe_layers
+from routerzoo.costs import count_costs, short
+from tests.tasks.test_tasks import vision
+
+
+def test_costs_of_a_decoder_by_hand():
+    d, length, experts, vocab, blocks = 64, 32, 8, 256, 2
+    task = LanguageModeling(d_model=d, num_blocks=blocks, num_heads=4, num_experts=experts, max_length=length)
+    costs = task.costs()
+    router, expert = 2 * d * experts, 2 * 2 * (4 * d) * d
+    attention = 2 * 4 * d * d + 2 * 2 * length * d
+    assert costs.router_flops == blocks * router
+    assert costs.flops == blocks * (attention + router + 2 * expert) + 2 * vocab * d
+    sizes = (4 * d * d) * 2 + 4 * d + d
+    assert costs.total - costs.active == blocks * (experts - 2) * sizes
+    assert costs.total == costs.trainable == sum(p.numel() for p in task.parameters())
+
+
+def test_counting_leaves_everything_as_it_was():
+    task = LanguageModeling(d_model=16, num_blocks=2, num_heads=2, num_experts=4, max_length=8, dropout=0.5)
+    next(iter(moe_layers(task))).eval()
+    modes = [module.training for module in task.modules()]
+    state = torch.get_rng_state()
+    task.costs()
+    assert [module.training for module in task.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {layer.experts.backend for layer in moe_layers(task)} == {"auto"}
+    assert not any(layer.router._forward_hooks or layer.router._forward_pre_hooks for layer in moe_layers(task))
+
+
+@pytest.mark.parametrize(
+    ("router", "expected"),
+    [
+        (LinearRouter, 2 * 16 * 8),
+        (HyperRouter, 2 * 16 * 8),  # in evaluation its gate is generated once
+        (StableMoERouter, 2 * 16 * 8 + 2 * 50 * 8),  # stage 1: gate and distilled router
+    ],
+)
+def test_router_operations(router, expected):
+    from routerzoo import RoutingContext
+
+    layer = MoE(LayerSpec(16, 8, vocab_size=10), router)
+    x_TD, context = torch.randn(5, 16), RoutingContext(token_ids=torch.arange(5))
+
+    def run():
+        layer(x_TD, context)
+        return 5
+
+    assert count_costs(layer, run).router_flops == expected
+
+
+def test_costs_of_a_vision_transformer_grow_with_k_by_its_experts():
+    task = vision("LinearRouter", eval_top_k=[1, 3])
+    one, three = task.costs(0), task.costs(1)
+    (layer,) = list(moe_layers(task))
+    expert = sum(2 * p[0].numel() for name, p in layer.experts.named_parameters() if "bias" not in name)
+    assert three.flops - one.flops == pytest.approx(2 * expert)
+    assert three.active - one.active == 2 * sum(p[0].numel() for p in layer.experts.parameters())
+    assert next(iter(moe_layers(task))).router.top_k == 2
+
+
+def test_numbers_are_written_with_units():
+    assert [short(n) for n in (12, 1200, 3_400_000, 5e9)] == ["12", "1.2 k", "3.4 M", "5.0 G"]
