@@ -102,8 +102,7 @@ def training_step(options: argparse.Namespace) -> list[str]:
 def first_step(options: argparse.Namespace) -> list[str]:
     """Time to the first step."""
     program = (
-        "import routerzoo.cli.startup\nwith routerzoo.cli.startup.quick_imports():\n    import routerzoo.cli.main\n"
-        "import argparse, sys; sys.path.insert(0, 'benchmarks'); import model; "
+        "import argparse, sys, routerzoo.cli.main; sys.path.insert(0, 'benchmarks'); import model; "
         "model.decoder_step(model.EXPERTS, argparse.Namespace(device='cpu', sequences=1))()"
     )
     plain = "import torch, lightning.pytorch, torchmetrics, jsonargparse, timm"

@@ -58,14 +58,12 @@ def main(args: Sequence[str] | None = None) -> None:
 
         report(args[1:])
     else:
-        from routerzoo.cli.startup import quick_imports
-
         if owns_process and os.environ.get("ROUTERZOO_TUNE_CPU", "1") != "0":
             from routerzoo.tune_cpu import tune_cpu
 
             tune_cpu()
-        with quick_imports():
-            from routerzoo.cli.main import main as run
+        from routerzoo.cli.main import main as run
+
         run(args)
 
 

@@ -1,5 +1,9 @@
-"""What the server of runs imports before it forks. Nothing else may import this: it takes as long as a run's start."""
+"""Imports and plugins that every run needs, loaded once, in the server that runs are forked from.
 
-from routerzoo.sweep import work
+Import it nowhere else: it takes as long as a run's start.
+"""
 
-work.preload()
+import routerzoo.cli.main  # noqa: F401
+from routerzoo import registry
+
+registry.load_plugins()

@@ -29,16 +29,6 @@ CELL = "cell.yaml"
 TAKEN = "another process is at this run"
 
 
-def preload() -> None:
-    """Import what every run needs, once, in the server that runs are forked from."""
-    from routerzoo import registry
-    from routerzoo.cli.startup import quick_imports
-
-    with quick_imports():
-        import routerzoo.cli.main  # noqa: F401
-    registry.load_plugins()
-
-
 def resolve(arguments: list[str]) -> tuple[str, str]:
     """Return the whole config of a `fit` command, or why there is none."""
     from routerzoo.cli import main as cli
