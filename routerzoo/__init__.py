@@ -7,12 +7,16 @@ into a model that exists. Tasks and data modules for Lightning are loaded on fir
 import importlib
 from typing import Any
 
-from routerzoo.models.sparsify import provide_context, sparsify
+from routerzoo.models.sparsify import sparsify
+from routerzoo.moe.attach import attach
+from routerzoo.moe.auxiliary_loss import auxiliary_loss
+from routerzoo.moe.averaging import copy_router_state
+from routerzoo.moe.context import ContextHook, provide_context
 from routerzoo.moe.experts import Experts, MLPExperts, SwiGLUExperts
 from routerzoo.moe.grouped_linear import grouped_linear
 from routerzoo.moe.layer import MoE, moe_layers
 from routerzoo.registry import create_router, list_routers, register_router
-from routerzoo.router import Router
+from routerzoo.router import ByMode, LogitRouter, LossWeight, Router
 from routerzoo.routers import (
     HashRouter,
     HyperRouter,
@@ -33,6 +37,7 @@ _LAZY = {
     "ImageClassification": "routerzoo.tasks",
     "ImageData": "routerzoo.data",
     "KSchedule": "routerzoo.callbacks",
+    "RouterHooks": "routerzoo.callbacks",
     "LabelledText": "routerzoo.data",
     "LanguageModeling": "routerzoo.tasks",
     "ExpertSpecialization": "routerzoo.callbacks",
@@ -44,11 +49,15 @@ _LAZY = {
 }
 
 __all__ = [
+    "ByMode",
+    "ContextHook",
     "Experts",
     "HashRouter",
     "HyperRouter",
     "LayerSpec",
     "LinearRouter",
+    "LogitRouter",
+    "LossWeight",
     "MLPExperts",
     "MoE",
     "RandomFrozenRouter",
@@ -59,6 +68,9 @@ __all__ = [
     "StableMoERouter",
     "SwiGLUExperts",
     "XMoERouter",
+    "attach",
+    "auxiliary_loss",
+    "copy_router_state",
     "create_router",
     "grouped_linear",
     "list_routers",

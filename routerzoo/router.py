@@ -1,16 +1,27 @@
-"""`Router`: the base class of every routing method, and the properties that it declares."""
-# Shape suffixes: T tokens, D model width, E experts, K choices per token.
+"""`Router`: the base class of every routing method; `LogitRouter`: the base class of most."""
+# Shape suffixes: T tokens, D model width, E experts, K choices per token, V token ids.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any, ClassVar, Self
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from routerzoo.functional.initialization import Reinitializable
+from routerzoo.functional.topk import (
+    ScoreFunction,
+    apply_score_fn,
+    checked_score_fn,
+    gather_weights,
+    softmax_at,
+    topk_indices,
+)
 from routerzoo.routing import CONTEXT_FIELDS, LayerSpec, Routing, RoutingContext
 
 
@@ -29,15 +40,69 @@ class UnmetRequirementError(ValueError):
         self.router, self.missing = router, missing
 
 
-class Router(nn.Module, ABC):
+@dataclass(frozen=True)
+class ByMode:
+    """A declared property that differs between training and evaluation.
+
+    Args:
+        training: its value in training.
+        evaluation: its value in evaluation.
+
+    Example:
+        >>> ByMode(training=False) & True
+        ByMode(training=False, evaluation=True)
+    """
+
+    training: bool = True
+    evaluation: bool = True
+
+    def __and__(self, other: Declared) -> ByMode:
+        other = other if isinstance(other, ByMode) else ByMode(other, other)
+        return ByMode(self.training and other.training, self.evaluation and other.evaluation)
+
+    def __rand__(self, other: bool) -> ByMode:
+        return self & other
+
+
+Declared = bool | ByMode
+
+
+class Properties(NamedTuple):
+    """What a router declares, in one mode. `routerzoo.testing.check_router` proves it."""
+
+    causal: bool
+    batch_independent: bool
+    tokenwise: bool
+    trainable: bool
+    normalized: bool
+    nonnegative: bool
+    trains_at_top_1: bool
+    compiles: bool
+
+
+@dataclass(frozen=True)
+class LossWeight:
+    """The coefficient of an auxiliary loss, as its source applies it.
+
+    Args:
+        value: what the loss is multiplied with.
+        over_layers: how the layers of a model are reduced: their `sum` (Switch, V-MoE, Megatron), their `mean`
+            (MegaBlocks, BlockFFN), or `pooled`: the loss of the tokens of all layers taken together (transformers).
+    """
+
+    value: float
+    over_layers: Literal["sum", "mean", "pooled"] = "sum"
+
+
+class Router(Reinitializable, ABC):
     """Sends each token to some of a layer's experts.
 
-    A subclass implements `route`. It is called in float32 with autocast off, so that a near-tie is decided the same way
-    at every precision; `forward` casts the weights back to the hidden dtype. A concrete router is final: variants
-    compose or wrap. What training changes and inference needs belongs into parameters and buffers. A hidden state that
-    is NaN gives weights that are NaN, or an error; never a plausible choice.
+    A subclass implements `route`; most are a `LogitRouter` and implement `logits` alone. A concrete router is final:
+    variants compose or wrap. Keep all learned or adapted state in parameters or buffers. A hidden state that is NaN
+    gives NaN weights, or an error; never a plausible choice.
 
-    Class attributes declare the router's properties. `routerzoo.testing.check_router` proves them.
+    Class attributes, or attributes set in `__init__`, declare the router's properties: a bool, or a `ByMode` where
+    training and evaluation differ. `routerzoo.testing.check_router` proves them.
 
     Args:
         spec: sizes of the layer that the router sits in.
@@ -49,39 +114,46 @@ class Router(nn.Module, ABC):
         UnmetRequirementError: the model does not provide what the router requires.
     """
 
-    paper: ClassVar[str] = ""
+    paper: str = ""
     """Where the method was published: authors, venue and year, address."""
-    inspired_by: ClassVar[bool] = False
+    inspired_by: bool = False
     """True where the source could not be read in full, so that faithfulness cannot be claimed."""
     requires: frozenset[str] = frozenset()
     """The `RoutingContext` fields that `route` reads."""
-    causal: bool = True
-    """A token's routing ignores later tokens. A property that looks at `self.training`, where evaluation differs."""
-    causal_form: ClassVar[str] = ""
+    causal: Declared = True
+    """A token's routing ignores later tokens."""
+    causal_form: str = ""
     """What to use instead in a decoder, where the router is not causal: the error names it."""
-    batch_independent: bool = True
-    """A token's routing ignores other sequences of the batch. A property, where evaluation differs."""
-    tokenwise: bool = True
+    batch_independent: Declared = True
+    """A token's routing ignores other sequences of the batch."""
+    tokenwise: Declared = True
     """In evaluation a token is routed the same when it is routed alone, as generation does."""
-    trainable: bool = True
+    trainable: Declared = True
     """The router has parameters that learn."""
+    normalized: Declared = False
+    """A token's weights sum to 1."""
+    nonnegative: Declared = True
+    """No weight is below 0."""
+    trains_at_top_1: Declared = True
+    """The task's gradient reaches the router's parameters at top_k = 1 (it does not where one weight is always 1)."""
+    compiles: Declared = True
+    """`torch.compile(fullgraph=True)` takes the router."""
     trained_buffers: frozenset[str] = frozenset()
     """The buffers that training changes (running statistics, frozen copies). All others stay as they were drawn."""
-    normalized: bool = False
-    """A token's weights sum to 1."""
-    nonnegative: bool = True
-    """No weight is below 0."""
-    trains_at_top_1: bool = True
-    """The task's gradient reaches the router's parameters at top_k = 1 (it does not where one weight is always 1)."""
-    compiles: bool = True
-    """`torch.compile(fullgraph=True)` takes the router."""
+    needs_updates: bool = False
+    """Training moves the router outside the optimizer (`begin_step`, `update`): `routerzoo.attach` does it."""
+    wants_token_counts: bool = False
+    """The router is to be fitted to the frequencies of token ids before training: see `fit_token_counts`."""
     wants_feedback: bool = False
-    """The router has losses that depend on how well each token was predicted: see `feedback`."""
-    default_loss_weights: ClassVar[Mapping[str, float]] = {}
-    """The published coefficient of each auxiliary loss, used where the task is given none."""
+    """The router has losses that depend on the loss of each token: see `feedback`."""
+    default_loss_weights: Mapping[str, float | LossWeight] = {}
+    """The published coefficient of each auxiliary loss, used where none are given; a number is summed over layers."""
+
+    k: Tensor
 
     def __init__(self, spec: LayerSpec, *, top_k: int = 2, max_top_k: int | None = None) -> None:
         super().__init__()
+        self._stored_ints: dict[str, int] = {}
         self.spec = spec
         self.require()
         self.is_frozen = False
@@ -98,6 +170,17 @@ class Router(nn.Module, ABC):
             self.requires = self.requires | frozenset(names)
         if missing := self.requires - self.spec.provides:
             raise UnmetRequirementError(type(self).__name__, missing)
+
+    def required_layer(self) -> int:
+        """Return the index of the router's layer, for routers that differ from layer to layer.
+
+        Raises:
+            UnmetRequirementError: the model does not number its layers.
+        """
+        if self.spec.layer is None:
+            hint = "number the MoE layers of the model, LayerSpec(..., layer=0), LayerSpec(..., layer=1) and so on"
+            raise UnmetRequirementError(type(self).__name__, frozenset({"layer"}), hint)
+        return self.spec.layer
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -120,23 +203,106 @@ class Router(nn.Module, ABC):
         return [subclass for subclass in type.__subclasses__(cls) if not is_shadowed(subclass)]
 
     @property
+    def properties(self) -> Properties:
+        """What the router declares in its current mode."""
+        declared = {name: getattr(self, name) for name in Properties._fields}
+        mode = "training" if self.training else "evaluation"
+        return Properties(**{n: getattr(v, mode) if isinstance(v, ByMode) else bool(v) for n, v in declared.items()})
+
+    @property
     def top_k(self) -> int:
         """Experts per token. It may change over training and is part of the `state_dict`."""
-        return self._top_k
+        return self.stored_int("k")
 
     @top_k.setter
     def top_k(self, value: int) -> None:
+        self._checked_top_k(value)
+        self.store_int("k", value)
+
+    def _checked_top_k(self, value: int) -> None:
         if not 1 <= value <= self.max_top_k:
             bound = "num_experts" if self.max_top_k == self.spec.num_experts else "the largest k of this router"
             raise ValueError(f"top_k must be between 1 and {bound} = {self.max_top_k}, got {value}")
-        self._top_k = value
+
+    @contextmanager
+    def override_top_k(self, value: int) -> Iterator[None]:
+        """Route with another k for a while; the `state_dict` keeps the trained one.
+
+        Raises:
+            ValueError: a k that the router cannot do.
+        """
+        self._checked_top_k(value)
+        trained = self._stored_ints["k"]
+        self._stored_ints["k"] = value
+        try:
+            yield
+        finally:
+            self._stored_ints["k"] = trained
+
+    def store_int(self, name: str, value: int) -> None:
+        """Keep an integer that decides the routing, such as a stage of training.
+
+        It is an int64 tensor of the `state_dict`, so that checkpoints of any format hold it, with the same value in
+        Python beside it, so that no forward pass reads it from the device.
+
+        Args:
+            name: of the buffer; no attribute may have it.
+            value: the integer.
+        """
+        self._stored_ints[name] = value
+        if name in self._buffers:
+            self._buffers[name].fill_(value)  # type: ignore[union-attr]
+        else:
+            self.register_buffer(name, torch.tensor(value))
+
+    def stored_int(self, name: str) -> int:
+        """Return what `store_int` keeps."""
+        return self._stored_ints[name]
+
+    def _read_stored_ints(self) -> None:
+        """Take the integers from their tensors, after these were written by something else."""
+        for name in self._stored_ints:
+            tensor = self._buffers[name]
+            if tensor is not None and not tensor.is_meta:
+                self._stored_ints[name] = int(tensor)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, Tensor) and name in self.__dict__.get("_stored_ints", ()):
+            self._read_stored_ints()  # transformers loads buffers so
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        errors: list[str] = args[-1]
+        if state_dict.pop(f"{prefix}_extra_state", None) is not None:
+            errors.append(
+                f"{prefix}_extra_state is of a checkpoint of routerzoo's first format, which this version does not "
+                "read: train again, or load it with routerzoo 0.1"
+            )
+            return
+        built = self._stored_ints.get("k")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._read_stored_ints()
+        loaded = self._stored_ints.get("k")
+        if built is not None and loaded is not None and loaded != built:
+            if not 1 <= loaded <= self.max_top_k:
+                errors.append(f"{prefix}k is {loaded}; it must be between 1 and {self.max_top_k}")
+                return
+            warnings.warn(
+                f"{type(self).__name__} was built with top_k = {built} and routes with the checkpoint's, {loaded}: set "
+                "top_k after loading to change it",
+                LoadedTopKWarning,
+                stacklevel=2,
+            )
 
     @abstractmethod
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
-        """Decide in float32 where each token goes.
+        """Decide where each token goes.
+
+        Autocast is off and the router's floating-point parameters and buffers are at least float32, whatever they were
+        loaded in. Compute scores in float32: `routerzoo.functional.gate_linear` does.
 
         Args:
-            x_TD: hidden states, float32 (float64 where the model is).
+            x_TD: hidden states, in their own dtype.
             context: what else is known; the fields in `requires` are present.
         """
 
@@ -167,11 +333,17 @@ class Router(nn.Module, ABC):
             if isinstance(value, Tensor) and found != x_TD.shape[:1]:
                 raise ValueError(f"{name} has shape {list(value.shape)}, the hidden states are {list(x_TD.shape)}")
         with torch.autocast(x_TD.device.type, enabled=False):
-            routing = self.route(x_TD if x_TD.dtype == torch.float64 else x_TD.float(), context)
+            narrow = {name: value.float() for name, value in _tensors(self) if _is_narrow(value)}
+            if narrow:
+                whole = _Route(self)
+                renamed = {f"router.{name}": value for name, value in narrow.items()}
+                routing = torch.func.functional_call(whole, renamed, (x_TD, context))
+            else:
+                routing = self.route(x_TD, context)
         return _with_weights_like(x_TD, routing)
 
     def select_experts(self, logits_TE: Tensor) -> Tensor:
-        """Choose experts by logits alone, as evaluation does. Optional: for policies around the router.
+        """Select experts by logits alone, as evaluation does. Optional: for wrappers around the router.
 
         Such as steering, which changes logits, and a capacity, which rules experts out by a logit of minus infinity.
 
@@ -182,12 +354,12 @@ class Router(nn.Module, ABC):
             int64 `[tokens, k]`, -1 for none; an expert that is ruled out only where there are fewer than k others.
 
         Raises:
-            NotImplementedError: the router does not choose by logits alone.
+            NotImplementedError: the router does not select by logits alone.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not choose by logits alone; it implements no choose")
+        raise NotImplementedError(f"{type(self).__name__} does not select experts by logits alone")
 
     def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
-        """Weigh experts as the router would, had it chosen them, with gradients. Optional, like `select_experts`.
+        """Weight experts as the router would, had it selected them, with gradients. Optional, like `select_experts`.
 
         Args:
             logits_TE: of the kind that this router's routings hold.
@@ -199,16 +371,16 @@ class Router(nn.Module, ABC):
         Raises:
             NotImplementedError: the router's weights do not follow from logits and experts.
         """
-        raise NotImplementedError(f"{type(self).__name__} cannot weigh experts by logits; it implements no weigh")
+        raise NotImplementedError(f"{type(self).__name__} has no weights that follow from logits and experts")
 
     def feedback(self, routing: Routing, context: RoutingContext, token_losses_T: Tensor) -> Mapping[str, Tensor]:
-        """Return losses that need to know what came of a routing, as reinforcement learning does.
+        """Return losses that depend on the per-token task loss (REINFORCE, for example).
 
         Called in training where `wants_feedback`, once the task's loss is known. What `route` needs to keep for it goes
-        into the context's `carry`, under a key that names the class and the layer.
+        into the context's `carry`, under a key that holds the router.
 
         Args:
-            routing: this router's answer.
+            routing: this router's routing.
             context: as `route` had it.
             token_losses_T: the task's loss of each token, in nats, without gradient; 0 for padding and for tokens
                 without a target.
@@ -219,25 +391,41 @@ class Router(nn.Module, ABC):
         return {}
 
     def fit_token_counts(self, token_counts_V: Tensor) -> None:
-        """Learn from the training split how often each token id occurs, once, before the first step.
+        """Fit the router to the frequencies of token ids in the training split, once, before the first step.
 
         Args:
             token_counts_V: int64 `[vocab_size]`.
         """
 
-    def on_step_start(self, step: int, total_steps: int) -> None:
-        """Prepare for a training step; called before its forward pass.
+    def begin_step(self, step: int, total_steps: int | None) -> None:
+        """Prepare for a training step; called before its forward pass, where `needs_updates`.
 
         Args:
-            step: optimiser steps taken so far.
-            total_steps: optimiser steps that the run will take.
+            step: optimizer steps taken so far.
+            total_steps: optimizer steps that the run will take, where known.
         """
 
-    def before_optimizer_step(self) -> None:
-        """Adjust gradients or buffers once they are complete (accumulated, reduced) before the optimiser reads them."""
+    def statistics(self, routing: Routing, context: RoutingContext) -> Mapping[str, Tensor]:
+        """Return what `update` needs to know of a training pass, as sums over its tokens.
+
+        Called without gradients, once for each pass, where `needs_updates`. Passes whose gradient is never used are
+        left out. The sums are added up over gradient accumulation and over all processes.
+
+        Args:
+            routing: this router's routing, without padding. It may be of no tokens.
+            context: as `route` had it.
+        """
+        return {}
+
+    def update(self, statistics: Mapping[str, Tensor]) -> None:
+        """Move what training moves outside the optimizer, after each optimizer step that was not skipped.
+
+        Args:
+            statistics: the step's sums of `statistics`; zeros where nothing was routed.
+        """
 
     def freeze(self) -> None:
-        """Learn no more: parameters get no gradient, and nothing is adapted. For fine-tuning with a fixed routing.
+        """Stop learning and adapting: no parameter has a gradient, and no update moves anything.
 
         Gradients still pass through to the hidden states, and the losses are as before.
         """
@@ -254,13 +442,13 @@ class Router(nn.Module, ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement scale_initial_logits")
 
-    def get_extra_state(self) -> dict[str, int]:
-        """Return what the `state_dict` holds beside parameters and buffers."""
-        return {"top_k": self.top_k}
-
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        """Take what `get_extra_state` gave."""
-        self.top_k = state["top_k"]
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw parameters and buffers as the constructor did, on the device where they are."""
+        super().reset_parameters()
+        for module in self.modules():
+            if isinstance(module, Router):
+                module._read_stored_ints()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # A gate rounded to 16 bits decides near-ties at random, so `.half()`, `.bfloat16()` and 16-bit trainers
@@ -277,6 +465,145 @@ class Router(nn.Module, ABC):
     def extra_repr(self) -> str:
         """Show the sizes."""
         return f"d_model={self.spec.d_model}, num_experts={self.spec.num_experts}, top_k={self.top_k}"
+
+
+class LogitRouter(Router):
+    """Scores every expert for every token, selects the k largest logits and weights their experts.
+
+    A subclass implements `logits`. The rest follows from a few attributes, of the class or set by `__init__`:
+
+    - Selection looks at the logits, not at the scores, so that a score function that saturates makes no ties.
+    - With `score_fn="softmax"` and `renormalize`, the weights are the softmax over the selected logits; else the scores
+      of the selected experts, divided by their sum where `renormalize`. Then they are multiplied by `scale`.
+    - In training, `noise_std` makes selection and weights those of noisy logits.
+
+    Args:
+        spec: sizes of the layer that the router sits in.
+        top_k: experts per token.
+        max_top_k: the largest k that the router can do; by default the number of experts.
+        score_fn: how logits become scores; by default the class's.
+        renormalize: divide the weights of the selected experts by their sum; by default as the class.
+        scale: factor on the weights; by default the class's.
+
+    Raises:
+        ValueError: `top_k` below 1 or above `max_top_k`, or an unknown score function.
+        UnmetRequirementError: the model does not provide what the router requires.
+    """
+
+    score_fn: ScoreFunction = "softmax"
+    """How logits become scores."""
+    renormalize: bool = True
+    """The weights of the selected experts are divided by their sum."""
+    scale: float = 1.0
+    """Factor on the weights."""
+    gate: ClassVar[str] = "weight"
+    """The parameter or buffer that the logits' scale is proportional to, for `scale_initial_logits`."""
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        *,
+        top_k: int = 2,
+        max_top_k: int | None = None,
+        score_fn: ScoreFunction | None = None,
+        renormalize: bool | None = None,
+        scale: float | None = None,
+    ) -> None:
+        super().__init__(spec, top_k=top_k, max_top_k=max_top_k)
+        self.score_fn = checked_score_fn(self.score_fn if score_fn is None else score_fn)
+        self.renormalize = self.renormalize if renormalize is None else renormalize
+        self.scale = self.scale if scale is None else scale
+        self.normalized = self.renormalize and self.scale == 1.0
+        self.trains_at_top_1 = not self.renormalize
+
+    @abstractmethod
+    def logits(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
+        """Return the affinity of every token to every expert, float32 `[tokens, num_experts]`.
+
+        Args:
+            x_TD: hidden states, in their own dtype; `routerzoo.functional.gate_linear` takes any.
+            context: what else is known; the fields in `requires` are present.
+        """
+
+    def noise_std(self, x_TD: Tensor) -> float | Tensor | None:
+        """Return the standard deviation of the noise on the logits in training, a number or `[T, E]`; None for none."""
+        return None
+
+    def balance_probs(self, logits_TE: Tensor) -> Tensor | None:
+        """Return the scores that balance losses are taken on, `[T, E]`; None for those of the score function."""
+        return None
+
+    def own_losses(self, x_TD: Tensor, logits_TE: Tensor, context: RoutingContext) -> Mapping[str, Tensor]:
+        """Return raw losses that are no function of a routing; called in training, where somebody reads them."""
+        return {}
+
+    def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
+        """Select by the logits, and weight."""
+        logits_TE = self.logits(x_TD, context)
+        clean_TE, std = None, self.noise_std(x_TD) if self.training else None
+        if std is not None:
+            clean_TE = logits_TE
+            logits_TE = clean_TE + torch.randn_like(clean_TE) * std
+        experts_TK = self.select_experts(logits_TE)
+        weights_TK = self._weights(logits_TE, experts_TK, may_drop=False)
+        read = self.training and context.compute_aux_losses
+        return Routing(
+            experts_TK,
+            weights_TK,
+            logits_TE,
+            losses=self.own_losses(x_TD, logits_TE, context) if read else {},
+            score_fn=self.score_fn,
+            balance_probs_TE=self.balance_probs(logits_TE) if read else None,
+            clean_logits_TE=clean_TE,
+            noise_std=std,
+            may_drop=False,
+        )
+
+    def select_experts(self, logits_TE: Tensor) -> Tensor:
+        """Return the experts of the k largest logits, int64 `[tokens, k]`, best first."""
+        return topk_indices(logits_TE, self.top_k)
+
+    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+        """Return the weights of given experts, `[tokens, k]`; 0 for none (-1)."""
+        return self._weights(logits_TE, experts_TK, may_drop=True)
+
+    def _weights(self, logits_TE: Tensor, experts_TK: Tensor, *, may_drop: bool) -> Tensor:
+        if self.score_fn == "softmax" and self.renormalize:
+            weights_TK = softmax_at(logits_TE, experts_TK, may_drop=may_drop)
+        else:
+            scores_TE = apply_score_fn(logits_TE, self.score_fn)
+            weights_TK = gather_weights(scores_TE, experts_TK, renormalize=self.renormalize, may_drop=may_drop)
+        return weights_TK if self.scale == 1.0 else weights_TK * self.scale
+
+    @torch.no_grad()
+    def scale_initial_logits(self, factor: float) -> None:
+        """Multiply the gate."""
+        gate = getattr(self, self.gate)
+        gate.mul_(factor)
+
+
+class LoadedTopKWarning(UserWarning):
+    """A checkpoint's k is another than the one that the router was built with."""
+
+
+class _Route(nn.Module):
+    """`Router.route` as a module's forward, for `torch.func.functional_call`."""
+
+    def __init__(self, router: Router) -> None:
+        super().__init__()
+        self.router = router
+
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
+        return self.router.route(x_TD, context)
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _is_narrow(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.element_size() < 4
 
 
 def _with_weights_like(x_TD: Tensor, routing: Routing) -> Routing:

@@ -1,12 +1,10 @@
-"""What happens over training, beside the training itself."""
+"""What happens over training, beside the training itself, in any `LightningModule`."""
 
 from routerzoo.callbacks.fine_tune import FineTune
 from routerzoo.callbacks.k_schedule import KSchedule
 from routerzoo.callbacks.non_finite import StopOnNonFiniteLoss
-from routerzoo.callbacks.predictions import PredictionWriter
-from routerzoo.callbacks.report import RunReport
+from routerzoo.callbacks.router_hooks import RouterHooks
 from routerzoo.callbacks.routing_monitor import RoutingMonitor
-from routerzoo.callbacks.routing_pictures import RoutingPictures
 from routerzoo.callbacks.specialization import ExpertSpecialization
 from routerzoo.callbacks.stability import StabilityMonitor
 
@@ -14,10 +12,8 @@ __all__ = [
     "ExpertSpecialization",
     "FineTune",
     "KSchedule",
-    "PredictionWriter",
+    "RouterHooks",
     "RoutingMonitor",
-    "RoutingPictures",
-    "RunReport",
     "StabilityMonitor",
     "StopOnNonFiniteLoss",
 ]

@@ -16,7 +16,6 @@ from routerzoo.metrics import LastFluctuation, RouterSaturation, RoutingFluctuat
 from routerzoo.metrics.figures import stability_over_training
 from routerzoo.moe.layer import moe_layers
 from routerzoo.routing import Routing
-from routerzoo.tasks.base import MoETask
 
 
 @final
@@ -53,6 +52,8 @@ class StabilityMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the batch, and record the start."""
+        from routerzoo.tasks.base import MoETask
+
         if not isinstance(pl_module, MoETask):
             raise UserError(f"StabilityMonitor follows routerzoo's tasks, not a {type(pl_module).__name__}")
         layers = list(moe_layers(pl_module))
@@ -86,6 +87,8 @@ class StabilityMonitor(Callback):
     def _record(self, step: int, pl_module: LightningModule, log: bool = True) -> None:
         if self.steps_R and self.steps_R[-1] >= step:
             return
+        from routerzoo.tasks.base import MoETask
+
         assert isinstance(pl_module, MoETask)
         assert self.top_k is not None
         layers = list(moe_layers(pl_module))

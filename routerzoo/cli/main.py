@@ -22,10 +22,7 @@ from rich.console import Console
 import routerzoo.data
 import routerzoo.tasks
 from routerzoo import registry
-from routerzoo.callbacks import PredictionWriter, RoutingMonitor, RoutingPictures, RunReport, StopOnNonFiniteLoss
-from routerzoo.callbacks.checkpoint import TERMINATED, RunCheckpoint
-from routerzoo.callbacks.progress_file import ProgressFile
-from routerzoo.callbacks.report import LOWER_IS_BETTER
+from routerzoo.callbacks import RoutingMonitor, StopOnNonFiniteLoss
 from routerzoo.checkpoints.sharded import is_folder
 from routerzoo.checkpoints.single import WholeCheckpoints, read_outline
 from routerzoo.cli.parser_errors import explain
@@ -33,7 +30,12 @@ from routerzoo.errors import UserError
 from routerzoo.look.trainer import LookingTrainer
 from routerzoo.runs import folder as runs
 from routerzoo.runs.atomic import write_whole
+from routerzoo.runs.checkpoint import TERMINATED, RunCheckpoint
 from routerzoo.runs.loggers import AppendingCSVLogger
+from routerzoo.runs.predictions import PredictionWriter
+from routerzoo.runs.progress_file import ProgressFile
+from routerzoo.runs.report import LOWER_IS_BETTER, RunReport
+from routerzoo.runs.routing_pictures import RoutingPictures
 from routerzoo.tasks.base import MoETask
 
 PROGRESS_VARIABLE = "ROUTERZOO_PROGRESS_FILE"

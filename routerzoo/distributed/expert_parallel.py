@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from routerzoo.distributed.collectives import counts_from_ranks, exchange_rows
 from routerzoo.errors import UserError
-from routerzoo.moe.experts import Experts
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -48,18 +47,18 @@ def shard_experts(layer: MoE, mesh: DeviceMesh) -> None:
         owner = experts.get_submodule(name.rpartition(".")[0])
         sharded = nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(0)]), parameter.requires_grad)
         owner.register_parameter(name.rpartition(".")[2], sharded)
-    experts.mesh = mesh
+    layer.mesh = mesh
 
 
-def compute(experts: Experts, x_ND: Tensor, ends_E: Tensor) -> Tensor:
-    """Compute each row with its expert, wherever that is; see `Experts.forward`."""
-    if experts.mesh is None:
+def compute(experts: nn.Module, x_ND: Tensor, ends_E: Tensor, mesh: DeviceMesh | None) -> Tensor:
+    """Compute each row with its expert, wherever that is; see `routerzoo.Experts.forward`."""
+    if mesh is None:
         y_ND: Tensor = experts(x_ND, ends_E)
         return y_ND
-    return _on_all_ranks(experts, x_ND, ends_E, experts.mesh)
+    return _on_all_ranks(experts, x_ND, ends_E, mesh)
 
 
-def _on_all_ranks(experts: Experts, x_ND: Tensor, ends_E: Tensor, mesh: DeviceMesh) -> Tensor:
+def _on_all_ranks(experts: nn.Module, x_ND: Tensor, ends_E: Tensor, mesh: DeviceMesh) -> Tensor:
     group, ranks = mesh.get_group(), mesh.size()
     counts_RL = torch.diff(ends_E.long(), prepend=ends_E.new_zeros(1).long()).view(ranks, -1)
     received_RL = counts_from_ranks(counts_RL, group)

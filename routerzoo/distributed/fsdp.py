@@ -14,7 +14,6 @@ from torch.distributed.tensor import DTensor, Shard
 
 from routerzoo.distributed.expert_parallel import shard_experts
 from routerzoo.errors import UserError
-from routerzoo.models.decoder import Decoder
 from routerzoo.moe.layer import moe_layers
 
 
@@ -24,10 +23,6 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, expert_parallel: int = 1) ->
     With `expert_parallel = n`, n neighbouring ranks share the experts of each MoE layer and exchange tokens; ranks that
     hold the same experts shard these among themselves, and all ranks shard everything else. Routers are small, and
     their hooks look at whole parameters: each rank keeps all of them, and `average_gradients` does what FSDP2 would.
-
-    FSDP2 walks through what its modules are called with and builds dictionaries and dataclasses anew, in which later
-    layers would not find what earlier ones wrote: a context must come to MoE layers by `provide_context`, not as an
-    argument.
 
     Args:
         model: with the same weights on each rank. Its blocks (the members of its first list of modules) are sharded one
@@ -62,8 +57,6 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, expert_parallel: int = 1) ->
         if not isinstance(block, FSDPModule):  # a MoE layer that is a block is already
             fully_shard(block, mesh=mesh, ignored_params=ignored)
     fully_shard(model, mesh=mesh, ignored_params=ignored)
-    if isinstance(model, Decoder):
-        model.provides_context = True
     for method in ("hidden", "generate"):
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)

@@ -9,8 +9,7 @@ tokens, the same in either scope.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple, TypedDict, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from routerzoo.distributed.collectives import sum_over_ranks
-from routerzoo.routing import Routing, RoutingContext
+
+if TYPE_CHECKING:
+    from routerzoo.routing import RoutingContext
 
 Scope = Literal["batch", "sequence"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -289,57 +290,3 @@ def _squared_variation(means_GE: Tensor) -> Tensor:
     """Return the squared coefficient of variation of each row, over the whole population as in V-MoE's code."""
     mean_G1 = means_GE.mean(1, keepdim=True)
     return ((means_GE / mean_G1.clamp_min(torch.finfo(means_GE.dtype).tiny) - 1).square()).mean(1) * (mean_G1[:, 0] > 0)
-
-
-def _balance_in(scope: Scope) -> GenericLoss:
-    def balance(routing: Routing, context: RoutingContext) -> Tensor | None:
-        if routing.logits_TE is None or routing.experts_TK is None:
-            return None
-        return balance_loss(_probs(routing), routing.experts_TK, **scope_of(scope, context))
-
-    return balance
-
-
-def _importance_of(routing: Routing, context: RoutingContext) -> Tensor | None:
-    return None if routing.logits_TE is None else importance_loss(_probs(routing), **scope_of("batch", context))
-
-
-def _load_of(routing: Routing, context: RoutingContext) -> Tensor | None:
-    if routing.logits_TE is None or routing.experts_TK is None:
-        return None
-    return load_loss(routing.logits_TE, routing.experts_TK.shape[1], **scope_of("batch", context))
-
-
-def _z_of(routing: Routing, context: RoutingContext) -> Tensor | None:
-    return None if routing.logits_TE is None else z_loss(routing.logits_TE, padding_mask=context.padding_mask)
-
-
-def _probs(routing: Routing) -> Tensor:
-    assert routing.logits_TE is not None
-    return routing.logits_TE.softmax(-1) if routing.balance_probs_TE is None else routing.balance_probs_TE
-
-
-GenericLoss = Callable[[Routing, RoutingContext], Tensor | None]
-GENERIC_LOSSES: dict[str, GenericLoss] = {
-    "balance": _balance_in("batch"),
-    "sequence_balance": _balance_in("sequence"),
-    "importance": _importance_of,
-    "load": _load_of,
-    "z": _z_of,
-}
-"""Losses that can be had of any router with logits, by the name that a task's `loss_weights` uses."""
-
-
-def auxiliary_loss(name: str, routing: Routing, context: RoutingContext) -> Tensor:
-    """Return a routing's raw loss of that name: the router's own where it has one, else the generic one.
-
-    Raises:
-        ValueError: neither the router nor the generic losses have it.
-    """
-    if name in routing.losses:
-        return routing.losses[name]
-    loss = GENERIC_LOSSES[name](routing, context) if name in GENERIC_LOSSES else None
-    if loss is None:
-        known = sorted({*routing.losses, *(GENERIC_LOSSES if routing.logits_TE is not None else ())})
-        raise ValueError(f"this router has no loss {name!r}; it has {', '.join(known) or 'none'}")
-    return loss

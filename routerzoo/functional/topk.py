@@ -1,14 +1,23 @@
-"""Choosing experts from scores: what top-k routers share."""
+"""Selecting experts by their scores, and weighting them."""
 # Shape suffixes: T tokens, E experts, K choices per token.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-ScoreFunction = Literal["softmax", "sigmoid"]
+ScoreFunction = Literal["softmax", "sigmoid", "sqrt_softplus"]
+
+SCORE_FUNCTIONS: dict[ScoreFunction, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits_TE: logits_TE.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "sqrt_softplus": lambda logits_TE: F.softplus(logits_TE).sqrt(),
+}
+"""Each keeps the order of the logits."""
 
 
 def topk(scores_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -24,10 +33,15 @@ def topk(scores_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return scores_TK, experts_TK
 
 
-def topk_softmax(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Choose the `top_k` largest logits and take the softmax over them alone.
+def topk_indices(scores_TE: Tensor, top_k: int) -> Tensor:
+    """Return the experts of the `top_k` largest scores, best first."""
+    return topk(scores_TE, top_k)[1]
 
-    The same as renormalising the selected entries of the softmax over all experts (Shazeer et al. 2017, equation 3).
+
+def topk_softmax(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Select the `top_k` largest logits and take the softmax over them alone.
+
+    The same as renormalizing the selected entries of the softmax over all experts (Shazeer et al. 2017, equation 3).
 
     Returns:
         Weights and experts, both `[tokens, top_k]`.
@@ -36,34 +50,56 @@ def topk_softmax(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return selected_TK.softmax(dim=-1), experts_TK
 
 
-def topk_indices(logits_TE: Tensor, top_k: int) -> Tensor:
-    """Return the experts of the `top_k` largest logits, best first: what most routers' `select_experts` is."""
-    return topk(logits_TE, top_k)[1]
+def softmax_at(logits_TE: Tensor, experts_TK: Tensor, *, may_drop: bool = True) -> Tensor:
+    """Return the softmax over the logits of given experts alone, 0 for none (-1).
 
-
-def softmax_at(logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
-    """Return the softmax over the logits of given experts alone, 0 for none (-1)."""
+    Args:
+        logits_TE: logits.
+        experts_TK: experts of each token.
+        may_drop: whether `experts_TK` may hold -1; False saves the masking.
+    """
+    if not may_drop:
+        return logits_TE.gather(1, experts_TK).softmax(dim=-1)
     none_TK = experts_TK < 0
-    # Not minus infinity, whose softmax over nothing else would have a gradient that is no number.
+    # The lowest finite number instead of minus infinity: the softmax over nothing else has a NaN gradient.
     lowest = torch.finfo(logits_TE.dtype).min
     selected_TK = logits_TE.gather(1, experts_TK.clamp_min(0)).masked_fill(none_TK, lowest)
     return selected_TK.softmax(dim=-1).masked_fill(none_TK, 0.0)
 
 
-def gather_weights(scores_TE: Tensor, experts_TK: Tensor, *, renormalize: bool = False) -> Tensor:
-    """Return the scores of given experts, 0 for none (-1), divided by their sum if so wished."""
-    weights_TK = scores_TE.gather(1, experts_TK.clamp_min(0)).masked_fill(experts_TK < 0, 0.0)
+def gather_weights(
+    scores_TE: Tensor, experts_TK: Tensor, *, renormalize: bool = False, may_drop: bool = True
+) -> Tensor:
+    """Return the scores of given experts, 0 for none (-1).
+
+    Args:
+        scores_TE: scores.
+        experts_TK: experts of each token.
+        renormalize: divide by the sum over the experts of a token.
+        may_drop: whether `experts_TK` may hold -1; False saves the masking.
+    """
+    if may_drop:
+        weights_TK = scores_TE.gather(1, experts_TK.clamp_min(0)).masked_fill(experts_TK < 0, 0.0)
+    else:
+        weights_TK = scores_TE.gather(1, experts_TK)
     return weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(1e-20) if renormalize else weights_TK
 
 
-def score(logits_TE: Tensor, function: ScoreFunction) -> Tensor:
-    """Turn logits into scores in [0, 1].
+def apply_score_fn(logits_TE: Tensor, score_fn: ScoreFunction) -> Tensor:
+    """Turn logits into nonnegative scores.
 
     Raises:
-        ValueError: a function of another name.
+        ValueError: an unknown score function.
     """
-    if function == "softmax":
-        return logits_TE.softmax(dim=-1)
-    if function == "sigmoid":
-        return torch.sigmoid(logits_TE)
-    raise ValueError(f"score function must be softmax or sigmoid, got {function!r}")
+    return SCORE_FUNCTIONS[checked_score_fn(score_fn)](logits_TE)
+
+
+def checked_score_fn(score_fn: ScoreFunction) -> ScoreFunction:
+    """Return the name of a score function.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    if score_fn not in SCORE_FUNCTIONS:
+        raise ValueError(f"the score function must be one of {', '.join(get_args(ScoreFunction))}, got {score_fn!r}")
+    return score_fn

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from routerzoo.models.blocks import MoEBlocks, moe_block_indices
-from routerzoo.models.sparsify import provide_context
+from routerzoo.moe.dispatch import dense_forward
 from routerzoo.moe.experts import MLPExperts
 from routerzoo.moe.grouped_linear import Backend
 from routerzoo.moe.layer import ExpertsFactory, MoE, RouterFactory, moe_layers
@@ -124,11 +124,12 @@ class DenseFeedForward(nn.Module):
 
     def __init__(self, spec: LayerSpec, experts: ExpertsFactory, width: int) -> None:
         super().__init__()
+        self.width = width
         self.experts = experts(replace(spec, num_experts=width))
 
-    def forward(self, x_BSD: Tensor, context: RoutingContext | None) -> Tensor:
+    def forward(self, x_BSD: Tensor, context: RoutingContext) -> Tensor:
         """Compute the sum of all experts."""
-        return self.experts.dense_forward(x_BSD.flatten(0, -2)).view(x_BSD.shape)
+        return dense_forward(self.experts, x_BSD.flatten(0, -2), self.width).view(x_BSD.shape)
 
 
 @final
@@ -151,26 +152,17 @@ class Block(nn.Module):
         return isinstance(self.feed_forward, MoE) and "attention" in self.feed_forward.router.requires
 
     def forward(
-        self, x_BSD: Tensor, rotation: Rotation, context: RoutingContext | None, past: KeyValues | None
+        self, x_BSD: Tensor, rotation: Rotation, context: RoutingContext, past: KeyValues | None
     ) -> tuple[Tensor, KeyValues]:
         """Return the new hidden states and the attention's keys and values."""
         y_BSD, present, attention = self.attention(
             self.attention_norm(x_BSD), rotation, past, with_weights=self.reads_attention
         )
         if attention is not None:
-            context = self._with_attention(context, attention)
+            context = context.replace(attention=attention)
         x_BSD = x_BSD + F.dropout(y_BSD, self.dropout, self.training)
         y_BSD = self.feed_forward(self.feed_forward_norm(x_BSD), context)
         return x_BSD + F.dropout(y_BSD, self.dropout, self.training), present
-
-    def _with_attention(self, context: RoutingContext | None, attention: Tensor) -> RoutingContext | None:
-        layer = self.feed_forward
-        if context is not None:
-            return replace(context, attention=attention)
-        assert isinstance(layer, MoE)  # only its router requires attention
-        assert layer.provided_context is not None
-        layer.provided_context = replace(layer.provided_context, attention=attention)
-        return None
 
 
 @final
@@ -236,8 +228,6 @@ class Decoder(nn.Module):
         self.max_length, self.dropout = max_length, dropout
         self.head_width, self.rotary_base = d_model // num_heads, rotary_base
         self.activation_checkpointing = activation_checkpointing
-        # Hand the context to the MoE layers beforehand, not through the blocks; for wrappers that rebuild arguments.
-        self.provides_context = False
         self.num_tasks = num_tasks
         chosen = moe_block_indices(moe_blocks, num_blocks)
         spec = LayerSpec(
@@ -324,6 +314,7 @@ class Decoder(nn.Module):
         task_ids_B: Tensor | None = None,
         progress: tuple[int | None, int | None, ProcessGroup | None] = (None, None, None),
         seen: int = 0,
+        cache: dict[Any, Any] | None = None,
     ) -> tuple[Tensor, RoutingContext, list[KeyValues]]:
         batch, length = ids_BS.shape
         positions_S = torch.arange(seen, seen + length, device=ids_BS.device)
@@ -341,20 +332,17 @@ class Decoder(nn.Module):
             step=progress[0],
             total_steps=progress[1],
             process_group=progress[2],
+            cache=cache,
         )
-        handed: RoutingContext | None = context
-        if self.provides_context:
-            provide_context(self, context)
-            handed = None
         x_BSD = F.dropout(self.embedding(ids_BS), self.dropout, self.training)
         rotation = _rotation(positions_S, self.head_width, self.rotary_base)
         present: list[KeyValues] = []
         for index, block in enumerate(self.blocks):
             earlier = None if past is None else past[index]
             if self.activation_checkpointing and self.training:
-                x_BSD, key_values = checkpoint(block, x_BSD, rotation, handed, earlier, use_reentrant=False)
+                x_BSD, key_values = checkpoint(block, x_BSD, rotation, context, earlier, use_reentrant=False)
             else:
-                x_BSD, key_values = block(x_BSD, rotation, handed, earlier)
+                x_BSD, key_values = block(x_BSD, rotation, context, earlier)
             present.append(key_values)
         return self.norm(x_BSD), context, present
 
@@ -389,9 +377,10 @@ class Decoder(nn.Module):
         if temperature < 0 or not 0 < top_p <= 1:
             raise ValueError(f"temperature must be >= 0 and top_p in (0, 1], got {temperature} and {top_p}")
         ids_BS, past, seen = ids_BS[:, -self.max_length :], None, 0
-        one_by_one = all(layer.router.tokenwise for layer in moe_layers(self))
+        one_by_one = all(layer.router.properties.tokenwise for layer in moe_layers(self))
+        cache: dict[Any, Any] = {}
         while True:
-            x_BSD, _, present = self._run(ids_BS, past, task_ids_B=task_ids_B, seen=seen)
+            x_BSD, _, present = self._run(ids_BS, past, task_ids_B=task_ids_B, seen=seen, cache=cache)
             next_B = _sample(self.head(x_BSD[:, -1]).float(), temperature, top_p, generator)
             yield next_B
             if one_by_one:

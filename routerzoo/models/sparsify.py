@@ -13,7 +13,7 @@ from routerzoo.models.blocks import MoEBlocks, moe_block_indices
 from routerzoo.moe.experts import ACTIVATIONS, Activation, MLPExperts, SwiGLUExperts, gate_up_down
 from routerzoo.moe.grouped_linear import Backend
 from routerzoo.moe.layer import ExpertsFactory, MoE, RouterFactory, moe_layers
-from routerzoo.routing import LayerSpec, RoutingContext
+from routerzoo.routing import LayerSpec
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -32,7 +32,7 @@ def sparsify(
     *,
     num_experts: int,
     router: str | RouterFactory = "LinearRouter",
-    experts: ExpertsFactory | None = None,
+    experts: str | ExpertsFactory | None = None,
     blocks: MoEBlocks = "every-other",
     upcycle: bool = False,
     num_shared_experts: int = 0,
@@ -56,7 +56,7 @@ def sparsify(
             https://arxiv.org/abs/2212.05055). Where the combine weights sum to 1, the model's output stays the same.
         num_shared_experts: experts per layer that see every token.
         match: tells what is a feed-forward network.
-        provides: the context fields that you will provide with `provide_context` before each call, for routers that
+        provides: the context fields that you will provide with `routerzoo.provide_context`, for routers that
             require any.
         vocab_size: number of token ids, where you provide them.
         num_positions: longest sequence.
@@ -85,14 +85,15 @@ def sparsify(
             "pass match=, a function that tells one"
         )
     chosen = moe_block_indices(blocks, len(found))
-    for layer, index in enumerate(chosen):
+    numbered = sum(1 for _ in moe_layers(model))
+    for layer, index in enumerate(chosen, start=numbered):
         dense = model.get_submodule(found[index])
         d_model, hidden_dim = _widths(dense)
         spec = LayerSpec(
             d_model,
             num_experts,
             layer=layer,
-            num_layers=len(chosen),
+            num_layers=numbered + len(chosen),
             vocab_size=vocab_size,
             num_positions=num_positions,
             hidden_dim=hidden_dim,
@@ -114,23 +115,6 @@ def sparsify(
             model.get_submodule(parent), name, moe.to(device=weight.device, dtype=weight.dtype).train(dense.training)
         )
     return model
-
-
-def provide_context(model: nn.Module, context: RoutingContext) -> RoutingContext:
-    """Give the MoE layers of a model the context of its next forward pass, and return it.
-
-    For models whose blocks hand on nothing but hidden states. The context stays until the next one, since activation
-    checkpointing computes the forward pass again during the backward pass.
-    """
-    for layer in moe_layers(model):
-        layer.provided_context = context
-    return context
-
-
-def withdraw_context(model: nn.Module) -> None:
-    """Take back what `provide_context` gave."""
-    for layer in moe_layers(model):
-        layer.provided_context = None
 
 
 def _widths(dense: nn.Module) -> tuple[int, int]:

@@ -4,17 +4,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, final
 
 import timm
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.utils.checkpoint import checkpoint
 
 from routerzoo.models.blocks import MoEBlocks
 from routerzoo.models.patch_ids import PatchIdKind, PatchIds, create_patch_ids
-from routerzoo.models.sparsify import provide_context, sparsify, withdraw_context
+from routerzoo.models.sparsify import sparsify
+from routerzoo.moe.context import provide_context
 from routerzoo.moe.experts import MLPExperts
 from routerzoo.moe.grouped_linear import Backend
 from routerzoo.moe.layer import ExpertsFactory, MoE, RouterFactory
@@ -122,7 +125,9 @@ class ViTMoE(nn.Module):
             if isinstance(block.mlp, MoE) and "attention" in block.mlp.router.requires:
                 _show_attention(block)
         if activation_checkpointing:
-            self.vit.set_grad_checkpointing(True)
+            if type(self.vit.blocks) is not nn.Sequential:
+                raise ValueError(f"{backbone} does not run its blocks in sequence: leave activation_checkpointing out")
+            self.vit.blocks = _CheckpointedBlocks(*self.vit.blocks)
 
     @property
     def vocab_size(self) -> int | None:
@@ -160,10 +165,8 @@ class ViTMoE(nn.Module):
             total_steps=total_steps,
             process_group=process_group,
         )
-        provide_context(self.vit, context)
-        logits_BL: Tensor = self.vit(images_BCHW)
-        if torch.compiler.is_compiling():
-            withdraw_context(self.vit)  # which a graph cannot leave behind
+        with provide_context(self.vit, context):
+            logits_BL: Tensor = self.vit(images_BCHW)
         return logits_BL, context
 
     def token_ids(self, images_BCHW: Tensor) -> Tensor | None:
@@ -197,11 +200,34 @@ class _AttentionTap(nn.Module):
     def forward(self, weights_BHSS: Tensor) -> Tensor:
         """Drop weights."""
         layer = self.layer[0]
-        assert layer.provided_context is not None  # the model provides one before each pass
+        assert layer._provided_context is not None  # the model provides one for each pass
         attention = weights_BHSS.float().transpose(1, 2).flatten(0, 1)
-        layer.provided_context = replace(layer.provided_context, attention=attention)
+        layer._provided_context = layer._provided_context.replace(attention=attention)
         dropped: Tensor = self.dropout(weights_BHSS)
         return dropped
+
+
+class _CheckpointedBlocks(nn.Sequential):
+    """Blocks that keep only their inputs, and find the context of their pass again when they are recomputed."""
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """Run the blocks."""
+        if not (self.training and torch.is_grad_enabled()):
+            for block in self:
+                x_BSD = block(x_BSD)
+            return x_BSD
+        for block in self:
+            layer = block.mlp if isinstance(block.mlp, MoE) else None
+            context = None if layer is None else layer._provided_context
+            options: dict[str, Any] = {} if context is None else {"context_fn": partial(_contexts, block, context)}
+            x_BSD = checkpoint(block, x_BSD, use_reentrant=False, **options)
+        return x_BSD
+
+
+def _contexts(
+    block: nn.Module, context: RoutingContext
+) -> tuple[AbstractContextManager[None], AbstractContextManager[RoutingContext]]:
+    return nullcontext(), provide_context(block, context)
 
 
 def _create_vit(backbone: str, pretrained: bool, arguments: dict[str, Any]) -> Any:

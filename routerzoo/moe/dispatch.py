@@ -4,42 +4,59 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from routerzoo.distributed.expert_parallel import compute
 from routerzoo.errors import UserError
-from routerzoo.moe.experts import Experts
 from routerzoo.moe.permute import permutation_of, permute, unpermute
 from routerzoo.routing import Assignments, Routing
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
-def apply_experts(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+
+def apply_experts(
+    x_TD: Tensor, routing: Routing, experts: nn.Module, num_experts: int, mesh: DeviceMesh | None = None
+) -> Tensor:
     """Send each token to its experts and add up what they return, weighted.
 
     Dropless: every assignment that the routing names is computed, and none that it does not.
 
     Args:
         x_TD: hidden states.
-        routing: a router's answer, in any form.
-        experts: the bank that computes.
+        routing: a router's decision, in any form.
+        experts: the bank that computes; anything that is called as `routerzoo.Experts` is.
+        num_experts: number of experts.
+        mesh: the ranks that share the experts; None where this one has all.
 
     Returns:
         `[tokens, d_model]`; zeros for a token without expert.
     """
     if routing.merge_GE is not None:
-        return _merged(x_TD, routing, experts)
+        return _merged(x_TD, routing, experts, mesh)
     if routing.dense:
-        return _soft(x_TD, routing, experts)
-    return _sparse(x_TD, routing.assignments(), experts)
+        return _soft(x_TD, routing, experts, mesh)
+    return _sparse(x_TD, routing.assignments(), experts, num_experts, mesh)
 
 
-def _sparse(x_TD: Tensor, assignments: Assignments, experts: Experts) -> Tensor:
+def dense_forward(experts: nn.Module, x_TD: Tensor, num_experts: int) -> Tensor:
+    """Return the sum of all experts' outputs for every token, `[T, D]`: a dense feed-forward network."""
+    num_tokens = x_TD.shape[0]
+    ends_E = torch.arange(1, num_experts + 1, device=x_TD.device, dtype=torch.int32) * num_tokens
+    y_ND: Tensor = experts(x_TD.repeat(num_experts, 1) if num_experts > 1 else x_TD, ends_E)
+    return y_ND.view(num_experts, num_tokens, -1).sum(0) if num_experts > 1 else y_ND
+
+
+def _sparse(
+    x_TD: Tensor, assignments: Assignments, experts: nn.Module, num_experts: int, mesh: DeviceMesh | None
+) -> Tensor:
     token_N, expert_N, weight_N, top_k, may_drop = assignments
     if top_k is None:
         token_N, by_token_N = token_N.sort(stable=True)
         expert_N, weight_N = expert_N.index_select(0, by_token_N), weight_N.index_select(0, by_token_N)
-    num_experts = experts.spec.num_experts
     filter_rows = may_drop and x_TD.device.type == "cpu" and not torch.compiler.is_compiling()
     if filter_rows:
         keep = (expert_N >= 0).nonzero().squeeze(1)  # on a GPU this would wait for the device
@@ -56,13 +73,13 @@ def _sparse(x_TD: Tensor, assignments: Assignments, experts: Experts) -> Tensor:
     real_N1 = (sorted_N < num_experts).unsqueeze(1) if may_drop else None
     if real_N1 is not None:
         x_ND = torch.where(real_N1, x_ND, 0)  # stops what the unspecified rows send back
-    y_ND = compute(experts, x_ND, ends_E)
+    y_ND = compute(experts, x_ND, ends_E, mesh)
     if real_N1 is not None:
         y_ND = torch.where(real_N1, y_ND, 0)
     return unpermute(y_ND, weight_N, permutation)
 
 
-def _soft(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+def _soft(x_TD: Tensor, routing: Routing, experts: nn.Module, mesh: DeviceMesh | None) -> Tensor:
     dispatch_GSEP, combine_GSEP = routing.dispatch_GSEP, routing.combine_GSEP
     assert dispatch_GSEP is not None
     assert combine_GSEP is not None  # `Routing` has one whole form
@@ -71,16 +88,16 @@ def _soft(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
     x_EGPD = torch.einsum("gsep,gsd->egpd", dispatch_GSEP, x_GSD)
     rows = groups * slots
     ends_E = torch.arange(1, num_experts + 1, device=x_TD.device, dtype=torch.int32) * rows
-    y_ND = compute(experts, x_EGPD.reshape(num_experts * rows, -1), ends_E)
+    y_ND = compute(experts, x_EGPD.reshape(num_experts * rows, -1), ends_E, mesh)
     y_EGPD = y_ND.view(num_experts, groups, slots, -1)
     return torch.einsum("gsep,egpd->gsd", combine_GSEP.to(y_EGPD.dtype), y_EGPD).reshape(len(x_TD), -1)
 
 
-def _merged(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+def _merged(x_TD: Tensor, routing: Routing, experts: nn.Module, mesh: DeviceMesh | None) -> Tensor:
     merge_GE, group_T = routing.merge_GE, routing.group_T
     assert merge_GE is not None
     assert group_T is not None  # `Routing` has one whole form
-    if experts.mesh is not None:
+    if mesh is not None:
         raise UserError("a router that merges experts needs all of them on every rank: leave expert_parallel out")
     num_groups, num_experts = merge_GE.shape
     if num_groups == 0:

@@ -5,17 +5,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, final
+from typing import Any, Literal, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from routerzoo.functional.initialization import Reinitializable
 from routerzoo.moe.grouped_linear import Backend, grouped_linear
 from routerzoo.routing import LayerSpec
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 
@@ -27,7 +25,7 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Experts(nn.Module, ABC):
+class Experts(Reinitializable, ABC):
     """E feed-forward networks of the same shape.
 
     Weights are stacked, `[num_experts, ...]`: a step with an idle expert still gives every parameter a gradient, the
@@ -43,8 +41,6 @@ class Experts(nn.Module, ABC):
         super().__init__()
         self.spec = spec
         self.backend: Backend = "auto"
-        # The ranks that the experts are spread over; see `routerzoo.distributed.expert_parallel`.
-        self.mesh: DeviceMesh | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -70,13 +66,6 @@ class Experts(nn.Module, ABC):
             NotImplementedError: this class has no counterpart of that network.
         """
         raise NotImplementedError(f"{type(self).__name__} cannot start from the weights of a {type(dense).__name__}")
-
-    def dense_forward(self, x_TD: Tensor) -> Tensor:
-        """Return the sum of all experts' outputs for every token, `[T, D]`: a dense feed-forward network."""
-        num_tokens, num_experts = len(x_TD), self.spec.num_experts
-        ends_E = torch.arange(1, num_experts + 1, device=x_TD.device, dtype=torch.int32) * num_tokens
-        y_ND: Tensor = self(x_TD.repeat(num_experts, 1) if num_experts > 1 else x_TD, ends_E)
-        return y_ND.view(num_experts, num_tokens, -1).sum(0) if num_experts > 1 else y_ND
 
 
 @final
@@ -179,6 +168,10 @@ class SwiGLUExperts(Experts):
     def extra_repr(self) -> str:
         """Show the sizes."""
         return f"num_experts={self.spec.num_experts}, hidden_dim={self.hidden_dim}, activation={self.activation}"
+
+
+EXPERTS: dict[str, type[MLPExperts] | type[SwiGLUExperts]] = {"MLPExperts": MLPExperts, "SwiGLUExperts": SwiGLUExperts}
+"""The built-in classes by name."""
 
 
 def _gated(gate_up_NH: Tensor, activation: Activation) -> Tensor:

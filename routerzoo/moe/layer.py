@@ -3,22 +3,29 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Self, final
+from typing import TYPE_CHECKING, Self, TypeVar, final
 
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 
-from routerzoo.moe.dispatch import apply_experts
-from routerzoo.moe.experts import Experts, MLPExperts
+from routerzoo.functional.recomputation import in_backward
+from routerzoo.moe.dispatch import apply_experts, dense_forward
+from routerzoo.moe.experts import EXPERTS, Experts, MLPExperts
 from routerzoo.moe.grouped_linear import BACKENDS, Backend
-from routerzoo.registry import create_router
+from routerzoo.registry import create_router, did_you_mean
 from routerzoo.router import Router, UnmetRequirementError
-from routerzoo.routing import LayerSpec, Routing, RoutingContext
+from routerzoo.routing import LayerRouting, LayerSpec, Routing, RoutingContext
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 RouterFactory = Callable[[LayerSpec], Router]
 ExpertsFactory = Callable[[LayerSpec], Experts]
+M = TypeVar("M", bound=nn.Module)
+RoutingHook = Callable[[LayerRouting, RoutingContext], None]
 
 
 class NonCausalRouterError(ValueError):
@@ -27,6 +34,10 @@ class NonCausalRouterError(ValueError):
 
 class BatchDependenceWarning(UserWarning):
     """A router that lets one sequence's tokens change another's routing is about to serve."""
+
+
+class MissingUpdatesWarning(UserWarning):
+    """A router that must be updated once per optimizer step is trained without it."""
 
 
 @final
@@ -38,13 +49,14 @@ class MoE(nn.Module):
     3. The experts compute.
     4. Each token's results are weighted and added up, and the shared experts' are added to that.
 
-    The layer keeps no record of a call. The routing of a call goes into the context that it was given; read
-    `context.routings[layer]` for auxiliary losses and metrics.
+    The layer keeps no record of a call. It publishes the routing of each call once, without padding: in the context,
+    for auxiliary losses (`context.routings`), and to what `register_routing_hook` was given, for metrics. A forward
+    pass that activation checkpointing repeats publishes nothing.
 
     Args:
         spec: sizes of the layer. In place of it, `d_model` and `num_experts` are enough.
         router: name of a router, or a function that builds one from the spec: a class, or a `functools.partial` of it.
-        experts: a function that builds the experts from the spec, likewise.
+        experts: name of a class of experts (`MLPExperts`, `SwiGLUExperts`), or a function that builds them, likewise.
         num_shared_experts: experts of the same shape that see every token, with weight 1 (DeepSeekMoE).
         backend: how the experts' products are computed; see `routerzoo.grouped_linear`.
         allow_non_causal: accept a router that looks at later tokens in a decoder.
@@ -54,6 +66,7 @@ class MoE(nn.Module):
     Raises:
         UnmetRequirementError: the model does not provide what the router requires.
         NonCausalRouterError: a router that is not causal, in a decoder.
+        TypeError: a spec, router or experts of another type.
         ValueError: sizes or options out of range.
 
     Example:
@@ -69,7 +82,7 @@ class MoE(nn.Module):
         self,
         spec: LayerSpec | None = None,
         router: str | RouterFactory = "LinearRouter",
-        experts: ExpertsFactory = MLPExperts,
+        experts: str | ExpertsFactory = MLPExperts,
         *,
         num_shared_experts: int = 0,
         backend: Backend = "auto",
@@ -82,88 +95,150 @@ class MoE(nn.Module):
             if d_model is None or num_experts is None:
                 raise ValueError("a MoE layer needs a spec, or d_model and num_experts")
             spec = LayerSpec(d_model, num_experts)
+        if not isinstance(spec, LayerSpec):
+            raise TypeError(
+                f"the first argument of MoE is a LayerSpec, got {spec!r}: MoE(d_model=..., num_experts=...)"
+            )
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
         if num_shared_experts < 0:
             raise ValueError(f"num_shared_experts must be at least 0, got {num_shared_experts}")
-        self.spec = spec
-        self.router = _fitting(
-            create_router(router, spec) if isinstance(router, str) else router(spec), allow_non_causal
-        )
-        self.experts = experts(spec)
+        self.spec, self.num_experts, self.num_shared_experts = spec, spec.num_experts, num_shared_experts
+        self.router = _fitting(_built_router(router, spec), allow_non_causal)
+        build = _experts_factory(experts)
+        self.experts = _of_type(build(spec), Experts, "experts")
         self.experts.backend = backend
-        self.shared_experts = experts(replace(spec, num_experts=num_shared_experts)) if num_shared_experts else None
-        # Set by models that cannot hand a context to their blocks (see `routerzoo.models.sparsify.provide_context`).
-        self.provided_context: RoutingContext | None = None
-        # Evaluation is taken for serving, until a trainer that only validates says otherwise.
+        self.shared_experts = build(replace(spec, num_experts=num_shared_experts)) if num_shared_experts else None
+        self.mesh: DeviceMesh | None = None
+        """The ranks that share the experts; see `routerzoo.distributed.expert_parallel`."""
+        self.is_driven = False
+        """Whether `routerzoo.attach` updates the router once per optimizer step."""
         self.warns_of_batch_dependence = True
+        """Evaluation is taken for serving, until a trainer that only validates sets this to False."""
+        self._warns_of_missing_updates = True
+        self._provided_context: RoutingContext | None = None
+        self._routing_hooks: dict[int, RoutingHook] = {}
+        self._hook_numbers = itertools.count()
 
     def train(self, mode: bool = True) -> Self:
-        """Switch between training and evaluation; say once if the router is not safe to serve."""
+        """Switch between training and evaluation; warn once if the router is not safe to serve."""
         super().train(mode)
-        if not mode and self.warns_of_batch_dependence and not self.router.batch_independent:
-            self.warns_of_batch_dependence = False
-            warnings.warn(
-                f"{type(self.router).__name__} is not batch independent in evaluation: what one sequence of a batch "
-                "holds changes how the others are routed, so that one user's input can change another's output (Hayes "
-                "et al. 2024, arXiv:2402.05526). Serve sequences one by one, or take a batch-independent router",
-                BatchDependenceWarning,
-                stacklevel=2,
-            )
+        if not mode and self.warns_of_batch_dependence:
+            router = inner_router(self)
+            if not router.properties.batch_independent:
+                self.warns_of_batch_dependence = False
+                warnings.warn(
+                    f"{type(router).__name__} is not batch independent in evaluation: what one sequence of a batch "
+                    "holds changes how the others are routed, so that one user's input can change another's output "
+                    "(Hayes et al. 2024, arXiv:2402.05526). Serve sequences one by one, or take a batch-independent "
+                    "router",
+                    BatchDependenceWarning,
+                    stacklevel=2,
+                )
         return self
 
     def __getstate__(self) -> dict[str, object]:
-        # A copy has no part in the pass that this layer was given a context for, whose tensors belong to a graph.
-        return {**self.__dict__, "provided_context": None}
+        # Observers, and the context of a pass, belong to this layer, not to its copy.
+        alone: dict[str, object] = {"_provided_context": None, "_routing_hooks": {}, "_hook_numbers": itertools.count()}
+        return {**self.__dict__, **alone}
+
+    def register_routing_hook(self, hook: RoutingHook) -> RoutingHookHandle:
+        """Call a function with each routing that the layer publishes, and with its context.
+
+        Returns:
+            A handle, whose `remove` ends it.
+        """
+        number = next(self._hook_numbers)
+        self._routing_hooks[number] = hook
+        return RoutingHookHandle(self, number)
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Tensor:
         """Compute the layer.
 
         Args:
             x: hidden states `[..., d_model]`.
-            context: what the router may look at beside them, each field flattened to one entry per token. The call's
-                routing is stored in it.
+            context: what the router may look at beside them, one entry for each token. The call's routing is added to
+                `context.routings`.
 
         Returns:
             Of the shape of `x`.
+
+        Raises:
+            TypeError: a context that is no `RoutingContext`.
+            ValueError: hidden states of another width, or a context that lacks what the router requires.
         """
-        context = context if context is not None else self.provided_context
+        context = self._current_context() if context is None else context
+        if not (context is None or isinstance(context, RoutingContext)):
+            raise TypeError(f"the context of a MoE layer is a RoutingContext, got {type(context).__name__}")
         x_TD = x.reshape(-1, x.shape[-1])
-        routing: Routing = self.router(x_TD, context or RoutingContext(compute_aux_losses=False))
-        if context is not None:
-            routing = without_padding(routing, context)
-            context.routings[self.spec.layer] = routing
-        y_TD = apply_experts(x_TD, routing, self.experts)
+        told = RoutingContext(compute_aux_losses=False) if context is None else context
+        routing = without_padding(self.router(x_TD, told), told)
+        if not in_backward():
+            self._publish(routing, told)
+        y_TD = apply_experts(x_TD, routing, self.experts, self.num_experts, self.mesh)
         if self.shared_experts is not None:
-            y_TD = y_TD + self.shared_experts.dense_forward(x_TD)
+            y_TD = y_TD + dense_forward(self.shared_experts, x_TD, self.num_shared_experts)
         return y_TD.view(*x.shape[:-1], y_TD.shape[1])
+
+    def _current_context(self) -> RoutingContext | None:
+        """Return the context that was provided, unless its pass is over and this is not its recomputation."""
+        context = self._provided_context
+        return None if context is None or (context.is_finished and not in_backward()) else context
+
+    def _publish(self, routing: Routing, context: RoutingContext) -> None:
+        call = sum(published.layer is self for published in context.routings)
+        published = LayerRouting(self, call, routing)
+        context.routings.append(published)
+        for hook in tuple(self._routing_hooks.values()):
+            hook(published, context)
+        if self.training and not self.is_driven and self._warns_of_missing_updates and is_grad_enabled():
+            router = inner_router(self)
+            if router.needs_updates and not router.is_frozen:
+                self._warns_of_missing_updates = False
+                warnings.warn(
+                    f"{type(router).__name__} must be updated once per optimizer step, and is trained without it: call "
+                    "routerzoo.attach(model, optimizer, total_steps=...) once, or add the callback "
+                    "routerzoo.RouterHooks() to the Trainer",
+                    MissingUpdatesWarning,
+                    stacklevel=2,
+                )
+
+
+class RoutingHookHandle:
+    """Removes a routing hook."""
+
+    def __init__(self, layer: MoE, number: int) -> None:
+        self._layer, self._number = layer, number
+
+    def remove(self) -> None:
+        """Call the hook no more."""
+        self._layer._routing_hooks.pop(self._number, None)
 
 
 def moe_layers(model: nn.Module) -> Iterator[MoE]:
-    """Yield the MoE layers of a model in the order of their index."""
-    yield from sorted((m for m in model.modules() if isinstance(m, MoE)), key=lambda layer: layer.spec.layer)
+    """Yield the MoE layers of a model, each once, in the order of the model."""
+    for module in model.modules():
+        if isinstance(module, MoE):
+            yield module
 
 
-def _fitting(router: Router, allow_non_causal: bool) -> Router:
-    # A wrapped router's properties are known only now that it is built.
-    name = type(router).__name__
-    if missing := router.requires - router.spec.provides:
-        raise UnmetRequirementError(name, missing)
-    if router.spec.decoder and not router.causal and not allow_non_causal:
-        instead = f"Its causal form is {router.causal_form}" if router.causal_form else "Choose a causal router"
-        raise NonCausalRouterError(
-            f"{name} is not causal: a token's routing depends on later tokens, which a decoder has not seen when it "
-            f"generates. {instead}, or set allow_non_causal to train one all the same"
-        )
-    return router
+def inner_router(layer: MoE) -> Router:
+    """Return a layer's router, also where something else, such as an adapter, is wrapped around it."""
+    return next(module for module in layer.router.modules() if isinstance(module, Router))
 
 
-def without_padding(routing: Routing, context: RoutingContext | None) -> Routing:
-    """Return a router's answer with padding sent to no expert, as the layer uses it."""
-    if context is None or context.padding_mask is None:
+def without_padding(routing: Routing, context: RoutingContext) -> Routing:
+    """Return a routing with padding sent to no expert."""
+    if context.padding_mask is None:
         return routing
+    if routing.selected is not None:
+        routing = replace(routing, selected=without_padding(routing.selected, context))
     if routing.group_T is not None:
         return replace(routing, group_T=routing.group_T.masked_fill(context.padding_mask, -1))
+    if routing.token_N is not None and routing.expert_N is not None and routing.weight_N is not None:
+        mask_N = context.padding_mask.index_select(0, routing.token_N)
+        expert_N, weight_N = routing.expert_N.masked_fill(mask_N, -1), routing.weight_N.masked_fill(mask_N, 0.0)
+        return replace(routing, expert_N=expert_N, weight_N=weight_N, may_drop=True)
     if routing.experts_TK is None or routing.weights_TK is None:
         return routing
     mask_T1 = context.padding_mask.unsqueeze(1)
@@ -173,3 +248,47 @@ def without_padding(routing: Routing, context: RoutingContext | None) -> Routing
         weights_TK=routing.weights_TK.masked_fill(mask_T1, 0.0),
         may_drop=True,
     )
+
+
+def _built_router(router: str | RouterFactory, spec: LayerSpec) -> Router:
+    if isinstance(router, str):
+        return create_router(router, spec)
+    if isinstance(router, Router):
+        raise TypeError(
+            f"router is a {type(router).__name__} that is built already: give its class, or functools.partial of it"
+        )
+    return _of_type(router(spec), Router, "router")
+
+
+def _experts_factory(experts: str | ExpertsFactory) -> ExpertsFactory:
+    if isinstance(experts, str):
+        if experts not in EXPERTS:
+            raise ValueError(
+                f"unknown experts {experts!r}{did_you_mean(experts, EXPERTS)} There are {', '.join(EXPERTS)}."
+            )
+        return EXPERTS[experts]
+    if isinstance(experts, Experts):
+        raise TypeError(
+            f"experts are {type(experts).__name__} that are built already; give their class, or functools.partial of it"
+        )
+    return experts
+
+
+def _of_type(built: M, kind: type[nn.Module], what: str) -> M:
+    if not isinstance(built, kind):
+        raise TypeError(f"the function given as {what} returned {built!r}; it must return routerzoo.{kind.__name__}")
+    return built
+
+
+def _fitting(router: Router, allow_non_causal: bool) -> Router:
+    # A wrapped router's properties are known only now that it is built.
+    name = type(router).__name__
+    if missing := router.requires - router.spec.provides:
+        raise UnmetRequirementError(name, missing)
+    if router.spec.decoder and not router.properties.causal and not allow_non_causal:
+        instead = f"Its causal form is {router.causal_form}" if router.causal_form else "Choose a causal router"
+        raise NonCausalRouterError(
+            f"{name} is not causal: a token's routing depends on later tokens, which a decoder has not seen when it "
+            f"generates. {instead}, or set allow_non_causal to train one all the same"
+        )
+    return router

@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from routerzoo.callbacks.report import LOWER_IS_BETTER
 from routerzoo.errors import UserError
+from routerzoo.runs.report import LOWER_IS_BETTER
 from routerzoo.sweep.ledger import FILE, Ledger, Run
 
 # What a report says of the routing, in words, by the name of the log's column.

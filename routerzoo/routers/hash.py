@@ -31,7 +31,7 @@ class HashRouter(Router):
     vision the token ids are the patch's position or a hash of its pixels; see `routerzoo.models.patch_ids`.
 
     Args:
-        spec: sizes of the layer the router sits in, with `vocab_size`.
+        spec: sizes of the layer the router sits in, with `vocab_size` and `layer`.
         top_k: experts per token.
         table: how ids are spread over experts.
         seed: seed of the table. Each layer draws its own.
@@ -52,11 +52,11 @@ class HashRouter(Router):
             raise UnmetRequirementError(type(self).__name__, frozenset({"vocab_size"}))
         if table not in ("random", "balanced"):
             raise ValueError(f"table must be random or balanced, got {table!r}")
-        self.balanced = table == "balanced"
-        generator = torch.Generator(device="cpu").manual_seed(seed * 1_000_003 + spec.layer)
+        self.balanced = self.wants_token_counts = table == "balanced"
+        generator = torch.Generator(device="cpu").manual_seed(seed * 1_000_003 + self.required_layer())
         # A row is a whole permutation of the experts, so that k may grow.
         order = torch.rand(spec.vocab_size, spec.num_experts, generator=generator, device="cpu").argsort(-1)
-        self.register_buffer("table", order.to(expert_dtype(spec.num_experts)))
+        self.register_buffer("table", order)
 
     def scale_initial_logits(self, factor: float) -> None:
         """Do nothing: there are no logits."""
@@ -64,7 +64,7 @@ class HashRouter(Router):
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Look the tokens up."""
         assert context.token_ids is not None  # `forward` checked what `requires` names.
-        experts_TK = self.table[context.token_ids, : self.top_k].long()
+        experts_TK = self.table[context.token_ids, : self.top_k]
         return Routing(experts_TK, x_TD.new_full(experts_TK.shape, 1 / self.top_k), may_drop=False)
 
     def fit_token_counts(self, token_counts_V: Tensor) -> None:
@@ -72,14 +72,6 @@ class HashRouter(Router):
         if self.balanced:
             balanced = balance_table(self.table.cpu().numpy(), token_counts_V.cpu().numpy(), self.top_k)
             self.table.copy_(torch.from_numpy(balanced))
-
-
-def expert_dtype(num_experts: int) -> torch.dtype:
-    """Return the type that a table of experts is kept in: one byte where that is enough.
-
-    Not 16 bits, which distributed backends do not move.
-    """
-    return torch.uint8 if num_experts <= 256 else torch.int32
 
 
 def balance_table(table_VE: np.ndarray, counts_V: np.ndarray, top_k: int) -> np.ndarray:

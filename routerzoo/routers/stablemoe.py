@@ -4,23 +4,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, final
+from typing import Literal, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from routerzoo.functional.losses import Scope, distillation_loss, fields_of_scope, scope_of, stablemoe_balance_loss
-from routerzoo.functional.topk import gather_weights, topk
+from routerzoo.functional.gate import gate_linear
+from routerzoo.functional.losses import distillation_loss, scope_of, stablemoe_balance_loss
+from routerzoo.functional.topk import topk_indices
 from routerzoo.registry import register_router
-from routerzoo.router import Router, UnmetRequirementError
-from routerzoo.routers.hash import expert_dtype
+from routerzoo.router import LogitRouter, LossWeight, UnmetRequirementError
 from routerzoo.routing import LayerSpec, Routing, RoutingContext
 
 
 @register_router
 @final
-class StableMoERouter(Router):
+class StableMoERouter(LogitRouter):
     """Two-stage router: a learned gate teaches a router of token ids, which is then frozen.
 
     Stage 1 (equations 5 to 11): `s = E_c h`, the expert is the largest, its weight `sigmoid(s_a)`. Losses: `balance`
@@ -29,9 +29,9 @@ class StableMoERouter(Router):
     `E_hat D(token)`, which is frozen; **the gate goes on learning**, weight `sigmoid(E_c,a h)`; no auxiliary loss.
 
     At the switch the choice of every token id is written into a table, a buffer: no momentum and no weight decay can
-    move it afterwards. (The authors stop computing gradients only, so that an optimiser with momentum still drifts.)
+    move it afterwards. (The authors stop computing gradients only, so that an optimizer with momentum still drifts.)
     The stage is part of the `state_dict`; in the authors' code it is a plain attribute, and a resumed run falls back
-    into stage 1. `on_step_start` switches it.
+    into stage 1. `begin_step` switches it.
 
     Evaluation routes by the distilled router, in stage 1 too, as in the authors' code. Validation in stage 1 thus
     measures another policy than training; `evaluate="stage"` measures the current one.
@@ -49,15 +49,18 @@ class StableMoERouter(Router):
         top_k: experts per token.
         routing_dim: width R of the distilled router's token embedding.
         stage1_fraction: share of training spent in stage 1; the published runs take 6,000 of 60,000 steps.
-        stage1_steps: length of stage 1 in optimiser steps, instead of `stage1_fraction`.
+        stage1_steps: length of stage 1 in optimizer steps, instead of `stage1_fraction`.
         evaluate: the router that evaluation in stage 1 uses.
-        balance_scope: take the balance loss over the micro-batch, as published, or in each sequence.
     """
 
     paper = "Dai et al., ACL 2022, arXiv:2204.08396"
     requires = frozenset({"token_ids"})
     trained_buffers = frozenset({"frozen_choices"})
-    default_loss_weights: ClassVar[Mapping[str, float]] = {"balance": 0.3, "distillation": 0.3}
+    default_loss_weights: Mapping[str, float | LossWeight] = {"balance": 0.3, "distillation": 0.3}
+    needs_updates = True
+    score_fn = "sigmoid"
+    renormalize = False
+    gate = "expert_centroids"
     frozen_choices: Tensor
 
     def __init__(
@@ -69,11 +72,8 @@ class StableMoERouter(Router):
         stage1_fraction: float = 0.1,
         stage1_steps: int | None = None,
         evaluate: Literal["distilled", "stage"] = "distilled",
-        balance_scope: Scope = "batch",
     ) -> None:
         super().__init__(spec, top_k=top_k)
-        self.require(*fields_of_scope(balance_scope))
-        self.balance_scope: Scope = balance_scope
         if spec.vocab_size is None:
             raise UnmetRequirementError(type(self).__name__, frozenset({"vocab_size"}))
         if not 0 <= stage1_fraction <= 1:
@@ -85,72 +85,81 @@ class StableMoERouter(Router):
         nn.init.orthogonal_(self.expert_centroids, gain=0.1)
         self.routing_embedding = nn.Parameter(torch.randn(spec.vocab_size, routing_dim) * routing_dim**-0.5)
         self.distilled_centroids = nn.Parameter(torch.randn(spec.num_experts, routing_dim) * routing_dim**-0.5)
-        choices = torch.zeros(spec.vocab_size, spec.num_experts, dtype=expert_dtype(spec.num_experts))
-        self.register_buffer("frozen_choices", choices)
-        self._stage = 1
+        self.register_buffer("frozen_choices", torch.zeros(spec.vocab_size, spec.num_experts, dtype=torch.int64))
+        self.store_int("current_stage", 1)
+        self._frozen: list[Tensor] = []
 
     @property
     def stage(self) -> int:
-        """1 while the gate routes and teaches, 2 once the distilled router routes. Setting it to 2 freezes that."""
-        return self._stage
-
-    @stage.setter
-    def stage(self, value: int) -> None:
-        if value not in (1, 2):
-            raise ValueError(f"stage must be 1 or 2, got {value}")
-        if value == 2 and self._stage == 1:
-            self._freeze()
-        self._stage = value
+        """1 while the gate routes and teaches, 2 once the distilled router routes."""
+        return self.stored_int("current_stage")
 
     @torch.no_grad()
-    def _freeze(self) -> None:
+    def freeze_choices(self) -> None:
+        """Enter stage 2: write down the choice of every token id."""
         for start in range(0, len(self.frozen_choices), 4096):  # bounds memory at a large vocabulary
-            with torch.autocast(self.frozen_choices.device.type, enabled=False):
-                scores_VE = F.linear(self.routing_embedding[start : start + 4096], self.distilled_centroids)
+            scores_VE = gate_linear(self.routing_embedding[start : start + 4096], self.distilled_centroids)
             # Not a sort: the first k must be what `topk` gives on ties.
             first_V1 = scores_VE.argmax(-1, keepdim=True)
             order_VE = scores_VE.scatter(1, first_V1, torch.inf).argsort(dim=-1, descending=True, stable=True)
-            self.frozen_choices[start : start + 4096] = order_VE.to(self.frozen_choices.dtype)
+            self.frozen_choices[start : start + 4096] = order_VE
+        self.store_int("current_stage", 2)
 
-    def on_step_start(self, step: int, total_steps: int) -> None:
-        """Enter stage 2 once stage 1 has lasted its steps."""
-        last = self.stage1_steps if self.stage1_steps is not None else round(self.stage1_fraction * total_steps)
-        if step >= last and self.stage == 1:
-            self.stage = 2
+    def begin_step(self, step: int, total_steps: int | None) -> None:
+        """Enter stage 2 once stage 1 has lasted its steps.
 
-    def before_optimizer_step(self) -> None:
-        """Leave the frozen parameters to no optimiser."""
-        if self.stage == 2:
-            self.routing_embedding.grad = self.distilled_centroids.grad = None
+        Raises:
+            ValueError: a stage 1 that is a share of a number of steps that is not known.
+        """
+        if self.stage == 1:
+            last = self.stage1_steps
+            if last is None and total_steps is None:
+                raise ValueError(
+                    "StableMoERouter's stage1_fraction needs the number of steps: give stage1_steps, or it"
+                )
+            last = round(self.stage1_fraction * (total_steps or 0)) if last is None else last
+            if step >= last:
+                self.freeze_choices()
+        if self.stage == 2 and not self._frozen:
+            self._frozen = [value.detach().clone() for value in (self.routing_embedding, self.distilled_centroids)]
 
     @torch.no_grad()
-    def scale_initial_logits(self, factor: float) -> None:
-        """Scale the gate; the distilled router learns from choices alone."""
-        self.expert_centroids.mul_(factor)
+    def update(self, statistics: Mapping[str, Tensor]) -> None:
+        """Undo what momentum and weight decay did to the frozen parameters."""
+        for value, frozen in zip((self.routing_embedding, self.distilled_centroids), self._frozen, strict=False):
+            value.copy_(frozen)
 
-    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
-        """Take the sigmoid of the gate; what it weighs is chosen by token ids."""
-        return gather_weights(logits_TE.sigmoid(), experts_TK)
+    def logits(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
+        """Return the gate's `E_c h`."""
+        return gate_linear(x_TD, self.expert_centroids)
+
+    def select_experts(self, logits_TE: Tensor) -> Tensor:
+        """Refuse: what it weights is selected by token ids.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("StableMoERouter selects experts by token ids, not by logits alone")
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Route by the gate in stage 1, by the frozen choices in stage 2."""
         token_ids = context.token_ids
         assert token_ids is not None  # `forward` checked what `requires` names.
-        logits_TE = F.linear(x_TD, self.expert_centroids)
-        distil = self.stage == 1 and self.training
+        logits_TE = self.logits(x_TD, context)
+        distill = self.stage == 1 and self.training
         if self.stage == 2:
-            experts_TK = self.frozen_choices[token_ids, : self.top_k].long()
+            experts_TK = self.frozen_choices[token_ids, : self.top_k]
         elif self.training or self.evaluate == "stage":
-            experts_TK = topk(logits_TE, self.top_k)[1]
+            experts_TK = topk_indices(logits_TE, self.top_k)
         else:
-            experts_TK = topk(self._distilled_logits(token_ids), self.top_k)[1]
-        gates_TK = logits_TE.gather(1, experts_TK).sigmoid()
+            experts_TK = topk_indices(self._distilled_logits(token_ids), self.top_k)
+        gates_TK = self._weights(logits_TE, experts_TK, may_drop=False)
         losses = {}
-        if distil:
+        if distill:
             # What the frozen router is taught is the policy alone: neither the gate nor the model gets its gradient.
             first_T = experts_TK[:, 0]
             losses["balance"] = stablemoe_balance_loss(
-                gates_TK[:, 0], first_T, self.spec.num_experts, **scope_of(self.balance_scope, context)
+                gates_TK[:, 0], first_T, self.spec.num_experts, **scope_of("batch", context)
             )
             losses["distillation"] = distillation_loss(
                 self._distilled_logits(token_ids), first_T, padding_mask=context.padding_mask
@@ -159,16 +168,7 @@ class StableMoERouter(Router):
             # Zeros that keep every parameter in the graph: DistributedDataParallel waits for all gradients.
             zero = 0.0 * (self.routing_embedding.sum() + self.distilled_centroids.sum())
             losses = {"balance": logits_TE.new_zeros(()), "distillation": zero}
-        return Routing(experts_TK, gates_TK, logits_TE, losses, may_drop=False)
+        return Routing(experts_TK, gates_TK, logits_TE, losses, score_fn=self.score_fn, may_drop=False)
 
     def _distilled_logits(self, token_ids: Tensor) -> Tensor:
-        return F.linear(F.embedding(token_ids, self.routing_embedding), self.distilled_centroids)
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """Return the stage beside k."""
-        return {**super().get_extra_state(), "stage": self._stage}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take stage and k; the frozen choices come with the buffers."""
-        super().set_extra_state(state)
-        self._stage = state["stage"]
+        return gate_linear(F.embedding(token_ids, self.routing_embedding), self.distilled_centroids)

@@ -1,20 +1,20 @@
 """XMoERouter: cosine routing on a low-dimensional hypersphere (Chi et al., NeurIPS 2022, https://arxiv.org/abs/2204.09179)."""
-# Shape suffixes: T tokens, D model width, E experts, K choices per token, R routing dimension.
+# Shape suffixes: T tokens, D model width, E experts, R routing dimension.
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, final
+from typing import final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from routerzoo.functional.losses import Scope, balance_loss, fields_of_scope, scope_of
-from routerzoo.functional.topk import ScoreFunction, gather_weights, score, topk, topk_indices
+from routerzoo.functional.gate import gate_linear
+from routerzoo.functional.topk import ScoreFunction
 from routerzoo.registry import register_router
-from routerzoo.router import Router
-from routerzoo.routing import LayerSpec, Routing, RoutingContext
+from routerzoo.router import LogitRouter, LossWeight
+from routerzoo.routing import LayerSpec, RoutingContext
 
 BALANCE_TEMPERATURE: dict[ScoreFunction, float] = {"softmax": 0.3, "sigmoid": 0.07}
 MIN_TEMPERATURE = 0.01
@@ -22,15 +22,15 @@ MIN_TEMPERATURE = 0.01
 
 @register_router
 @final
-class XMoERouter(Router):
+class XMoERouter(LogitRouter):
     """Gate that compares a low-dimensional projection of the token with expert embeddings by their cosine.
 
     `s_i = cos(P h, c_i)` with P of `[R, D]`; the logits are `s / tau`, tau learned. The weight is the softmax over all
-    experts, or the sigmoid, at the chosen expert; it is not renormalised. Loss `balance`: Switch's, on
+    experts, or the sigmoid, at the chosen expert; it is not renormalized. Loss `balance`: Switch's, on
     `softmax(s / tau0)` with a *fixed* temperature tau0 (0.3 with softmax, 0.07 with sigmoid weights), so that the
     learned temperature cannot lower it. Coefficient 0.01 (the authors' README).
 
-    Most public versions differ from the paper: they normalise one side only, fix tau, or take the softmax twice. The
+    Most public versions differ from the paper: they normalize one side only, fix tau, or take the softmax twice. The
     bound tau >= 0.01 is Tutel's. The paper is silent on initial values: here tau starts at tau0, the expert embeddings
     are orthogonal (torchscale) and P is drawn as in `torch.nn.Linear`.
 
@@ -44,11 +44,11 @@ class XMoERouter(Router):
         routing_dim: dimension R of the hypersphere; by default half the number of experts, as published.
         score: how logits become weights.
         temperature: initial value of tau; by default tau0.
-        balance_scope: take the balance loss over the micro-batch, as published, or in each sequence.
     """
 
     paper = "Chi et al., NeurIPS 2022, arXiv:2204.09179"
-    default_loss_weights: ClassVar[Mapping[str, float]] = {"balance": 1e-2}
+    renormalize = False
+    default_loss_weights: Mapping[str, float | LossWeight] = {"balance": 1e-2}
 
     def __init__(
         self,
@@ -58,18 +58,14 @@ class XMoERouter(Router):
         routing_dim: int | None = None,
         score: ScoreFunction = "softmax",
         temperature: float | None = None,
-        balance_scope: Scope = "batch",
     ) -> None:
-        super().__init__(spec, top_k=top_k)
-        self.require(*fields_of_scope(balance_scope))
-        self.balance_scope: Scope = balance_scope
         if score not in BALANCE_TEMPERATURE:
             raise ValueError(f"score must be softmax or sigmoid, got {score!r}")
+        super().__init__(spec, top_k=top_k, score_fn=score)
         if routing_dim is None:
             routing_dim = max(spec.num_experts // 2, 1)
         if routing_dim < 1:
             raise ValueError(f"routing_dim must be at least 1, got {routing_dim}")
-        self.score_function: ScoreFunction = score
         self.balance_temperature = BALANCE_TEMPERATURE[score]
         temperature = self.balance_temperature if temperature is None else temperature
         if temperature < MIN_TEMPERATURE:
@@ -88,22 +84,15 @@ class XMoERouter(Router):
             raise ValueError(f"the temperature would have to be {temperature:.3g}; it is at least {MIN_TEMPERATURE}")
         self.temperature.fill_(temperature)
 
-    def select_experts(self, logits_TE: Tensor) -> Tensor:
-        """Choose the k largest."""
-        return topk_indices(logits_TE, self.top_k)
-
-    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
-        """Take the scores of the chosen logits."""
-        return gather_weights(score(logits_TE, self.score_function), experts_TK)
-
-    def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
-        """Take the k most similar experts."""
-        token_TR = F.normalize(F.linear(x_TD, self.projection), dim=-1)
+    def logits(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
+        """Return the cosine over the learned temperature."""
+        token_TR = F.normalize(gate_linear(x_TD, self.projection), dim=-1)
         cosine_TE = F.linear(token_TR, F.normalize(self.expert_embedding, dim=-1))
-        logits_TE = cosine_TE * self.temperature.clamp_min(MIN_TEMPERATURE).reciprocal()
-        weights_TK, experts_TK = topk(score(logits_TE, self.score_function), self.top_k)
-        probs_TE = (cosine_TE / self.balance_temperature).softmax(-1)
-        losses = {}
-        if self.training and context.compute_aux_losses:
-            losses["balance"] = balance_loss(probs_TE, experts_TK, **scope_of(self.balance_scope, context))
-        return Routing(experts_TK, weights_TK, logits_TE, losses, probs_TE, may_drop=False)
+        return cosine_TE * self._inverse_temperature()
+
+    def balance_probs(self, logits_TE: Tensor) -> Tensor:
+        """Return the softmax at the fixed temperature."""
+        return (logits_TE / (self._inverse_temperature() * self.balance_temperature)).softmax(-1)
+
+    def _inverse_temperature(self) -> Tensor:
+        return self.temperature.clamp_min(MIN_TEMPERATURE).reciprocal()

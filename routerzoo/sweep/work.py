@@ -97,8 +97,8 @@ def _outcome(folder: Path, test: list[str], threads: int) -> dict[str, Any]:
     try:
         import torch
 
-        from routerzoo.callbacks.checkpoint import TERMINATED
         from routerzoo.cli import main as cli
+        from routerzoo.runs.checkpoint import TERMINATED
         from routerzoo.tune_cpu import tune_cpu
 
         os.environ["OMP_NUM_THREADS"] = str(threads)

@@ -6,27 +6,31 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning import LightningModule
+from lightning import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
+from routerzoo.callbacks.router_hooks import RouterHooks
 from routerzoo.costs import Costs, count_costs
 from routerzoo.distributed.collectives import all_ranks
 from routerzoo.errors import UserError
-from routerzoo.functional.losses import auxiliary_loss
+from routerzoo.moe.auxiliary_loss import auxiliary_losses
 from routerzoo.moe.layer import moe_layers
 from routerzoo.optim import EXECUTION, WarmupCosine, parameter_groups, use_fused_kernel
+from routerzoo.router import LossWeight, Router
 from routerzoo.routers.logit_scale import match_logit_std
 from routerzoo.routing import RoutingContext
+
+FORMAT_KEY, FORMAT = "routerzoo_format", 2
+"""What a checkpoint is written as, under which name."""
 
 SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
 
@@ -57,7 +61,7 @@ class MoETask(LightningModule, ABC):
         net: nn.Module,
         optimizer: OptimizerCallable,
         lr_scheduler: SchedulerFactory,
-        loss_weights: dict[str, float] | None,
+        loss_weights: dict[str, float | LossWeight] | None,
         eval_top_k: int | list[int] | None,
         initial_logit_std: float | None,
         consistency: float,
@@ -83,6 +87,7 @@ class MoETask(LightningModule, ABC):
                 match_logit_std(layer.router, initial_logit_std)
         self.evaluated = nn.ModuleList([nn.ModuleDict(evaluation_metrics()) for _ in self.eval_top_ks])
         self._random_state: Tensor | None = None
+        self._total_steps: int | None = None
         self._costs_before_sharding: list[Costs] | None = None
 
     @property
@@ -130,63 +135,56 @@ class MoETask(LightningModule, ABC):
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps that the run will take.
+        """Optimizer steps that the run will take, as planned when it started.
 
         Raises:
             UserError: a run without end.
         """
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise UserError("the run has no end to plan for: set trainer.max_steps or trainer.max_epochs")
-        return int(steps)
+        if self._total_steps is None:
+            steps = self.trainer.estimated_stepping_batches
+            if steps == float("inf"):
+                raise UserError("the run has no end to plan for: set trainer.max_steps or trainer.max_epochs")
+            self._total_steps = int(steps)
+        return self._total_steps
 
     def setup(self, stage: str) -> None:
-        """Calibrate routers that want to know how frequent token ids are."""
+        """Say whether evaluation serves somebody."""
         for layer in moe_layers(self.net):
             layer.warns_of_batch_dependence = stage != "fit"  # a fit evaluates, but serves nobody
-        if stage == "fit" and any("token_ids" in layer.router.requires for layer in moe_layers(self.net)):
-            counts_V = self.token_counts()
-            for layer in moe_layers(self.net):
-                if counts_V is not None and not layer.router.is_frozen:
-                    layer.router.fit_token_counts(counts_V)
 
-    def auxiliary_losses(self, context: RoutingContext) -> dict[str, Tensor]:
-        """Return each weighted auxiliary loss, its coefficient applied, summed over layers (as Switch does).
+    def configure_callbacks(self) -> list[Callback]:
+        """Update the routers once per optimizer step, unless the trainer has the callback already."""
+        if any(isinstance(callback, RouterHooks) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            return []
+        return [RouterHooks()]
+
+    def auxiliary_losses(self, context: RoutingContext, token_losses_T: Tensor | None = None) -> dict[str, Tensor]:
+        """Return each auxiliary loss, weighted and reduced over layers; see `routerzoo.auxiliary_loss`.
+
+        Args:
+            context: of the pass.
+            token_losses_T: the task's loss of each token, for routers that learn from it.
 
         Raises:
             UserError: a coefficient for a loss that the router does not have.
         """
-        losses: dict[str, Tensor] = {}
-        for layer in moe_layers(self.net):
-            routing = context.routings[layer.spec.layer]
-            weights = layer.router.default_loss_weights if self.loss_weights is None else self.loss_weights
-            for name, weight in weights.items():
-                if weight == 0:
-                    continue
-                try:
-                    loss = auxiliary_loss(name, routing, context) * weight
-                except ValueError as error:
-                    raise UserError(f"loss_weights of {type(layer.router).__name__}: {error}") from None
-                losses[name] = losses[name] + loss if name in losses else loss
-        return losses
+        try:
+            return auxiliary_losses(self.net, context, self.loss_weights, token_losses=token_losses_T)
+        except ValueError as error:
+            raise UserError(f"loss_weights: {error}") from None
 
-    def combined_loss(self, task_loss: Tensor, context: RoutingContext, token_losses_T: Tensor) -> Tensor:
-        """Add the auxiliary losses to the task's, and log them.
+    def add_auxiliary_losses(self, task_loss: Tensor, context: RoutingContext, token_losses_T: Tensor) -> Tensor:
+        """Return the task's loss with the auxiliary losses, and log these.
 
         Args:
             task_loss: mean over the batch.
             context: of the pass.
-            token_losses_T: the task's loss of each token, for routers that want feedback.
+            token_losses_T: the task's loss of each token, for routers that learn from it.
         """
-        for layer in moe_layers(self.net):
-            if layer.router.wants_feedback:
-                routing = context.routings[layer.spec.layer]
-                told = layer.router.feedback(routing, context, token_losses_T.detach())
-                context.routings[layer.spec.layer] = replace(routing, losses={**routing.losses, **told})
-        auxiliary = self.auxiliary_losses(context)
-        if auxiliary:
-            self.log_dict({f"train/{name}_loss": loss.detach() for name, loss in auxiliary.items()}, sync_dist=True)
-        for loss in auxiliary.values():
+        losses = self.auxiliary_losses(context, token_losses_T)
+        if losses:
+            self.log_dict({f"train/{name}_loss": loss.detach() for name, loss in losses.items()}, sync_dist=True)
+        for loss in losses.values():
             task_loss = task_loss + loss
         return task_loss
 
@@ -220,6 +218,10 @@ class MoETask(LightningModule, ABC):
         """Step, total steps and the processes that train together, as the routers see them."""
         return {"step": self.global_step, "total_steps": self.total_steps, "process_group": all_ranks()}
 
+    def on_fit_start(self) -> None:
+        """Plan the run anew."""
+        self._total_steps = None
+
     def on_train_start(self) -> None:
         """Choose how the optimiser computes, when a resumed run has its state."""
         if not self.is_sharded:
@@ -227,24 +229,18 @@ class MoETask(LightningModule, ABC):
                 use_fused_kernel(optimizer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Tell the routers that a step starts; the first one of a resumed run takes its random state up."""
+        """Restore the random state where a resumed run takes its first step."""
         if self._random_state is not None:
             # Not before: loaders draw numbers when they are set up.
             torch.set_rng_state(self._random_state.cpu())
             self._random_state = None
-        for layer in moe_layers(self.net):
-            if not layer.router.is_frozen:
-                layer.router.on_step_start(self.global_step, self.total_steps)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Tell the routers that the gradients are complete."""
+        """Average the gradients of what is whole on each process of a sharded model."""
         if self.is_sharded:
             from routerzoo.distributed.fsdp import average_gradients
 
             average_gradients(self.parameters())
-        for layer in moe_layers(self.net):
-            if not layer.router.is_frozen:
-                layer.router.before_optimizer_step()
 
     def configure_optimizers(self) -> Any:
         """Build optimiser and schedule, which advances by the step."""
@@ -270,17 +266,12 @@ class MoETask(LightningModule, ABC):
     @contextmanager
     def override_top_k(self, place: int = 0) -> Iterator[None]:
         """Route with one of the k of `eval_top_k` for a while."""
-        layers = list(moe_layers(self.net))
-        trained = [layer.router.top_k for layer in layers]
         top_k = self.eval_top_ks[place]
-        try:
-            for layer in layers if top_k is not None else ():
+        with ExitStack() as stack:
+            for layer in moe_layers(self.net) if top_k is not None else ():
                 assert top_k is not None
-                layer.router.top_k = top_k
+                stack.enter_context(layer.router.override_top_k(top_k))
             yield
-        finally:
-            for layer, before in zip(layers, trained, strict=True):
-                layer.router.top_k = before
 
     def _evaluation_step(self, stage: str, batch: Any) -> None:
         for place, top_k in enumerate(self.eval_top_ks):
@@ -314,9 +305,18 @@ class MoETask(LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the random state: dropout goes on as it would have."""
         checkpoint["random_state"] = torch.get_rng_state()
+        checkpoint[FORMAT_KEY] = FORMAT
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the random state up when the first step starts."""
+        if checkpoint.get(FORMAT_KEY) != FORMAT:
+            raise UserError(
+                f"the checkpoint is of format {checkpoint.get(FORMAT_KEY, 1)}, this version reads {FORMAT}: train "
+                "again, or use the version of routerzoo that wrote it"
+            )
+        for name, module in self.named_modules():
+            if isinstance(module, Router) and (k := checkpoint["state_dict"].get(f"{name}.k")) is not None:
+                module.top_k = int(k)  # a schedule had set it
         self._random_state = checkpoint.get("random_state")
         states = checkpoint.get("optimizer_states", [])
         # Several processes save the optimiser's state by name; one reads it by number.

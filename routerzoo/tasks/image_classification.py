@@ -22,6 +22,7 @@ from routerzoo.moe.experts import MLPExperts
 from routerzoo.moe.grouped_linear import Backend
 from routerzoo.moe.layer import ExpertsFactory, RouterFactory
 from routerzoo.optim import WarmupCosine
+from routerzoo.router import LossWeight
 from routerzoo.routers import LinearRouter
 from routerzoo.tasks.base import MoETask, SchedulerFactory, allow_in_checkpoints
 
@@ -89,7 +90,7 @@ class ImageClassification(MoETask):
         label_smoothing: float = 0.0,
         activation_checkpointing: bool = False,
         backend: Backend = "auto",
-        loss_weights: dict[str, float] | None = None,
+        loss_weights: dict[str, float | LossWeight] | None = None,
         eval_top_k: int | list[int] | None = None,
         initial_logit_std: float | None = None,
         consistency: float = 0.0,
@@ -179,7 +180,7 @@ class ImageClassification(MoETask):
                 logits_BL, batch.labels_B, label_smoothing=self.label_smoothing, reduction="none"
             )
             assert context.sequence_ids is not None  # the net fills them in
-            auxiliary = self.combined_loss(auxiliary, context, losses_B.index_select(0, context.sequence_ids))
+            auxiliary = self.add_auxiliary_losses(auxiliary, context, losses_B.index_select(0, context.sequence_ids))
             losses.append(losses_B.mean())
             logits.append(logits_BL)
         accuracy = (logits[0].argmax(-1) == batch.labels_B).float().mean()

@@ -22,6 +22,7 @@ from routerzoo.moe.experts import MLPExperts
 from routerzoo.moe.grouped_linear import Backend
 from routerzoo.moe.layer import ExpertsFactory, RouterFactory
 from routerzoo.optim import WarmupCosine
+from routerzoo.router import LossWeight
 from routerzoo.routers import LinearRouter
 from routerzoo.routing import RoutingContext
 from routerzoo.tasks.base import MoETask, SchedulerFactory, allow_in_checkpoints
@@ -121,7 +122,7 @@ class LanguageModeling(MoETask):
         activation_checkpointing: bool = False,
         backend: Backend = "auto",
         allow_non_causal: bool = False,
-        loss_weights: dict[str, float] | None = None,
+        loss_weights: dict[str, float | LossWeight] | None = None,
         eval_top_k: int | list[int] | None = None,
         initial_logit_std: float | None = None,
         consistency: float = 0.0,
@@ -212,7 +213,7 @@ class LanguageModeling(MoETask):
             logits_BSV, losses_T, context = self._predict(batch)
             losses.append(losses_T.sum() / has_target_T.sum())
             logits.append(logits_BSV.flatten(0, 1))
-            auxiliary = self.combined_loss(auxiliary, context, losses_T)
+            auxiliary = self.add_auxiliary_losses(auxiliary, context, losses_T)
         detached = torch.stack(losses).mean().detach()
         self.log_dict(
             {"train/loss": detached, f"train/{self.metric}": reported(detached, self.metric)},

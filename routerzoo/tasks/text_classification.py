@@ -21,6 +21,7 @@ from routerzoo.moe.experts import MLPExperts
 from routerzoo.moe.grouped_linear import Backend
 from routerzoo.moe.layer import ExpertsFactory, RouterFactory
 from routerzoo.optim import WarmupCosine
+from routerzoo.router import LossWeight
 from routerzoo.routers import LinearRouter
 from routerzoo.routing import RoutingContext
 from routerzoo.tasks.base import MoETask, SchedulerFactory, allow_in_checkpoints
@@ -90,7 +91,7 @@ class TextClassification(MoETask):
         backend: Backend = "auto",
         allow_non_causal: bool = False,
         label_smoothing: float = 0.0,
-        loss_weights: dict[str, float] | None = None,
+        loss_weights: dict[str, float | LossWeight] | None = None,
         eval_top_k: int | list[int] | None = None,
         initial_logit_std: float | None = None,
         consistency: float = 0.0,
@@ -185,7 +186,7 @@ class TextClassification(MoETask):
             assert context.sequence_ids is not None  # the net fills them in
             token_losses_T = losses_B.index_select(0, context.sequence_ids)
             token_losses_T = token_losses_T.masked_fill(batch.padding_mask_BS.flatten(), 0.0)
-            auxiliary = self.combined_loss(auxiliary, context, token_losses_T)
+            auxiliary = self.add_auxiliary_losses(auxiliary, context, token_losses_T)
             losses.append(losses_B.mean())
             logits.append(logits_BL)
         accuracy = (logits[0].argmax(-1) == batch.labels_B).float().mean()

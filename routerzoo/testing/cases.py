@@ -7,7 +7,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -113,7 +113,7 @@ class Case:
         """Build a router, and take it to the example's step of training."""
         router = self.build(top_k=top_k, seed=seed)
         router.fit_token_counts(torch.arange(1, VOCAB_SIZE + 1))
-        router.on_step_start(self.sizes.step, TOTAL_STEPS)
+        router.begin_step(self.sizes.step, TOTAL_STEPS)
         return router.train(training)
 
     def hidden(self, seed: int = 1, scale: float = 1.0) -> Tensor:
@@ -142,7 +142,7 @@ class Case:
     def route(self, router: Router, x_TD: Tensor, context: RoutingContext, seed: int = 2) -> Routing:
         """Route with a random state of its own, so that a router's noise is the same every time."""
         with seeded(self.sizes.seed + seed):
-            routing: Routing = router(x_TD, replace(context, carry={}, routings={}))
+            routing: Routing = router(x_TD, context.new_pass())
         return routing
 
     def effect(self, routing: Routing, x_TD: Tensor) -> Tensor:

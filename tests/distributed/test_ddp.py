@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.test_cli import CONFIG
+from tests.cli.test_main import CONFIG
 
 
 # One whose parameters stop learning on the way, and one with frozen buffers; each takes half a minute to start.

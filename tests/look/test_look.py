@@ -10,12 +10,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from routerzoo import HashRouter, ImageClassification, ImageData, LanguageModeling, LinearRouter, Routing, TextData, cli
-from routerzoo.callbacks import RoutingPictures
 from routerzoo.data.tokens import TextBatch
 from routerzoo.errors import UserError
 from routerzoo.look import claims, observe
 from routerzoo.look.drawings import expert_colours
 from routerzoo.look.observe import expert_weights
+from routerzoo.runs.routing_pictures import RoutingPictures
 
 TEXT = {"d_model": 16, "num_blocks": 2, "num_heads": 2, "num_experts": 4, "max_length": 16}
 IMAGES = {

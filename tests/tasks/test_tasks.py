@@ -310,7 +310,7 @@ def test_a_schedule_beyond_what_a_router_can_do_is_refused_before_training():
 
 
 def test_results_name_the_k_that_they_were_evaluated_with(tmp_path):
-    from routerzoo.callbacks import RunReport
+    from routerzoo.runs.report import RunReport
 
     callbacks = [RunReport(str(tmp_path))]
     trainer = Trainer(**QUIET, limit_test_batches=1, enable_checkpointing=False, callbacks=callbacks)

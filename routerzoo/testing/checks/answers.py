@@ -43,7 +43,7 @@ def declaration(cases: Cases) -> None:
         f"{cls.__name__}{inspect.signature(cls)}: the arguments must be (spec, *, keywords)",
     )
     case, x_TD = cases.standard(), cases.standard().hidden()
-    context = case.context(carry={}, routings={})
+    context = case.context()
     routing: Routing = router(x_TD, context)
     losses = dict(routing.losses)
     if router.wants_feedback:

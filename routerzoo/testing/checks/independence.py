@@ -36,7 +36,7 @@ def deterministic(cases: Cases) -> None:
         require_same(case, first, again, x_TD, message)
         with torch.random.fork_rng():
             before = torch.get_rng_state()
-            router(x_TD, replace(context, carry={}, routings={}))
+            router(x_TD, context.new_pass())
             fail_unless(torch.equal(torch.get_rng_state(), before), "advances the global random state in evaluation")
         for changed in (case.context(ids_seed=9), context):
             case.route(router, case.hidden(9, scale=10), changed)

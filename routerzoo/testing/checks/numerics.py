@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import replace
 
 import torch
 
@@ -148,7 +147,7 @@ def compiles(cases: Cases) -> None:
                 # Torch's advice about one version of Python says nothing of the router.
                 warnings.filterwarnings("ignore", message="Guards may run slower on Python")
                 torch.manual_seed(case.sizes.seed + 2)
-                routing = compiled(x_TD, replace(context, carry={}, routings={}))
+                routing = compiled(x_TD, context.new_pass())
         except Exception as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else ""
             raise CheckFailure(

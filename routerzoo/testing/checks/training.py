@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -124,7 +123,7 @@ def _train(case: Case, router: Router, optimizer: torch.optim.Optimizer | None) 
         x_TD = case.hidden(10 + number).requires_grad_()
         context = case.context(ids_seed=10 + number, step=step)
         router.zero_grad()
-        context = replace(context, carry={}, routings={})
+        context = context.new_pass()
         with seeded(case.sizes.seed + 20 + number):
             routing: Routing = router(x_TD, context)
         objective = _objective(case, routing, x_TD)
@@ -226,7 +225,7 @@ def recomputation(cases: Cases) -> None:
             return
 
         def objective(x_TD: Tensor) -> Tensor:
-            routing: Routing = router(x_TD, replace(context, carry={}, routings={}))
+            routing: Routing = router(x_TD, context.new_pass())
             return _objective(case, routing, x_TD)
 
         gradients = []

@@ -1,0 +1,39 @@
+"""`Reinitializable`: modules whose constructor is also their `reset_parameters`."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+
+class Reinitializable(nn.Module):
+    """A module that draws its initial values again by building itself again, with the arguments that it was built with.
+
+    So that what was built on the meta device, or loaded from a checkpoint that lacks it, is initialized as the
+    constructor does it, without a second copy of that code in each class.
+    """
+
+    _built_with: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:  # noqa: D102
+        module = super().__new__(cls)
+        module.__dict__["_built_with"] = (args, kwargs)
+        return module
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw parameters and buffers as the constructor did, on the device where they are."""
+        args, kwargs = self._built_with
+        own = _tensors(self)
+        device = next((tensor.device for tensor in own.values()), torch.device("cpu"))
+        with torch.device(device):
+            fresh = type(self)(*args, **kwargs)
+        for name, tensor in _tensors(fresh).items():
+            own[name].copy_(tensor)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return dict(itertools.chain(module.named_parameters(), module.named_buffers()))

@@ -1,0 +1,221 @@
+"""Auxiliary losses of a model: functions of its layers' routings, weighted and reduced over layers."""
+# Shape suffixes: T tokens, E experts.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from routerzoo.functional.losses import balance_loss, importance_loss, load_loss, scope_of, z_loss
+from routerzoo.moe.layer import MoE, inner_router, moe_layers
+from routerzoo.router import LossWeight, Router
+from routerzoo.routing import LayerRouting, Routing, RoutingContext
+
+
+def auxiliary_loss(
+    model: nn.Module | Iterable[MoE],
+    context: RoutingContext,
+    weights: Mapping[str, float | LossWeight] | None = None,
+    *,
+    token_losses: Tensor | None = None,
+) -> Tensor:
+    """Return what a training loop adds to its loss: the weighted sum of all auxiliary losses, a scalar.
+
+    Args:
+        model: the model, or its MoE layers.
+        context: the context that the model was called with.
+        weights: coefficients by name, summed over layers unless a `LossWeight` says otherwise; by default those that
+            each router's source publishes, reduced over layers as it does.
+        token_losses: the task's loss of each token, `[tokens]` or `[batch, sequence]`, 0 for tokens without a target;
+            needed by routers that learn from it (`Router.feedback`).
+
+    Returns:
+        0 where there is nothing to add.
+
+    Raises:
+        ValueError: a loss that a router does not have, or a context that none of the layers was called with.
+
+    Example:
+        >>> import torch
+        >>> from routerzoo import MoE, RoutingContext
+        >>> layer, context = MoE(d_model=8, num_experts=4), RoutingContext()
+        >>> y = layer(torch.randn(2, 5, 8), context)
+        >>> auxiliary_loss(layer, context, {"balance": 0.01}).requires_grad
+        True
+    """
+    losses = list(auxiliary_losses(model, context, weights, token_losses=token_losses).values())
+    if not losses:
+        parameters = (p for module in ([model] if isinstance(model, nn.Module) else model) for p in module.parameters())
+        return torch.zeros((), device=next((parameter.device for parameter in parameters), None))
+    return torch.stack(losses).sum()
+
+
+def auxiliary_losses(
+    model: nn.Module | Iterable[MoE],
+    context: RoutingContext,
+    weights: Mapping[str, float | LossWeight] | None = None,
+    *,
+    token_losses: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Return the terms of `auxiliary_loss` by name, weighted and reduced over layers; the arguments are the same."""
+    layers = list(moe_layers(model)) if isinstance(model, nn.Module) else list(model)
+    published = [entry for entry in context.routings if entry.layer in layers]
+    if layers and not published:
+        raise ValueError(
+            "no MoE layer of the model was called with this context: hand it to the layers, or call the model inside "
+            "`with provide_context(model, context)`"
+        )
+    groups: dict[tuple[str, LossWeight], list[LayerRouting]] = {}
+    for entry in published:
+        given = inner_router(entry.layer).default_loss_weights if weights is None else weights  # type: ignore[arg-type]
+        for name, weight in given.items():
+            declared = weight if isinstance(weight, LossWeight) else LossWeight(weight)
+            if declared.value != 0:
+                groups.setdefault((name, declared), []).append(entry)
+    losses: dict[str, Tensor] = {}
+    for (name, weight), entries in groups.items():
+        loss = weight.value * _reduced(name, weight, entries, context, token_losses)
+        losses[name] = losses[name] + loss if name in losses else loss
+    return losses
+
+
+def loss_of(name: str, routing: Routing, context: RoutingContext) -> Tensor:
+    """Return a routing's raw loss of that name: the router's own where it has one, else the function of its routing.
+
+    Raises:
+        ValueError: it has no such loss.
+    """
+    if name in routing.losses:
+        return routing.losses[name]
+    routing = routing.for_losses
+    loss = ROUTING_LOSSES[name](routing, context) if name in ROUTING_LOSSES else None
+    if loss is None:
+        known = sorted({*routing.losses, *(ROUTING_LOSSES if routing.logits_TE is not None else ())})
+        raise ValueError(f"has no loss {name!r}; it has {', '.join(known) or 'none'}")
+    return loss
+
+
+def _reduced(
+    name: str, weight: LossWeight, entries: list[LayerRouting], context: RoutingContext, token_losses: Tensor | None
+) -> Tensor:
+    router = inner_router(entries[0].layer)  # type: ignore[arg-type]
+    try:
+        if weight.over_layers == "pooled" and name in ROUTING_LOSSES and name not in entries[0].routing.losses:
+            return loss_of(name, *_pooled([entry.routing.for_losses for entry in entries], context))
+        losses = [_own_or_generic(name, entry, context, token_losses) for entry in entries]
+    except ValueError as error:
+        raise ValueError(f"{type(router).__name__} {error}") from None
+    total = torch.stack(losses).sum()
+    return total if weight.over_layers == "sum" else total / len(losses)
+
+
+def _own_or_generic(name: str, entry: LayerRouting, context: RoutingContext, token_losses: Tensor | None) -> Tensor:
+    router: Router = inner_router(entry.layer)  # type: ignore[arg-type]
+    if router.wants_feedback and name not in entry.routing.losses and name not in ROUTING_LOSSES:
+        if token_losses is None:
+            raise ValueError(f"learns {name!r} from the task's loss of each token: give token_losses")
+        told = router.feedback(entry.routing, context, token_losses.detach().flatten())
+        entry.routing = replace(entry.routing, losses={**entry.routing.losses, **told})
+    return loss_of(name, entry.routing, context)
+
+
+def _pooled(routings: list[Routing], context: RoutingContext) -> tuple[Routing, RoutingContext]:
+    """Return one routing of the tokens of all layers, and its context.
+
+    Raises:
+        ValueError: layers whose routings cannot be joined.
+    """
+    if len({(None if r.logits_TE is None else r.logits_TE.shape[1], r.experts_TK is None) for r in routings}) > 1:
+        raise ValueError("has layers of different sizes, whose losses cannot be pooled: give weights that are summed")
+    first, times = routings[0], len(routings)
+    fields: dict[str, Any] = {}
+    for name in ("logits_TE", "clean_logits_TE", "balance_probs_TE", "weights_TK", "experts_TK"):
+        values = [getattr(routing, name) for routing in routings]
+        if values[0] is not None:
+            fields[name] = torch.cat(values)
+    if first.experts_TK is None:
+        raise ValueError("has no fixed number of choices, whose losses could be pooled over layers")
+    if isinstance(first.noise_std, Tensor):
+        fields["noise_std"] = torch.cat([r.noise_std for r in routings if isinstance(r.noise_std, Tensor)])
+    repeated = {
+        name: None if values is None else values.repeat(times)
+        for name, values in (("padding_mask", context.padding_mask), ("sequence_ids", context.sequence_ids))
+    }
+    return replace(first, losses={}, **fields), context.new_pass(attention=None, **repeated)
+
+
+def _balance(routing: Routing, context: RoutingContext) -> Tensor | None:
+    experts_TK = _choices(routing)
+    return (
+        None if experts_TK is None else balance_loss(routing.balance_scores(), experts_TK, **scope_of("batch", context))
+    )
+
+
+def _sequence_balance(routing: Routing, context: RoutingContext) -> Tensor | None:
+    experts_TK = _choices(routing)
+    if experts_TK is None:
+        return None
+    return balance_loss(routing.balance_scores(), experts_TK, **scope_of("sequence", context))
+
+
+def _choices(routing: Routing) -> Tensor | None:
+    """Return the choices of each token, -1 for none; None where there are no logits or no choices."""
+    if routing.logits_TE is None or routing.dense:
+        return None
+    if routing.experts_TK is not None:
+        return routing.experts_TK
+    pairs = routing.assignments()
+    num_tokens, num_experts = routing.logits_TE.shape
+    flat = pairs.expert_N.new_full((num_tokens * num_experts + 1,), -1)
+    place_N = torch.where(pairs.expert_N >= 0, pairs.token_N * num_experts + pairs.expert_N, num_tokens * num_experts)
+    return flat.index_copy(0, place_N, pairs.expert_N)[:-1].view(num_tokens, num_experts)
+
+
+def _importance(routing: Routing, context: RoutingContext) -> Tensor | None:
+    """Shazeer's importance of the combine weights where the noise is learned; elsewhere V-MoE's, without noise."""
+    if routing.logits_TE is None:
+        return None
+    if isinstance(routing.noise_std, Tensor) and routing.experts_TK is not None and routing.weights_TK is not None:
+        kept_TK = routing.weights_TK.to(routing.logits_TE.dtype)
+        gates_TE = torch.zeros_like(routing.logits_TE)
+        gates_TE = gates_TE.scatter_add(1, routing.experts_TK.clamp_min(0), kept_TK)
+    elif routing.clean_logits_TE is not None:
+        gates_TE = routing.clean_logits_TE.softmax(-1)
+    else:
+        gates_TE = routing.balance_scores()
+    return importance_loss(gates_TE, **scope_of("batch", context))
+
+
+def _load(routing: Routing, context: RoutingContext) -> Tensor | None:
+    """Shazeer's load where the noise is learned; elsewhere V-MoE's."""
+    if routing.logits_TE is None or routing.experts_TK is None:
+        return None
+    clean_TE = routing.logits_TE if routing.clean_logits_TE is None else routing.clean_logits_TE
+    return load_loss(
+        clean_TE,
+        routing.experts_TK.shape[1],
+        noisy_logits_TE=routing.logits_TE,
+        noise_std=routing.noise_std,
+        exclude_itself=isinstance(routing.noise_std, Tensor),
+        **scope_of("batch", context),
+    )
+
+
+def _z(routing: Routing, context: RoutingContext) -> Tensor | None:
+    clean_TE = routing.logits_TE if routing.clean_logits_TE is None else routing.clean_logits_TE
+    return None if clean_TE is None else z_loss(clean_TE, padding_mask=context.padding_mask)
+
+
+RoutingLoss = Callable[[Routing, RoutingContext], Tensor | None]
+ROUTING_LOSSES: dict[str, RoutingLoss] = {
+    "balance": _balance,
+    "sequence_balance": _sequence_balance,
+    "importance": _importance,
+    "load": _load,
+    "z": _z,
+}
+"""Losses that any router with logits has, by the name that loss weights use; None where a routing has not."""
