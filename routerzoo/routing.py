@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.utils._pytree import register_pytree_node
+from torch.utils._pytree import GetAttrKey, register_pytree_node
 
 from routerzoo.functional.topk import ScoreFunction, apply_score_fn
 
@@ -197,7 +197,14 @@ def _unflatten_context(tensors: Any, rest: tuple[Any, ...]) -> RoutingContext:
     return context
 
 
-register_pytree_node(RoutingContext, _flatten_context, _unflatten_context)
+def _flatten_context_with_keys(context: RoutingContext) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+    tensors, rest = _flatten_context(context)
+    return [(GetAttrKey(name), tensor) for name, tensor in zip(TOKEN_FIELDS, tensors, strict=True)], rest
+
+
+register_pytree_node(
+    RoutingContext, _flatten_context, _unflatten_context, flatten_with_keys_fn=_flatten_context_with_keys
+)
 
 
 class LayerRouting:
