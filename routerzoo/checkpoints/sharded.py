@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 from routerzoo.errors import UserError
 from routerzoo.optim import EXECUTION
-from routerzoo.runs.atomic import PART, is_there, put_in_place
+from routerzoo.runs.atomic import TEMPORARY, atomic_replace, recover
 
 META = "meta.pt"
 STATE, OPTIMIZER, CHECKSUMS = "state_dict", "optimizer", "checksums"
@@ -35,7 +35,7 @@ STATE, OPTIMIZER, CHECKSUMS = "state_dict", "optimizer", "checksums"
 
 def is_folder(path: Path) -> bool:
     """Whether this is such a checkpoint."""
-    return is_there(path) and (path / META).is_file()
+    return recover(path) and (path / META).is_file()
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class _Writer(FileSystemWriter):
 
 def save(path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write a folder, on all ranks together. One that is there is replaced once the new one is whole."""
-    part = path.with_name(path.name + PART)
+    part = path.with_name(path.name + TEMPORARY)
     first = dist.get_rank() == 0
     if first:
         shutil.rmtree(part, ignore_errors=True)
@@ -113,7 +113,7 @@ def save(path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     dist.all_gather_object(checksums, {file.name: _checksum(file) for file in own})
     if first:
         torch.save({**meta, CHECKSUMS: {name: sum_ for sums in checksums for name, sum_ in sums.items()}}, part / META)
-        put_in_place(part, path)
+        atomic_replace(part, path)
     dist.barrier()
 
 

@@ -12,7 +12,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 
 from routerzoo.checkpoints import sharded as folders
 from routerzoo.errors import UserError
-from routerzoo.runs.atomic import PART, put_in_place
+from routerzoo.runs.atomic import TEMPORARY, atomic_replace
 
 
 @final
@@ -31,14 +31,14 @@ class WholeCheckpoints(TorchCheckpointIO):
             UserError: there is no room, or no permission. The file that was there is as it was.
         """
         path = Path(path)
-        part = path.with_name(path.name + PART)
+        part = path.with_name(path.name + TEMPORARY)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            put_in_place(part, path)
+            atomic_replace(part, path)
         except (OSError, RuntimeError) as error:
             part.unlink(missing_ok=True)
             kept = f"; {path} is still the one before" if path.exists() else ""

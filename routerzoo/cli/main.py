@@ -29,7 +29,7 @@ from routerzoo.cli.parser_errors import explain
 from routerzoo.errors import UserError
 from routerzoo.look.trainer import LookingTrainer
 from routerzoo.runs import folder as runs
-from routerzoo.runs.atomic import write_whole
+from routerzoo.runs.atomic import atomic_write
 from routerzoo.runs.checkpoint import TERMINATED, RunCheckpoint
 from routerzoo.runs.loggers import AppendingCSVLogger
 from routerzoo.runs.predictions import PredictionWriter
@@ -290,7 +290,7 @@ class _RunFolder(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(self.folder / runs.CONFIG, self.config)
+            atomic_write(self.folder / runs.CONFIG, self.config)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step > 0:

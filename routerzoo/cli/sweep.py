@@ -21,7 +21,7 @@ import yaml
 from rich.console import Console
 
 from routerzoo.errors import UserError
-from routerzoo.runs.atomic import write_whole
+from routerzoo.runs.atomic import atomic_write
 from routerzoo.sweep import work
 from routerzoo.sweep.code import code_version
 from routerzoo.sweep.engine import Engine, LocalEngine
@@ -82,7 +82,7 @@ def _sweep(plan: Plan, folder: Path, workers: int, gpus: int, options: argparse.
     ledger = Ledger(folder)
     code = code_version()
     told = {"config": str(plan.path), "baseline": plan.baseline, "margin": plan.margin}
-    write_whole(folder / PLAN, json.dumps(told, indent=2) + "\n")
+    atomic_write(folder / PLAN, json.dumps(told, indent=2) + "\n")
     refused = _enter(plan, folder, ledger, local, code, console)
     if options.show:
         _print_commands(folder, ledger.runs(), options.threads, console)
@@ -132,7 +132,7 @@ def _enter(
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         overlay = overlays / f"{digest}.yaml"
         if not overlay.is_file():
-            write_whole(overlay, text)
+            atomic_write(overlay, text)
         arguments = cell.arguments(overlay)
         # What a config resolves to follows from the files and from the code, whose defaults it takes.
         content = "\0".join([code, text, *(path.read_text(encoding="utf-8") for path in cell.configs)])
@@ -159,7 +159,7 @@ def _enter(
         rows[key] = _row(cell, key, config)
         _write_config(folder / rows[key]["folder"], config)
     ledger.plan(rows.values())
-    write_whole(folder / "refused.json", json.dumps(refused, indent=2) + "\n")
+    atomic_write(folder / "refused.json", json.dumps(refused, indent=2) + "\n")
     if refused and not rows:
         label, reason = next(iter(refused.items()))
         raise UserError(f"no run of the sweep can be made; {label}: {reason}")
@@ -169,7 +169,7 @@ def _enter(
 def _write_config(place: Path, config: str) -> None:
     place.mkdir(parents=True, exist_ok=True)
     if not (place / work.CELL).is_file():
-        write_whole(place / work.CELL, config)
+        atomic_write(place / work.CELL, config)
 
 
 def _set_aside(place: Path, code: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from routerzoo.look.drawings import expert_colours
 from routerzoo.look.observe import Observation
-from routerzoo.runs.atomic import write_whole
+from routerzoo.runs.atomic import atomic_write
 
 CLAIMS_SHOWN = 8
 FEWEST = 5
@@ -86,7 +86,7 @@ def write_page(
     template = files("routerzoo.look").joinpath("page.html.jinja").read_text(encoding="utf-8")
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, page.render(title=title, layers=layers, picture=encoded, command=command, fewest=FEWEST))
+    atomic_write(path, page.render(title=title, layers=layers, picture=encoded, command=command, fewest=FEWEST))
 
 
 def _piece(text: str, weights_E: Tensor, palette: Sequence[str]) -> Piece:

@@ -23,7 +23,7 @@ from routerzoo.costs import short
 from routerzoo.report import pictures
 from routerzoo.report.collect import Sweep, Task, differences, tested_k
 from routerzoo.report.statistics import Comparison, Interval, adjusted, compare, interval, mean_ranks
-from routerzoo.runs.atomic import write_whole
+from routerzoo.runs.atomic import atomic_write
 from routerzoo.sweep.ledger import THEN, Run
 from routerzoo.sweep.work import CELL, LOG
 
@@ -127,7 +127,7 @@ def write_report(sweep: Sweep) -> Report:
         "curves.csv": _csv(_curve_rows(sweep)),
     }
     for name, text in written.items():
-        write_whole(sweep.folder / name, text)
+        atomic_write(sweep.folder / name, text)
     return Report([sweep.folder / name for name in written], content["findings"])
 
 

@@ -1,4 +1,4 @@
-"""What is written is there as a whole or not at all, whenever its writer is killed."""
+"""Atomic writes: temporary file, fsync, rename."""
 
 from __future__ import annotations
 
@@ -6,35 +6,38 @@ import os
 import shutil
 from pathlib import Path
 
-# Of what is being written, and of the folder before until the new one has its name.
-PART, BEFORE = ".part", ".before"
+TEMPORARY, BACKUP = ".part", ".backup"
+"""Suffixes of what is being written, and of a folder that is being replaced."""
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file beside its place, then rename it; several processes may do so at once."""
-    part = path.with_name(f"{path.name}.{os.getpid()}{PART}")
-    part.write_text(text, encoding="utf-8", newline="")
-    part.replace(path)
+def atomic_write(path: Path, text: str) -> None:
+    """Write a text file in UTF-8. Several processes may write the same one; a reader sees the old or the new text."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
+    with temporary.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
-def put_in_place(part: Path, path: Path) -> None:
-    """Give what is whole its name, and remove what had it; one of the two is there at any moment.
+def atomic_replace(temporary: Path, path: Path) -> None:
+    """Rename a finished file or folder, and remove what had the name; one of the two exists at any moment.
 
-    A file replaces a file at once. Nothing replaces a folder so, which goes out of the way first (see `is_there`).
+    A rename replaces a file, but not a folder: that is renamed to its backup first (see `recover`).
     """
-    before = path.with_name(path.name + BEFORE)
-    if path.exists() and (path.is_dir() or part.is_dir()):
-        remove(before)
-        path.rename(before)
-    part.replace(path)
-    remove(before)
+    backup = path.with_name(path.name + BACKUP)
+    if path.exists() and (path.is_dir() or temporary.is_dir()):
+        remove(backup)
+        path.rename(backup)
+    temporary.replace(path)
+    remove(backup)
 
 
-def is_there(path: Path) -> bool:
-    """Whether a path exists; a folder that was being replaced when its writer died gets its name back."""
-    before = path.with_name(path.name + BEFORE)
-    if not path.exists() and before.exists():
-        before.rename(path)
+def recover(path: Path) -> bool:
+    """Restore a folder from its backup where its replacement was interrupted; return whether the path exists."""
+    backup = path.with_name(path.name + BACKUP)
+    if not path.exists() and backup.exists():
+        backup.rename(path)
     return path.exists()
 
 

@@ -11,7 +11,7 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers.csv_logs import CSVLogger, ExperimentWriter
 
-from routerzoo.runs.atomic import write_whole
+from routerzoo.runs.atomic import atomic_write
 
 
 class _AppendingWriter(ExperimentWriter):
@@ -27,7 +27,7 @@ class _AppendingWriter(ExperimentWriter):
         path = Path(self.metrics_file_path)
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
-        write_whole(path, _table(fieldnames, rows))
+        atomic_write(path, _table(fieldnames, rows))
 
 
 def _table(names: list[str], rows: list[dict[str, Any]]) -> str:
@@ -61,4 +61,4 @@ class AppendingCSVLogger(CSVLogger):
             # A row that a crash cut short has no step.
             rows = [row for row in reader if (row.get("step") or "").isdigit() and int(row["step"]) < step]
             names = list(reader.fieldnames or [])
-        write_whole(path, _table(names, rows))
+        atomic_write(path, _table(names, rows))

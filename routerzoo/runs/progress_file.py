@@ -9,7 +9,7 @@ from typing import Any, final
 
 from lightning import Callback, LightningModule, Trainer
 
-from routerzoo.runs.atomic import write_whole
+from routerzoo.runs.atomic import atomic_write
 from routerzoo.tasks.base import MoETask
 
 WRITE_SECONDS = 1.0
@@ -41,4 +41,4 @@ class ProgressFile(Callback):
             "total_steps": pl_module.total_steps,
             "metric": None if metric is None else float(metric),
         }
-        write_whole(self.path, json.dumps(told))  # whoever reads sees a whole file
+        atomic_write(self.path, json.dumps(told))  # whoever reads sees a whole file

@@ -21,7 +21,7 @@ from routerzoo.callbacks.stability import StabilityMonitor
 from routerzoo.costs import Costs, short
 from routerzoo.metrics.figures import quality_by_cost
 from routerzoo.moe.layer import moe_layers
-from routerzoo.runs.atomic import write_whole
+from routerzoo.runs.atomic import atomic_write
 from routerzoo.tasks.base import MoETask
 
 RESULTS = "results.json"
@@ -252,7 +252,7 @@ class RunReport(Callback):
         costs = _numbers(self._costs[0]) if self._costs else {}
         known[stage] = {**router, **results, **costs, "peak memory, bytes": peak_memory(pl_module.device)}
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(known, indent=2) + "\n")
+        atomic_write(path, json.dumps(known, indent=2) + "\n")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count what is evaluated."""

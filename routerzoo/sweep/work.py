@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from routerzoo.runs.atomic import BEFORE, is_there, write_whole
+from routerzoo.runs.atomic import BACKUP, atomic_write, recover
 
 OUTCOME = "outcome.json"
 LOG = "log.txt"
@@ -87,10 +87,10 @@ def run(folder: str, test: list[str], threads: int, sweep: Connection | None = N
     place = Path(folder)
     with _lock(place) as mine:
         if not mine:
-            write_whole(place / OUTCOME, json.dumps({"status": "waiting", "reason": TAKEN}))
+            atomic_write(place / OUTCOME, json.dumps({"status": "waiting", "reason": TAKEN}))
             return
         _log_into(place / LOG)
-        write_whole(place / OUTCOME, json.dumps(_outcome(place, test, threads)))
+        atomic_write(place / OUTCOME, json.dumps(_outcome(place, test, threads)))
 
 
 def _outcome(folder: Path, test: list[str], threads: int) -> dict[str, Any]:
@@ -110,10 +110,10 @@ def _outcome(folder: Path, test: list[str], threads: int) -> dict[str, Any]:
         quiet = ["--trainer.enable_progress_bar=false", "--run_dir", str(folder)]
         last = folder / LAST
         if "fit" not in results(folder):
-            resume = ["--ckpt_path", str(last)] if is_there(last) else []
+            resume = ["--ckpt_path", str(last)] if recover(last) else []
             cli.main(["fit", "--config", str(folder / CELL), *quiet, *resume])
         best = folder / BEST
-        checkpoint = best if is_there(best) else last
+        checkpoint = best if recover(best) else last
         cli.main(["test", "--config", str(folder / CELL), *quiet, "--ckpt_path", str(checkpoint), *test])
     except SystemExit as ended:
         if ended.code == TERMINATED:
@@ -133,7 +133,7 @@ def _outcome(folder: Path, test: list[str], threads: int) -> dict[str, Any]:
 
 def goes_on(folder: Path) -> bool:
     """Whether a run in this folder would go on from what was left there."""
-    return any((folder / f"{LAST}{end}").exists() for end in ("", BEFORE)) or "fit" in results(folder)
+    return any((folder / f"{LAST}{end}").exists() for end in ("", BACKUP)) or "fit" in results(folder)
 
 
 def results(folder: Path) -> dict[str, Any]:
