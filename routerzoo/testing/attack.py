@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -112,7 +111,7 @@ def _output(
         value[own] = kept[own]
         fields[name] = value
     with torch.no_grad():
-        routing = case.route(router, x_TD, replace(context, **fields))
+        routing = case.route(router, x_TD, context.replace(**fields))
         if routing.dispatch_GSEP is not None:
             return case.effect(routing, x_TD)[own]  # already outputs of linear experts
         weights_TE = case.effect(routing, x_TD)[:, : case.sizes.num_experts]

@@ -37,7 +37,7 @@ class Sizes:
         d_model: width of the hidden states.
         num_sequences: sequences in the batch.
         length: tokens of a sequence.
-        step: optimiser steps taken, of `TOTAL_STEPS`: stages of training are passed through.
+        step: optimizer steps taken, of `TOTAL_STEPS`: stages of training are passed through.
         seed: of weights and inputs.
     """
 
@@ -82,6 +82,7 @@ class Case:
         self.spec = LayerSpec(
             sizes.d_model,
             sizes.num_experts,
+            layer=0,
             num_layers=2,
             vocab_size=VOCAB_SIZE,
             num_positions=max(sizes.length, 1),
@@ -112,8 +113,10 @@ class Case:
     def router(self, *, training: bool = False, top_k: int | None = None, seed: int = 0) -> Router:
         """Build a router, and take it to the example's step of training."""
         router = self.build(top_k=top_k, seed=seed)
-        router.fit_token_counts(torch.arange(1, VOCAB_SIZE + 1))
-        router.begin_step(self.sizes.step, TOTAL_STEPS)
+        if router.wants_token_counts:
+            router.fit_token_counts(torch.arange(1, VOCAB_SIZE + 1, device=self.device))
+        if router.needs_updates:
+            router.begin_step(self.sizes.step, TOTAL_STEPS)
         return router.train(training)
 
     def hidden(self, seed: int = 1, scale: float = 1.0) -> Tensor:

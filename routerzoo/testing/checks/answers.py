@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
-from typing import Any
 
 import torch
 
-from routerzoo.functional.losses import GENERIC_LOSSES
+from routerzoo.moe.auxiliary_loss import loss_of
 from routerzoo.router import Router, UnmetRequirementError
 from routerzoo.routing import CONTEXT_FIELDS, Routing, RoutingContext
 from routerzoo.testing.cases import Case, Cases, CheckFailure, RefusedSizesError, takes_top_k
@@ -48,14 +47,15 @@ def declaration(cases: Cases) -> None:
     losses = dict(routing.losses)
     if router.wants_feedback:
         losses.update(router.feedback(routing, context, x_TD[:, 0].abs()))
+    routing = replace(routing, losses=losses)
     for name in router.default_loss_weights:
-        fail_unless(
-            name in losses or name in GENERIC_LOSSES,
-            f"default_loss_weights has {name!r}, the routing has the losses {sorted(losses)}",
-        )
+        try:
+            loss_of(name, routing, context)
+        except ValueError as error:
+            raise CheckFailure(f"default_loss_weights has {name!r}, but the routing {error}") from error
     router.eval()
     fail_unless(
-        not router.tokenwise or (router.causal and router.batch_independent),
+        not router.properties.tokenwise or (router.properties.causal and router.properties.batch_independent),
         "declares tokenwise, but not causal and batch_independent, which follow from it",
     )
 
@@ -109,9 +109,9 @@ def weights(cases: Cases) -> None:
             else:
                 weight_TN = case.effect(routing, x_TD)[:, : case.sizes.num_experts]
             fail_unless(weight_TN.isfinite().all(), f"weights are not finite: {brief(weight_TN)}")
-            if router.nonnegative:
+            if router.properties.nonnegative:
                 fail_unless((weight_TN >= 0).all(), f"declares nonnegative, but has the weight {weight_TN.min():.4g}")
-            if router.normalized:
+            if router.properties.normalized:
                 sums = weight_TN.sum(-1)
                 off = (sums - 1).abs().argmax() if len(sums) else 0
                 fail_unless(
@@ -172,7 +172,7 @@ def requirements(cases: Cases) -> None:
     )
     for name in sorted(router.requires):
         try:
-            case.route(router, x_TD, replace(full, **dict[str, Any]({name: None})))
+            case.route(router, x_TD, full.replace(**{name: None}))
         except ValueError as error:
             fail_unless(name in str(error), f"refuses a missing {name} without naming it: {error}")
         else:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -131,7 +130,7 @@ def _as_declared(cases: Cases, name: str, others: Callable[[Case, int], tuple[Te
     def law(case: Case) -> None:
         for training in MODES:
             router = case.router(training=training)
-            declared[training] = bool(getattr(router, name))
+            declared[training] = getattr(router.properties, name)
             x_TD, context = case.hidden(), case.context()
             assert context.token_ids is not None
             assert context.attention is not None
@@ -148,7 +147,7 @@ def _as_declared(cases: Cases, name: str, others: Callable[[Case, int], tuple[Te
                     others_attention = case.context(ids_seed=which + 7).attention
                     assert others_attention is not None
                     attention = torch.where(changed_T.view(-1, 1, 1), others_attention, context.attention)
-                    changed = replace(context, token_ids=ids, attention=attention)
+                    changed = context.replace(token_ids=ids, attention=attention)
                     after = case.effect(case.route(router, y_TD, changed), y_TD)
                     if torch.equal(before[kept_T], after[kept_T]):
                         continue
@@ -178,7 +177,7 @@ def tokenwise(cases: Cases) -> None:
     def law(case: Case) -> None:
         router, x_TD, context = case.router(), case.hidden(), case.context()
         before = case.effect(case.route(router, x_TD, context), x_TD)
-        if router.tokenwise:
+        if router.properties.tokenwise:
             for token in range(min(case.num_tokens, 4)):
                 place = torch.tensor([token], device=x_TD.device)
                 alone = case.route(router, x_TD[place], _taken(context, place))
@@ -188,18 +187,18 @@ def tokenwise(cases: Cases) -> None:
                     f"declares tokenwise, but routes token {token} otherwise when it is alone",
                     tolerance=1e-4,
                 )
-        elif not router.batch_independent:
+        elif not router.properties.batch_independent:
             return
         with torch.random.fork_rng():
             torch.manual_seed(case.sizes.seed + 4)
-            if router.tokenwise:
+            if router.properties.tokenwise:
                 order = torch.randperm(case.num_tokens)
             else:
                 sequences = torch.randperm(case.sizes.num_sequences)
                 order = torch.arange(case.num_tokens).view(case.sizes.num_sequences, -1)[sequences].flatten()
         order = order.to(x_TD.device)
         after = case.effect(case.route(router, x_TD[order], _taken(context, order)), x_TD[order])
-        what = "tokens" if router.tokenwise else "sequences"
+        what = "tokens" if router.properties.tokenwise else "sequences"
         require_equal_effects(before[order], after, f"another order of the {what} changes the routing", tolerance=1e-4)
 
     cases.each(law)
@@ -208,7 +207,7 @@ def tokenwise(cases: Cases) -> None:
 def _taken(context: RoutingContext, places: Tensor) -> RoutingContext:
     """Return the context of these tokens."""
     names = ("token_ids", "positions", "sequence_ids", "padding_mask", "task_ids", "attention")
-    return replace(context, **{name: getattr(context, name)[places] for name in names})
+    return context.replace(**{name: getattr(context, name)[places] for name in names})
 
 
 @law_of_routers

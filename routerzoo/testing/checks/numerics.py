@@ -120,7 +120,7 @@ def nan(cases: Cases) -> None:
                 all(torch.equal(effect[0], other) for other in others),
                 f"routes a token whose hidden state is NaN as if nothing were wrong: {brief(effect[0])}",
             )
-        if router.tokenwise:
+        if router.properties.tokenwise:
             sound = case.effect(case.route(router, x_TD, context), x_TD)
             require_equal_effects(sound[1:], effect[1:], "a NaN in one token changes the routing of others")
 
@@ -134,7 +134,7 @@ def compiles(cases: Cases) -> None:
     Branch on k, stage and `self.training` as you like; branching on values of tensors breaks the graph.
     """
     case = cases.standard()
-    if not case.router().compiles:
+    if not case.router().properties.compiles:
         return
     for training in MODES:
         router, x_TD, context = case.router(training=training), case.hidden(), case.context()

@@ -6,13 +6,14 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from routerzoo.router import Router
+from routerzoo.router import LoadedTopKWarning, Router
 from routerzoo.routing import Routing
 from routerzoo.testing.cases import TOTAL_STEPS, Case, Cases, CheckFailure, seeded, takes_top_k
 from routerzoo.testing.checks.common import (
@@ -28,8 +29,8 @@ from routerzoo.testing.checks.common import (
 def state_dict(cases: Cases) -> None:
     """A `state_dict` carries all that decides: loaded into a router built with another seed, it gives the same answers.
 
-    Random tables and frozen weights are buffers, drawn once, when the router is built. k and stages of training go
-    into `get_extra_state`. The file must load with `weights_only=True`, and its keys must not change over calls.
+    Random tables and frozen weights are buffers, drawn once, when the router is built. Stages of training are kept by
+    `Router.store_int`. The file must load with `weights_only=True`, and its keys must not change over calls.
     """
 
     def law(case: Case) -> None:
@@ -48,7 +49,9 @@ def state_dict(cases: Cases) -> None:
         except pickle.UnpicklingError as error:
             raise CheckFailure(f"its state_dict does not load with weights_only=True: {error}") from error
         other = case.build(seed=99)
-        other.load_state_dict(state)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LoadedTopKWarning)  # the other k is the check's doing
+            other.load_state_dict(state)
         fail_unless(other.top_k == trained.top_k, f"top_k was {trained.top_k}, and {other.top_k} after loading")
         for training in MODES:
             trained.train(training)
@@ -80,17 +83,18 @@ def copies(cases: Cases) -> None:
 
 @law_of_routers
 def frozen(cases: Cases) -> None:
-    """What is frozen stays bit-identical through optimiser steps with momentum and weight decay.
+    """What is frozen stays bit-identical through optimizer steps with momentum and weight decay.
 
     That is every buffer (but those named in `trained_buffers`), every parameter with `requires_grad=False`, and every
-    parameter that a later stage of training no longer reaches: set its gradient to None in `before_optimizer_step`,
-    since optimisers move a parameter whose gradient is 0 on by momentum, and shrink it by weight decay.
+    parameter that a later stage of training no longer reaches: set its gradient to None in `update`,
+    since optimizers move a parameter whose gradient is 0 on by momentum, and shrink it by weight decay.
     """
     case = cases.standard()
     for make in (_sgd, _adamw):
         router = case.router(training=True)
+        moving = router.trained_buffers | _stored_ints(router)
         frozen_parts = {
-            **{name: value for name, value in router.named_buffers() if name not in router.trained_buffers},
+            **{name: value for name, value in router.named_buffers() if name not in moving},
             **{name: value for name, value in router.named_parameters() if not value.requires_grad},
         }
         missing = router.trained_buffers - {name for name, _ in router.named_buffers()}
@@ -106,6 +110,16 @@ def frozen(cases: Cases) -> None:
             )
 
 
+def _stored_ints(router: Router) -> set[str]:
+    """Return the names of the buffers that `Router.store_int` keeps: training may change them."""
+    return {
+        f"{prefix}.{name}".removeprefix(".")
+        for prefix, module in router.named_modules()
+        if isinstance(module, Router)
+        for name in module._stored_ints
+    }
+
+
 def _sgd(parameters: list[Any]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1)
 
@@ -119,7 +133,8 @@ def _train(case: Case, router: Router, optimizer: torch.optim.Optimizer | None) 
     reached = {name: False for name, value in router.named_parameters() if value.requires_grad}
     at_start: dict[str, bool] = {}
     for number, step in enumerate((0, 1, 2, TOTAL_STEPS - 2, TOTAL_STEPS - 1)):
-        router.on_step_start(step, TOTAL_STEPS)
+        if router.needs_updates:
+            router.begin_step(step, TOTAL_STEPS)
         x_TD = case.hidden(10 + number).requires_grad_()
         context = case.context(ids_seed=10 + number, step=step)
         router.zero_grad()
@@ -135,18 +150,20 @@ def _train(case: Case, router: Router, optimizer: torch.optim.Optimizer | None) 
         for name, value in router.named_parameters():
             if value.requires_grad:
                 now[name] = value.grad is not None and bool(value.grad.any())
-                # What data-parallel training without unused-parameter detection hands to the optimiser.
+                # What data-parallel training without unused-parameter detection hands to the optimizer.
                 value.grad = torch.zeros_like(value) if value.grad is None else value.grad
         at_start = at_start or now
         before = {name: value.detach().clone() for name, value in router.named_parameters()}
-        router.before_optimizer_step()
         if optimizer is not None:
             optimizer.step()
+        if router.needs_updates:
+            with torch.no_grad():
+                router.update(router.statistics(routing.for_losses, context))
         for name, value in router.named_parameters():
             if value.requires_grad and at_start[name] and not now[name] and not torch.equal(value, before[name]):
                 raise CheckFailure(
-                    f"{name} is no longer trained at the end of training, but the optimiser still moves it; set its "
-                    "gradient to None in before_optimizer_step"
+                    f"{name} is no longer trained at the end of training, but the optimizer still moves it; set its "
+                    "gradient to None in update"
                 )
         reached = {name: reached[name] or now[name] for name in reached}
     return reached
@@ -165,7 +182,7 @@ def _objective(case: Case, routing: Routing, x_TD: Tensor) -> Tensor:
 def gradients(cases: Cases) -> None:
     """`trainable` says whether the router learns: then every parameter gets a gradient, else it has none to get.
 
-    A random or generated gate that must not learn consists of buffers, which no optimiser and no
+    A random or generated gate that must not learn consists of buffers, which no optimizer and no
     `requires_grad_(True)` can move.
     """
     case = cases.standard()
@@ -173,7 +190,7 @@ def gradients(cases: Cases) -> None:
         case = cases.standard(top_k=2)
     router = case.router(training=True)
     learned = [name for name, value in router.named_parameters() if value.requires_grad]
-    if not router.trainable:
+    if not router.properties.trainable:
         fail_unless(not learned, f"declares trainable = False, but {', '.join(learned)} require gradients")
         return
     fail_unless(bool(learned), "declares trainable = True, but has no parameter that learns")
@@ -194,7 +211,7 @@ def gradient_at_top_1(cases: Cases) -> None:
         router.top_k = 1
     except (CheckFailure, ValueError):
         return  # has no k = 1
-    if not router.trainable:
+    if not router.properties.trainable:
         return
     x_TD = case.hidden()
     effect = case.effect(case.route(router, x_TD, case.context()), x_TD).flatten(1)
@@ -205,10 +222,10 @@ def gradient_at_top_1(cases: Cases) -> None:
         torch.autograd.backward((effect * probe).sum())
     # A softmax over one logit leaves rounding of its gradient, not exactly 0.
     largest = max((float(p.grad.abs().max()) for p in router.parameters() if p.grad is not None), default=0.0)
-    learns = largest > 1e-5
+    learns, declared = largest > 1e-5, router.properties.trains_at_top_1
     fail_unless(
-        learns == router.trains_at_top_1,
-        f"declares trains_at_top_1 = {router.trains_at_top_1}, but the largest gradient at k = 1 is {largest:.3g}",
+        learns == declared,
+        f"declares trains_at_top_1 = {declared}, but the largest gradient at k = 1 is {largest:.3g}",
     )
 
 
@@ -216,7 +233,7 @@ def gradient_at_top_1(cases: Cases) -> None:
 def recomputation(cases: Cases) -> None:
     """Activation checkpointing gives the same gradients: nothing that `route` writes makes its second call differ.
 
-    Count and update in `before_optimizer_step`, not in `route`.
+    Count and update in `update`, not in `route`.
     """
 
     def law(case: Case) -> None:
