@@ -34,7 +34,7 @@ from routerzoo.runs.checkpoint import TERMINATED, RunCheckpoint
 from routerzoo.runs.loggers import AppendingCSVLogger
 from routerzoo.runs.predictions import PredictionWriter
 from routerzoo.runs.progress_file import ProgressFile
-from routerzoo.runs.report import LOWER_IS_BETTER, RunReport
+from routerzoo.runs.report import RunReport
 from routerzoo.runs.routing_pictures import RoutingPictures
 from routerzoo.tasks.base import MoETask
 
@@ -269,7 +269,7 @@ class RouterZooCLI(LightningCLI):
         saved: list[Callback] = [RunCheckpoint(checkpoints, "last", every_n_train_steps=every_n_steps)]
         if isinstance(self.model, MoETask):
             name = self.model.headline_metric
-            mode = "min" if name in LOWER_IS_BETTER else "max"
+            mode = "max" if self.model.headline_higher_is_better else "min"
             saved.append(RunCheckpoint(checkpoints, "best", monitor=f"val/{name}", mode=mode))
         return saved
 

@@ -14,7 +14,6 @@ from typing import Any
 import yaml
 
 from routerzoo.errors import UserError
-from routerzoo.runs.report import LOWER_IS_BETTER
 from routerzoo.sweep.ledger import FILE, Ledger, Run
 
 # What a report says of the routing, in words, by the name of the log's column.
@@ -29,7 +28,6 @@ STABILITY = {
     "fluctuation": "tokens' experts that changed since the last record",
     "saturation": "final experts that a token has already",
 }
-HEADLINES = ("bpb", "bpc", "ppl", "accuracy", "loss")
 Curve = list[tuple[float, float]]
 
 
@@ -39,7 +37,8 @@ class Task:
 
     Args:
         name: of the task.
-        metric: that is reported.
+        metric: headline metric, as the task declares it.
+        lower_is_better: whether a smaller metric is better.
         values: the metric on the test split by variant and seed.
         runs: finished runs by variant and seed.
         curves: by variant and seed, curves over steps by the name of the log's column.
@@ -47,14 +46,10 @@ class Task:
 
     name: str
     metric: str
+    lower_is_better: bool
     values: Mapping[str, Mapping[int, float]]
     runs: Mapping[str, Mapping[int, Run]]
     curves: Mapping[str, Mapping[int, Mapping[str, Curve]]]
-
-    @property
-    def lower_is_better(self) -> bool:
-        """Of the metric."""
-        return self.metric in LOWER_IS_BETTER
 
     def routing(self, variant: str) -> dict[str, dict[int, Curve]]:
         """Return what a variant's routers do over training, as means over layers, by what it is called and seed."""
@@ -123,7 +118,8 @@ def read_sweep(folder: Path) -> Sweep:
     tasks = []
     for name, by_variant in finished.items():
         first = next(iter(next(iter(by_variant.values())).values()))
-        metric = next((metric for metric in HEADLINES if metric in first.results.get("test", {})), "loss")
+        tested = first.results.get("test", {})
+        metric, lower_is_better = tested.get("headline_metric", "loss"), not tested.get("higher_is_better", False)
         values = {
             variant: {seed: float(run.results["test"].get(metric, math.nan)) for seed, run in by_seed.items()}
             for variant, by_seed in by_variant.items()
@@ -132,7 +128,8 @@ def read_sweep(folder: Path) -> Sweep:
             variant: {seed: read_curves(folder / run.folder) for seed, run in by_seed.items()}
             for variant, by_seed in by_variant.items()
         }
-        tasks.append(Task(name, metric, values, {v: dict(runs) for v, runs in by_variant.items()}, curves))
+        runs_of = {variant: dict(by_seed) for variant, by_seed in by_variant.items()}
+        tasks.append(Task(name, metric, lower_is_better, values, runs_of, curves))
     try:
         plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
         config, baseline, margin = str(plan["config"]), str(plan["baseline"]), float(plan["margin"])

@@ -25,7 +25,6 @@ from routerzoo.runs.atomic import atomic_write
 from routerzoo.tasks.base import MoETask
 
 RESULTS = "results.json"
-LOWER_IS_BETTER = frozenset({"loss", "bpb", "bpc", "ppl"})
 
 
 @final
@@ -55,7 +54,8 @@ class RunReport(Callback):
         self._costs: list[Costs] = []
 
     def _headline(self, pl_module: LightningModule) -> str | None:
-        return pl_module.headline_metric if isinstance(pl_module, MoETask) else None
+        name: str | None = getattr(pl_module, "headline_metric", None)
+        return name
 
     def _count(self, pl_module: LightningModule) -> None:
         places = range(len(pl_module.eval_top_ks)) if isinstance(pl_module, MoETask) else ()
@@ -101,7 +101,7 @@ class RunReport(Callback):
         if trainer.sanity_checking or value is None or name is None:
             return
         self._last, self._last_step = float(value), trainer.global_step
-        better = min if name in LOWER_IS_BETTER else max
+        better = max if _higher_is_better(pl_module) else min
         self.best = self._last if self.best is None else better(self.best, self._last)
 
     def _print_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -250,6 +250,9 @@ class RunReport(Callback):
             evaluated = pl_module.eval_top_ks[0] if isinstance(pl_module, MoETask) else None
             router = {"router": type(layers[0].router).__name__, "k": trained if evaluated is None else evaluated}
         costs = _numbers(self._costs[0]) if self._costs else {}
+        name = self._headline(pl_module)
+        if name is not None:
+            router |= {"headline_metric": name, "higher_is_better": _higher_is_better(pl_module)}
         known[stage] = {**router, **results, **costs, "peak memory, bytes": peak_memory(pl_module.device)}
         self.folder.mkdir(parents=True, exist_ok=True)
         atomic_write(path, json.dumps(known, indent=2) + "\n")
@@ -287,6 +290,10 @@ class RunReport(Callback):
         self.metric_at_start, self.best = state_dict["metric_at_start"], state_dict["best"]
         self._last, self._last_step = state_dict["last"], state_dict["last_step"]
         self._seconds_before = state_dict["seconds"]
+
+
+def _higher_is_better(module: LightningModule) -> bool:
+    return bool(getattr(module, "headline_higher_is_better", False))
 
 
 def peak_memory(device: torch.device) -> int:

@@ -110,12 +110,10 @@ class Progress:
 
 
 def headline(results: dict[str, Any]) -> str:
-    """Return the first metric of a run's test that papers report."""
+    """Return the headline metric of a run's test."""
     tested = results.get("test") or {}
-    for name in ("bpb", "bpc", "ppl", "accuracy", "loss"):
-        if name in tested:
-            return f"{name} {tested[name]:.4f}"
-    return "done"
+    name = tested.get("headline_metric", "loss")
+    return f"{name} {tested[name]:.4f}" if name in tested else "done"
 
 
 def progress_of(folder: Path) -> str:

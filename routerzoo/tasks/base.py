@@ -56,6 +56,9 @@ class MoETask(LightningModule, ABC):
         evaluation_metrics: builds the metrics of an evaluation. The progress bar shows `loss` and the headline.
     """
 
+    headline_higher_is_better: bool = False
+    """Whether a larger headline metric is better."""
+
     def __init__(
         self,
         net: nn.Module,

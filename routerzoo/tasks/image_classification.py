@@ -69,6 +69,7 @@ class ImageClassification(MoETask):
         lr_scheduler: the learning-rate schedule; it is given the optimiser and the number of steps.
     """
 
+    headline_higher_is_better = True
     net: ViTMoE
 
     def __init__(

@@ -67,6 +67,7 @@ class TextClassification(MoETask):
         lr_scheduler: the learning-rate schedule; it is given the optimiser and the number of steps.
     """
 
+    headline_higher_is_better = True
     net: Decoder
 
     def __init__(
