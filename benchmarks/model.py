@@ -33,10 +33,8 @@ from contenders import FLOORS, Setting
 from layer import cpu_name, step_of, timed
 from torch import Tensor, nn
 
-from routerzoo import LinearRouter, MLPExperts, MoE, RoutingContext, sparsify, tune_cpu
-from routerzoo.functional.losses import auxiliary_loss
+from routerzoo import LinearRouter, MLPExperts, MoE, auxiliary_loss, provide_context, sparsify, tune_cpu
 from routerzoo.models.decoder import Decoder
-from routerzoo.moe.layer import moe_layers
 from routerzoo.optim import use_fused_kernel
 
 WIDTH, BLOCKS, HEADS, EXPERTS, HIDDEN, TOP_K, LENGTH, VOCABULARY = 256, 4, 8, 16, 512, 2, 512, 256
@@ -170,7 +168,7 @@ def decoder_step(num_experts: int, options: argparse.Namespace) -> Step:
 
     def loss() -> Tensor:
         logits_BSV, context = model(ids_BS[:, :-1])
-        return F.cross_entropy(logits_BSV.flatten(0, 1), ids_BS[:, 1:].flatten()) + auxiliary(context)
+        return F.cross_entropy(logits_BSV.flatten(0, 1), ids_BS[:, 1:].flatten()) + auxiliary_loss(model, context)
 
     return optimised(model, loss)
 
@@ -198,21 +196,12 @@ def vit_step(num_experts: int, options: argparse.Namespace) -> Step:
     model = vit.to(options.device).train()
     images = torch.randn(options.sequences * LENGTH // 64, 3, 32, 32, device=options.device)
     labels = torch.randint(10, (len(images),), device=options.device)
-    layers = list(moe_layers(model))
 
     def loss() -> Tensor:
-        context = RoutingContext()
-        for layer in layers:
-            layer.provided_context = context
-        return F.cross_entropy(model(images), labels) + auxiliary(context)
+        with provide_context(model) as context:
+            return F.cross_entropy(model(images), labels) + auxiliary_loss(model, context)
 
     return optimised(model, loss)
-
-
-def auxiliary(context: RoutingContext) -> Tensor | float:
-    """Return the routers' losses with their usual coefficients."""
-    weights = LinearRouter.default_loss_weights
-    return sum(w * auxiliary_loss(name, r, context) for r in context.routings.values() for name, w in weights.items())
 
 
 def optimised(model: nn.Module, loss: Callable[[], Tensor]) -> Step:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 import routerzoo
 from routerzoo import LayerSpec, MLPExperts, MoE, Router, Routing, RoutingContext
+from routerzoo.moe.auxiliary_loss import ROUTING_LOSSES, loss_of
 
 LAYER_ROUNDS = 2
 
@@ -44,7 +45,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, default=None, help="a file for the table")
     options = parser.parse_args()
-    spec = LayerSpec(options.d_model, options.num_experts, vocab_size=50_000, num_positions=options.tokens, num_tasks=2)
+    spec = LayerSpec(
+        options.d_model, options.num_experts, layer=0, vocab_size=50_000, num_positions=options.tokens, num_tasks=2
+    )
     torch.manual_seed(0)
     steps: dict[tuple[str, str], Callable[[], None]] = {}
     layers: dict[str, Callable[[LayerSpec], Router]] = {}
@@ -115,11 +118,16 @@ def training_step(module: Router | MoE, options: Any) -> Callable[[], None]:
     def step() -> None:
         module.zero_grad()
         x_TD.grad = None
-        answer = module(x_TD, context)
+        current = context.new_pass()
+        answer = module(x_TD, current)
         if isinstance(answer, Tensor):
             answer.sum().backward()
             return
         objective = first_weight(answer) + sum(answer.losses.values())
+        declared = [
+            name for name in module.default_loss_weights if name in ROUTING_LOSSES and name not in answer.losses
+        ]
+        objective = objective + sum(loss_of(name, answer, current) for name in declared)
         if objective.requires_grad:
             objective.backward()
 
@@ -140,7 +148,7 @@ def evaluation_step(router: Router, options: Any) -> Callable[[], None]:
 
     @torch.no_grad()
     def step() -> None:
-        router(x_TD, context)
+        router(x_TD, context.new_pass())
 
     return step
 
