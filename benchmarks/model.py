@@ -33,7 +33,16 @@ from contenders import FLOORS, Setting
 from layer import cpu_name, step_of, timed
 from torch import Tensor, nn
 
-from routerzoo import LinearRouter, MLPExperts, MoE, auxiliary_loss, provide_context, sparsify, tune_cpu
+from routerzoo import (
+    LinearRouter,
+    MLPExperts,
+    MoE,
+    auxiliary_loss,
+    moe_layers,
+    provide_context,
+    sparsify,
+    tune_cpu,
+)
 from routerzoo.models.decoder import Decoder
 from routerzoo.optim import use_fused_kernel
 
