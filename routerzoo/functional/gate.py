@@ -23,3 +23,8 @@ def gate_linear(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -
     """
     dtype = torch.float64 if torch.float64 in (x_TD.dtype, weight_ED.dtype) else torch.float32
     return F.linear(x_TD.to(dtype), weight_ED.to(dtype), None if bias_E is None else bias_E.to(dtype))
+
+
+def at_least_float32(x_TD: Tensor) -> Tensor:
+    """Return hidden states in float32, in float64 where they are, for routers that compute more than a product."""
+    return x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))

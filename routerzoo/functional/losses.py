@@ -69,6 +69,7 @@ def balance_loss(
     probs_TE: Tensor,
     experts_TK: Tensor,
     *,
+    weighted: bool = False,
     scope: Scope = "batch",
     sequence_ids: Tensor | None = None,
     padding_mask: Tensor | None = None,
@@ -84,6 +85,8 @@ def balance_loss(
     Args:
         probs_TE: scores of each token; each row is normalised to sum to 1 here, as sigmoid scores need.
         experts_TK: chosen experts, -1 for none.
+        weighted: let `f_e` be the mean over tokens of an expert's score where it is chosen (DynMoLE, Li et al. 2025),
+            which has a gradient too.
         scope: `batch` or `sequence`.
         sequence_ids: [tokens] int64, below the number of tokens; needed in the scope of a sequence.
         padding_mask: [tokens] bool, True for tokens to leave out.
@@ -100,8 +103,9 @@ def balance_loss(
     chosen_TE = probs_TE.new_zeros(len(probs_TE), num_experts + 1)
     chosen_TE = chosen_TE.scatter(1, experts_TK.remainder(num_experts + 1), 1.0)[:, :num_experts]
     groups = _groups(probs_TE, scope, sequence_ids, padding_mask, process_group)
-    (chosen_GE, probs_GE), tokens_G1 = groups.sums(chosen_TE, probs_TE)
-    f_GE = chosen_GE / chosen_GE.sum(1, keepdim=True).clamp_min(1)
+    counted_TE = chosen_TE * probs_TE if weighted else chosen_TE
+    (counted_GE, probs_GE), tokens_G1 = groups.sums(counted_TE, probs_TE)
+    f_GE = counted_GE / (tokens_G1 if weighted else counted_GE.sum(1, keepdim=True)).clamp_min(1)
     P_GE = probs_GE / tokens_G1.clamp_min(1)
     return _average(num_experts * (f_GE * P_GE).sum(1), tokens_G1)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from routerzoo.functional.losses import balance_loss, importance_loss, load_loss, scope_of, z_loss
+from routerzoo.functional.losses import Scope, balance_loss, importance_loss, load_loss, scope_of, z_loss
 from routerzoo.moe.layer import MoE, inner_router, moe_layers
 from routerzoo.router import LossWeight, Router
 from routerzoo.routing import LayerRouting, Routing, RoutingContext
@@ -132,13 +133,17 @@ def _pooled(routings: list[Routing], context: RoutingContext) -> tuple[Routing, 
     if len({(None if r.logits_TE is None else r.logits_TE.shape[1], r.experts_TK is None) for r in routings}) > 1:
         raise ValueError("has layers of different sizes, whose losses cannot be pooled: give weights that are summed")
     first, times = routings[0], len(routings)
+    if first.dense or first.logits_TE is None:
+        raise ValueError("has no logits, or mixes tokens, so that its losses cannot be pooled over layers")
+    num_tokens = len(first.logits_TE)
     fields: dict[str, Any] = {}
-    for name in ("logits_TE", "clean_logits_TE", "balance_probs_TE", "weights_TK", "experts_TK"):
+    scores = ("logits_TE", "clean_logits_TE", "balance_probs_TE")
+    for name in (*scores, "weights_TK", "experts_TK", "weight_N", "expert_N"):
         values = [getattr(routing, name) for routing in routings]
         if values[0] is not None:
             fields[name] = torch.cat(values)
-    if first.experts_TK is None:
-        raise ValueError("has no fixed number of choices, whose losses could be pooled over layers")
+    if first.token_N is not None:
+        fields["token_N"] = torch.cat([r.assignments().token_N + i * num_tokens for i, r in enumerate(routings)])
     if isinstance(first.noise_std, Tensor):
         fields["noise_std"] = torch.cat([r.noise_std for r in routings if isinstance(r.noise_std, Tensor)])
     repeated = {
@@ -148,18 +153,13 @@ def _pooled(routings: list[Routing], context: RoutingContext) -> tuple[Routing, 
     return replace(first, losses={}, **fields), context.new_pass(attention=None, **repeated)
 
 
-def _balance(routing: Routing, context: RoutingContext) -> Tensor | None:
-    experts_TK = _choices(routing)
-    return (
-        None if experts_TK is None else balance_loss(routing.balance_scores(), experts_TK, **scope_of("batch", context))
-    )
-
-
-def _sequence_balance(routing: Routing, context: RoutingContext) -> Tensor | None:
+def _balance(
+    routing: Routing, context: RoutingContext, scope: Scope = "batch", weighted: bool = False
+) -> Tensor | None:
     experts_TK = _choices(routing)
     if experts_TK is None:
         return None
-    return balance_loss(routing.balance_scores(), experts_TK, **scope_of("sequence", context))
+    return balance_loss(routing.balance_scores(), experts_TK, weighted=weighted, **scope_of(scope, context))
 
 
 def _choices(routing: Routing) -> Tensor | None:
@@ -213,7 +213,8 @@ def _z(routing: Routing, context: RoutingContext) -> Tensor | None:
 RoutingLoss = Callable[[Routing, RoutingContext], Tensor | None]
 ROUTING_LOSSES: dict[str, RoutingLoss] = {
     "balance": _balance,
-    "sequence_balance": _sequence_balance,
+    "sequence_balance": partial(_balance, scope="sequence"),
+    "weighted_balance": partial(_balance, weighted=True),
     "importance": _importance,
     "load": _load,
     "z": _z,
