@@ -4,22 +4,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, final
+from typing import Literal, final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.functional.losses import balance_loss, scope_of
-from routerzoo.functional.topk import softmax_at, topk
+from routerzoo import LayerSpec, LogitRouter, LossWeight, Routing, RoutingContext, register_router
+from routerzoo.functional import gate_linear, topk_indices
 
 Importance = Literal["received", "spread"]
 
 
 @register_router
 @final
-class DAMoERouter(Router):
+class DAMoERouter(LogitRouter):
     """A linear gate whose k is each token's own, from 1 to `top_k`, by the token's importance in the attention before.
 
     `received`: the attention that a token gets from its sequence, averaged over heads, in proportion to the most
@@ -43,10 +41,8 @@ class DAMoERouter(Router):
     paper = "Aghdam et al. 2024, arXiv:2409.06669"
     inspired_by = True
     requires = frozenset({"attention", "positions", "sequence_ids"})
-    default_loss_weights: ClassVar[Mapping[str, float]] = {"balance": 1e-2}
+    default_loss_weights: Mapping[str, float | LossWeight] = {"balance": 1e-2}
     tokenwise = False
-    normalized = True
-    trains_at_top_1 = False
     compiles = False
     causal_form = 'DAMoERouter with importance="spread"'
 
@@ -60,27 +56,25 @@ class DAMoERouter(Router):
         self.causal = importance == "spread"
         self.weight = nn.Parameter(torch.randn(spec.num_experts, spec.d_model) * init_std)
 
-    @torch.no_grad()
-    def scale_initial_logits(self, factor: float) -> None:
-        """Scale the gate."""
-        self.weight.mul_(factor)
+    def logits(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
+        """Return `x W^T`."""
+        return gate_linear(x_TD, self.weight)
 
-    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
-        """Take the softmax over the chosen logits; how many are chosen is the attention's affair."""
-        return softmax_at(logits_TE, experts_TK)
+    def select_experts(self, logits_TE: Tensor) -> Tensor:
+        """Refuse: the attention decides how many are selected.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("DAMoERouter selects experts by the attention too, not by logits alone")
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
-        """Take as many of the largest logits as the attention says."""
-        logits_TE = F.linear(x_TD, self.weight)
-        _, experts_TK = topk(logits_TE, self.top_k)
-        share_T = self._importance(context).to(logits_TE.dtype)
-        k_T1 = (share_T * self.top_k - 1e-4).ceil().clamp(1, self.top_k).unsqueeze(1)
+        """Select as many of the largest logits as the attention says."""
+        logits_TE = self.logits(x_TD, context)
+        k_T1 = (self._importance(context) * self.top_k - 1e-4).ceil().clamp(1, self.top_k).unsqueeze(1)
         beyond_TK = torch.arange(self.top_k, device=x_TD.device) >= k_T1
-        experts_TK = experts_TK.masked_fill(beyond_TK, -1)
-        losses = {}
-        if self.training and context.compute_aux_losses:
-            losses["balance"] = balance_loss(logits_TE.softmax(-1), experts_TK, **scope_of("batch", context))
-        return Routing(experts_TK, softmax_at(logits_TE, experts_TK), logits_TE, losses)
+        experts_TK = topk_indices(logits_TE, self.top_k).masked_fill(beyond_TK, -1)
+        return Routing(experts_TK, self.combine_weights(logits_TE, experts_TK), logits_TE)
 
     @torch.no_grad()
     def _importance(self, context: RoutingContext) -> Tensor:
@@ -88,13 +82,15 @@ class DAMoERouter(Router):
         assert attention_THS is not None
         assert place_T is not None
         assert ids_T is not None
+        attention_THS = attention_THS.float()
         num_places = attention_THS.shape[2]
         if self.importance == "spread":
             later_TS = torch.arange(num_places, device=ids_T.device) > place_T.unsqueeze(1)
             seen_THS = attention_THS.masked_fill(later_TS.unsqueeze(1), 0.0)
             seen_THS = seen_THS / seen_THS.sum(-1, keepdim=True).clamp_min(1e-20)
             widest_T = (place_T + 1).float().log()
-            return torch.special.entr(seen_THS).sum(-1).mean(1) / widest_T.clamp_min(1e-6)
+            entropy_T: Tensor = torch.special.entr(seen_THS).sum(-1).mean(1)
+            return entropy_T / widest_T.clamp_min(1e-6)
         if len(ids_T) == 0:
             return place_T.float()
         real_T = torch.ones_like(ids_T, dtype=torch.bool) if context.padding_mask is None else ~context.padding_mask

@@ -4,36 +4,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, final
+from typing import final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.functional.losses import masked_mean, sums_in
-from routerzoo.functional.topk import gather_weights
-from routerzoo_dynamic.chosen import choices, routing_of
+from routerzoo import LayerSpec, LossWeight, RoutingContext, register_router
+from routerzoo.functional import gate_linear
+from routerzoo.functional.losses import masked_mean
+from routerzoo_dynamic.mask import MaskRouter
 
 _EPSILON = 1e-5  # the authors'
 
 
 @register_router
 @final
-class DynMoLERouter(Router):
+class DynMoLERouter(MaskRouter):
     """Experts whose probabilities sum to no more than a threshold, but at least two; all where the entropy is high.
 
     The entropy is Tsallis', `(1 - sum p^q) / (q - 1)`, divided by that of the uniform distribution; the expert that
-    crosses the threshold is not taken. Weights are the softmax over all experts, not renormalised. After the authors'
-    released code (https://arxiv.org/abs/2504.00661), whose default call passes q under a name that its function does
-    not have; here q is used. The loss `entropy` is the mean normalised entropy (their coefficient 0.01). `balance` is
-    `E * sum_e f_e P_e` with f the share of the weights that each expert gets, not of choices (0.001).
+    crosses the threshold is not selected. Weights are the softmax over all experts, not renormalized. After the
+    authors' released code (https://arxiv.org/abs/2504.00661), whose default call passes q under a name that its
+    function does not have; here q is used.
+
+    Losses, as in that code over the tokens of all layers together: `entropy`, the mean normalized entropy (0.01), and
+    `weighted_balance`, `E * sum_e f_e P_e` with f the mean weight of each expert, 0 where it is not selected, and P its
+    mean probability (0.001).
 
     Args:
         spec: sizes of the layer the router sits in.
         threshold: probabilities may sum to this.
         min_experts: at least so many, as far as there are.
-        entropy_threshold: above this normalised entropy all experts are taken.
+        entropy_threshold: above this normalized entropy all experts are selected.
         q: index of the entropy; towards 1 it is Shannon's.
         init_std: standard deviation of the gate's initial weights.
 
@@ -42,8 +44,10 @@ class DynMoLERouter(Router):
     """
 
     paper = "Li et al. 2025, arXiv:2504.00661"
-    default_loss_weights: ClassVar[Mapping[str, float]] = {"balance": 1e-3, "entropy": 1e-2}
-    compiles = False
+    default_loss_weights: Mapping[str, float | LossWeight] = {
+        "weighted_balance": LossWeight(1e-3, "pooled"),
+        "entropy": LossWeight(1e-2, "pooled"),
+    }
 
     def __init__(
         self,
@@ -61,45 +65,28 @@ class DynMoLERouter(Router):
             raise ValueError(f"min_experts must be at least 1, got {min_experts}")
         if q <= 0 or q == 1:
             raise ValueError(f"q must be above 0 and not 1, got {q}")
-        super().__init__(spec, top_k=1, max_top_k=1)
+        super().__init__(spec)
         self.threshold, self.min_experts = threshold, min_experts
         self.entropy_threshold, self.q = entropy_threshold, q
         self.weight = nn.Parameter(torch.randn(spec.num_experts, spec.d_model) * init_std)
 
-    @torch.no_grad()
-    def scale_initial_logits(self, factor: float) -> None:
-        """Scale the gate."""
-        self.weight.mul_(factor)
+    def logits(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
+        """Return `x W^T`."""
+        return gate_linear(x_TD, self.weight)
 
-    def select_experts(self, logits_TE: Tensor) -> Tensor:
-        """Choose the likely experts, or all; -1 for the others."""
-        probs_TE = logits_TE.softmax(-1)
-        return choices(self._chosen(probs_TE, normalized_tsallis_entropy(probs_TE, self.q)))
-
-    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
-        """Take the softmax over all experts at the chosen ones."""
-        return gather_weights(logits_TE.softmax(-1), experts_TK)
-
-    def _chosen(self, probs_TE: Tensor, entropy_T: Tensor) -> Tensor:
-        sorted_TE, order_TE = probs_TE.detach().sort(dim=-1, descending=True, stable=True)
+    def mask(self, logits_TE: Tensor) -> Tensor:
+        """Select while the probabilities stay below the threshold, or all."""
+        probs_TE = logits_TE.detach().softmax(-1)
+        sorted_TE, order_TE = probs_TE.sort(dim=-1, descending=True, stable=True)
         kept_TE = sorted_TE.cumsum(-1) <= self.threshold
         kept_TE[:, : self.min_experts] = True
-        chosen_TE = torch.zeros_like(kept_TE).scatter(1, order_TE, kept_TE)
-        return chosen_TE | (entropy_T.detach() > self.entropy_threshold).unsqueeze(1)
+        uncertain_T1 = normalized_tsallis_entropy(probs_TE, self.q).unsqueeze(1) > self.entropy_threshold
+        return torch.zeros_like(kept_TE).scatter(1, order_TE, kept_TE) | uncertain_T1
 
-    def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
-        """Take the likely experts, or all."""
-        logits_TE = F.linear(x_TD, self.weight)
-        probs_TE = logits_TE.softmax(-1)
-        entropy_T = normalized_tsallis_entropy(probs_TE, self.q)
-        chosen_TE = self._chosen(probs_TE, entropy_T)
-        losses = {}
-        if self.training and context.compute_aux_losses:
-            (weight_1E, probs_1E), tokens_11 = sums_in("batch", context, probs_TE * chosen_TE, probs_TE)
-            share_1E = weight_1E / weight_1E.sum().clamp_min(1e-20)
-            losses["balance"] = self.spec.num_experts * (share_1E * probs_1E / tokens_11.clamp_min(1)).sum()
-            losses["entropy"] = masked_mean(entropy_T, context.padding_mask)
-        return routing_of(chosen_TE, probs_TE, logits_TE, losses)
+    def own_losses(self, x_TD: Tensor, logits_TE: Tensor, context: RoutingContext) -> Mapping[str, Tensor]:
+        """Return the mean normalized entropy."""
+        entropy_T = normalized_tsallis_entropy(logits_TE.softmax(-1), self.q)
+        return {"entropy": masked_mean(entropy_T, context.padding_mask)}
 
 
 def normalized_tsallis_entropy(probs_TE: Tensor, q: float) -> Tensor:
@@ -107,5 +94,5 @@ def normalized_tsallis_entropy(probs_TE: Tensor, q: float) -> Tensor:
     num_experts = probs_TE.shape[1]
     if num_experts == 1:
         return probs_TE.sum(-1) * 0.0
-    highest = (1 - num_experts ** (1 - q)) / (q - 1)
+    highest: float = (1 - num_experts ** (1 - q)) / (q - 1)
     return (1 - (probs_TE + _EPSILON).pow(q).sum(-1)) / (q - 1) / highest

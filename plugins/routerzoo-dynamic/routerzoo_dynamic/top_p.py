@@ -4,24 +4,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, final
+from typing import final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.functional.losses import balance_loss, masked_mean, scope_of
-from routerzoo.functional.topk import gather_weights
-from routerzoo_dynamic.chosen import choices, routing_of
+from routerzoo import LayerSpec, LossWeight, RoutingContext, register_router
+from routerzoo.functional import gate_linear
+from routerzoo.functional.losses import masked_mean
+from routerzoo_dynamic.mask import MaskRouter
 
 
 @register_router
 @final
-class TopPRouter(Router):
+class TopPRouter(MaskRouter):
     """Experts in the order of their probability, until their probabilities sum to the threshold.
 
-    The expert that crosses the threshold is among them. Weights are the softmax over all experts, not renormalised
+    The expert that crosses the threshold is among them. Weights are the softmax over all experts, not renormalized
     ("Harder tasks need more experts", Huang et al. 2024, https://arxiv.org/abs/2403.07652, equations 4 to 6). A
     token that the gate is unsure of gets more experts; the loss `entropy`, the mean entropy of the softmax, keeps it
     from being unsure of all. The paper's coefficients are 1e-2 for `balance` and 1e-4 for `entropy`.
@@ -36,47 +35,28 @@ class TopPRouter(Router):
     """
 
     paper = "Huang et al., ACL 2024, arXiv:2403.07652"
-    default_loss_weights: ClassVar[Mapping[str, float]] = {"balance": 1e-2, "entropy": 1e-4}
-    compiles = False
+    default_loss_weights: Mapping[str, float | LossWeight] = {"balance": 1e-2, "entropy": 1e-4}
 
     def __init__(self, spec: LayerSpec, *, threshold: float = 0.4, init_std: float = 0.02) -> None:
         if not 0 < threshold <= 1:
             raise ValueError(f"threshold must be above 0 and at most 1, got {threshold}")
-        super().__init__(spec, top_k=1, max_top_k=1)
+        super().__init__(spec)
         self.threshold = threshold
         self.weight = nn.Parameter(torch.randn(spec.num_experts, spec.d_model) * init_std)
 
-    @torch.no_grad()
-    def scale_initial_logits(self, factor: float) -> None:
-        """Scale the gate."""
-        self.weight.mul_(factor)
+    def logits(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
+        """Return `x W^T`."""
+        return gate_linear(x_TD, self.weight)
 
-    def select_experts(self, logits_TE: Tensor) -> Tensor:
-        """Choose until the probabilities reach the threshold; -1 for the others."""
-        return choices(nucleus(logits_TE.softmax(-1), self.threshold))
+    def mask(self, logits_TE: Tensor) -> Tensor:
+        """Select until the probabilities reach the threshold."""
+        sorted_TE, order_TE = logits_TE.detach().softmax(-1).sort(dim=-1, descending=True, stable=True)
+        kept_TE = sorted_TE.cumsum(-1) - sorted_TE < self.threshold
+        kept_TE[:, :1] = True
+        return torch.zeros_like(kept_TE).scatter(1, order_TE, kept_TE)
 
-    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
-        """Take the softmax over all experts at the chosen ones."""
-        return gather_weights(logits_TE.softmax(-1), experts_TK)
-
-    def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
-        """Take experts until their probabilities reach the threshold."""
-        logits_TE = F.linear(x_TD, self.weight)
-        probs_TE = logits_TE.softmax(-1)
-        chosen_TE = nucleus(probs_TE, self.threshold)
-        losses = {}
-        if self.training and context.compute_aux_losses:
-            mask = context.padding_mask
-            entropy_T = torch.special.entr(probs_TE).sum(-1)
-            losses["balance"] = balance_loss(probs_TE, choices(chosen_TE), **scope_of("batch", context))
-            losses["entropy"] = masked_mean(entropy_T, mask)
-        return routing_of(chosen_TE, probs_TE, logits_TE, losses)
-
-
-def nucleus(probs_TE: Tensor, threshold: float) -> Tensor:
-    """Return which experts are needed for their probabilities to reach the threshold, bool `[T, E]`."""
-    sorted_TE, order_TE = probs_TE.detach().sort(dim=-1, descending=True, stable=True)
-    before_TE = sorted_TE.cumsum(-1) - sorted_TE
-    kept_TE = before_TE < threshold
-    kept_TE[:, :1] = True
-    return torch.zeros_like(kept_TE).scatter(1, order_TE, kept_TE)
+    def own_losses(self, x_TD: Tensor, logits_TE: Tensor, context: RoutingContext) -> Mapping[str, Tensor]:
+        """Return the mean entropy of the softmax, in nats."""
+        # Not `torch.special.entr`: its gradient is infinite where a probability underflows to 0.
+        entropy_T = -(logits_TE.softmax(-1) * logits_TE.log_softmax(-1)).sum(-1)
+        return {"entropy": masked_mean(entropy_T, context.padding_mask)}
