@@ -11,7 +11,7 @@ import torch
 import routerzoo
 from routerzoo import LayerSpec, RoutingContext
 
-SPEC = LayerSpec(d_model=16, num_experts=8, vocab_size=40, num_positions=64)
+SPEC = LayerSpec(d_model=16, num_experts=8, layer=0, vocab_size=40, num_positions=64)
 
 
 def pytest_runtest_setup(item):

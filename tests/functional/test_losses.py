@@ -1,6 +1,7 @@
 """Losses against values worked out by hand."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,6 @@ from torch.testing import assert_close
 
 from routerzoo import LayerSpec, LinearRouter, Routing, RoutingContext, XMoERouter, create_router
 from routerzoo.functional.losses import (
-    auxiliary_loss,
     balance_loss,
     distillation_loss,
     importance_loss,
@@ -17,6 +17,7 @@ from routerzoo.functional.losses import (
     stablemoe_balance_loss,
     z_loss,
 )
+from routerzoo.moe.auxiliary_loss import loss_of
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
@@ -147,25 +148,34 @@ def test_a_scope_that_does_not_exist_or_has_no_sequences_is_refused():
 
 
 @pytest.mark.parametrize("name", ["LinearRouter", "XMoERouter", "StableMoERouter"])
-def test_routers_take_their_balance_loss_in_each_sequence(name):
-    spec = LayerSpec(8, 4, vocab_size=10)
-    torch.manual_seed(0)
-    router, x_TD, ids = create_router(name, spec, balance_scope="sequence"), torch.randn(6, 8), torch.arange(6)
-    first, both = torch.tensor([0, 0, 0, 0, 1, 1]), torch.tensor([0, 0, 1, 1, 1, 1])
-    losses = [router(x_TD, RoutingContext(token_ids=ids, sequence_ids=s)).losses["balance"] for s in (first, both)]
-    assert not torch.equal(*losses)
-    parts = [
-        router(x_TD[p], RoutingContext(token_ids=ids[p], sequence_ids=first[p] * 0)) for p in (slice(4), slice(4, 6))
-    ]
-    assert_close(losses[0], (4 * parts[0].losses["balance"] + 2 * parts[1].losses["balance"]) / 6)
-    with pytest.raises(ValueError, match="requires sequence_ids"):
-        create_router(name, LayerSpec(8, 4, vocab_size=10, provides=frozenset({"token_ids"})), balance_scope="sequence")
+def test_every_router_with_logits_can_be_balanced_in_each_sequence(name):
+    router, x_TD, ids = create_router(name, LayerSpec(8, 4, vocab_size=10)), torch.randn(6, 8), torch.arange(6)
+    sequence_ids = torch.tensor([0, 0, 0, 0, 1, 1])
+
+    def loss(loss_name, part):
+        context = RoutingContext(token_ids=ids[part], sequence_ids=sequence_ids[part] - sequence_ids[part].min())
+        routing = router(x_TD[part], context)
+        # StableMoE has a balance loss of its own; these are of its routing.
+        return loss_of(loss_name, replace(routing, losses={}), context)
+
+    parts = [loss("balance", slice(4)), loss("balance", slice(4, 6))]
+    assert_close(loss("sequence_balance", slice(6)), (4 * parts[0] + 2 * parts[1]) / 6)
+    assert not torch.equal(loss("sequence_balance", slice(6)), loss("balance", slice(6)))
 
 
 def test_noisy_gate_has_the_losses_of_its_paper():
-    losses = LinearRouter(LayerSpec(8, 4), noisy=True)(torch.randn(20, 8)).losses
-    assert {"importance", "load"} <= set(losses)
-    losses["load"].backward()
+    router, x_TD, context = LinearRouter(LayerSpec(8, 4), noisy=True), torch.randn(20, 8), RoutingContext()
+    torch.nn.init.normal_(router.noise_weight)
+    routing = router(x_TD, context)
+    gates_TE = torch.zeros(20, 4).scatter(1, routing.experts_TK, routing.weights_TK)
+    assert_close(loss_of("importance", routing, context), importance_loss(gates_TE))
+    std_TE = torch.nn.functional.softplus(x_TD @ router.noise_weight.T) + 0.01
+    clean_TE = x_TD @ router.weight.T
+    expected = load_loss(clean_TE, 2, noisy_logits_TE=routing.logits_TE, noise_std=std_TE, exclude_itself=True)
+    assert_close(loss_of("load", routing, context), expected)
+    assert_close(loss_of("z", routing, context), z_loss(clean_TE))
+    loss_of("load", routing, context).backward()
+    assert router.noise_weight.grad.abs().sum() > 0
 
 
 def test_generic_losses_of_any_router_with_logits():
@@ -173,18 +183,18 @@ def test_generic_losses_of_any_router_with_logits():
     context = RoutingContext(sequence_ids=torch.tensor([0, 0, 0, 1, 1, 1]))
     routing = router(torch.randn(6, 8), context)
     for name in ("balance", "sequence_balance", "importance", "load", "z"):
-        assert auxiliary_loss(name, routing, context).isfinite()
+        assert loss_of(name, routing, context).isfinite()
     # X-MoE's balance is that of its fixed temperature in every scope.
     expected = balance_loss(
         routing.balance_probs_TE, routing.experts_TK, scope="sequence", sequence_ids=context.sequence_ids
     )
-    assert_close(auxiliary_loss("sequence_balance", routing, context), expected)
+    assert_close(loss_of("sequence_balance", routing, context), expected)
 
 
 def test_an_unknown_loss_lists_those_that_the_router_has():
     routing = Routing(torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1), torch.zeros(2, 3))
-    assert_close(auxiliary_loss("z", routing, RoutingContext()), torch.tensor(math.log(3) ** 2))
-    with pytest.raises(ValueError, match="no loss 'entropy'; it has balance, importance, load, sequence_balance, z"):
-        auxiliary_loss("entropy", routing, RoutingContext())
+    assert_close(loss_of("z", routing, RoutingContext()), torch.tensor(math.log(3) ** 2))
+    with pytest.raises(ValueError, match="no loss 'entropy'; it has balance, importance, load"):
+        loss_of("entropy", routing, RoutingContext())
     with pytest.raises(ValueError, match="no loss 'balance'; it has none"):
-        auxiliary_loss("balance", Routing(routing.experts_TK, routing.weights_TK), RoutingContext())
+        loss_of("balance", Routing(routing.experts_TK, routing.weights_TK), RoutingContext())

@@ -6,7 +6,18 @@ from torch import nn
 from torch.testing import assert_close
 
 import routerzoo
-from routerzoo import Experts, LayerSpec, MLPExperts, MoE, Router, Routing, RoutingContext, SwiGLUExperts
+from routerzoo import (
+    Experts,
+    LayerSpec,
+    MLPExperts,
+    MoE,
+    Router,
+    Routing,
+    RoutingContext,
+    SwiGLUExperts,
+    auxiliary_loss,
+)
+from routerzoo.moe.dispatch import dense_forward
 from routerzoo.moe.grouped_linear import grouped_linear
 from routerzoo.moe.layer import NonCausalRouterError
 from routerzoo.router import UnmetRequirementError
@@ -104,10 +115,10 @@ def test_a_layer_takes_no_token_and_one(router_name, tokens, make_context):
 
 
 def test_every_expert_may_be_chosen_and_one_may_be_all(router_name):
-    spec = LayerSpec(16, 3, vocab_size=40)
+    spec = LayerSpec(16, 3, layer=0, vocab_size=40)
     context = RoutingContext(token_ids=torch.randint(40, (5,)))
     assert MoE(spec, router_factory(router_name, top_k=3))(torch.randn(5, 16), context).isfinite().all()
-    spec = LayerSpec(16, 1, vocab_size=40)
+    spec = LayerSpec(16, 1, layer=0, vocab_size=40)
     assert MoE(spec, router_factory(router_name, top_k=1))(torch.randn(5, 16), context).isfinite().all()
 
 
@@ -120,7 +131,7 @@ def test_padding_goes_to_no_expert(router_name, make_context):
     y = layer(x, padded)
     assert y[mask].abs().sum() == 0
     assert_close(y[~mask], layer(x, context)[~mask])
-    assert (padded.routings[0].experts_TK[mask] == -1).all()
+    assert (padded.routings[0].routing.experts_TK[mask] == -1).all()
 
 
 def test_padding_is_left_out_without_looking_at_the_data():
@@ -145,17 +156,17 @@ def test_merged_routing_is_one_expert_of_mean_parameters(experts):
     for token, group in ((0, 1), (2, 0), (3, 1)):
         mixed = {n: torch.tensordot(merge_GE[group], p, 1)[None] for n, p in layer.experts.named_parameters()}
         single.load_state_dict(mixed)
-        assert_close(y_TD[token], single.dense_forward(x_TD[token : token + 1])[0])
+        assert_close(y_TD[token], dense_forward(single, x_TD[token : token + 1], 1)[0])
     assert not y_TD[1].any()
 
 
 def test_merged_routing_takes_padding_out_of_its_groups():
     context = RoutingContext(padding_mask=torch.tensor([False, True]))
-    layer_with(Routing(merge_GE=torch.ones(1, SPEC.num_experts), group_T=torch.tensor([0, 0])))(
-        torch.randn(2, 16), context
-    )
-    assert context.routings[0].group_T.tolist() == [0, -1]
-    assert context.routings[0].expert_load(SPEC.num_experts).tolist() == [1.0] * SPEC.num_experts
+    layer = layer_with(Routing(merge_GE=torch.ones(1, SPEC.num_experts), group_T=torch.tensor([0, 0])))
+    layer(torch.randn(2, 16), context)
+    (routing,) = context.routings_of(layer)
+    assert routing.group_T.tolist() == [0, -1]
+    assert routing.expert_load(SPEC.num_experts).tolist() == [1.0] * SPEC.num_experts
 
 
 def test_experts_that_are_not_stacked_cannot_be_merged():
@@ -187,22 +198,22 @@ def test_nothing_is_read_back_from_a_gpu(router_name, make_context):
         for bank in (layer.experts, layer.shared_experts):
             for parameter in bank.parameters():
                 parameter.data = parameter.data.bfloat16()
-        for name, table in layer.router.named_buffers():  # some are drawn on a CPU by design
-            setattr(layer.router, name, table.to("cuda"))
-        fields = {n: v.to("cuda") if isinstance(v := getattr(context, n), torch.Tensor) else v for n in vars(context)}
-        context = RoutingContext(**{**fields, "padding_mask": torch.zeros(64, dtype=torch.bool, device="cuda")})
+        for name, table in layer.router.named_buffers():
+            if table.device.type == "cpu":  # some are drawn there by design
+                setattr(layer.router, name, table.to("cuda"))
+        padding_mask = torch.zeros(64, dtype=torch.bool, device="cuda")
+        context = context.to("cuda").new_pass(padding_mask=padding_mask)
         assert layer(x_TD, context).device.type == "cuda"
-        assert context.routings[0].expert_load(SPEC.num_experts).device.type == "cuda"
+        assert context.routings_of(layer)[0].expert_load(SPEC.num_experts).device.type == "cuda"
 
 
-def test_a_layer_without_context_computes_no_losses(monkeypatch):
-    layer = MoE(SPEC, "LinearRouter")
-    answers = []
-    layer.router.register_forward_hook(lambda router, arguments, routing: answers.append(routing))
+def test_a_layer_without_context_computes_nothing_for_losses():
+    layer, seen = MoE(SPEC, "XMoERouter"), []
+    layer.register_routing_hook(lambda published, context: seen.append(published.routing.balance_probs_TE))
     layer(torch.randn(4, 16))
     layer(torch.randn(4, 16), RoutingContext())
-    assert [set(routing.losses) for routing in answers] == [set(), {"balance", "z"}]
-    assert set(layer.router(torch.randn(4, 16)).losses) == {"balance", "z"}
+    assert seen[0] is None
+    assert seen[1].shape == (4, SPEC.num_experts)
 
 
 def test_leading_dimensions_are_kept():
@@ -293,8 +304,7 @@ def test_activation_checkpointing_changes_nothing(router_name, make_context):
             y = torch.utils.checkpoint.checkpoint(layer, x, context, use_reentrant=False)
         else:
             y = layer(x, context)
-        routing = context.routings[0]
-        (y.square().sum() + sum(routing.losses.values())).backward()
+        (y.square().sum() + auxiliary_loss(layer, context)).backward()
         return [x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]
 
     torch.manual_seed(0)
