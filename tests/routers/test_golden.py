@@ -1,6 +1,6 @@
 """Routers against numbers recorded from reference implementations; `tests/golden/README.md` says which.
 
-`pytest -rP tests/routers/test_golden.py` shows the largest error of each comparison.
+`pytest -rP tests/routers/test_golden.py` shows the error of each comparison.
 """
 
 from functools import partial
@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.testing import assert_close
 
 from routerzoo import (
     Experts,
@@ -25,15 +24,19 @@ from routerzoo import (
     XMoERouter,
     grouped_linear,
 )
+from routerzoo.moe.auxiliary_loss import loss_of
 
 FOLDER = Path(__file__).parents[1] / "golden"
+TOLERANCE = 5e-6
+"""About forty times the spacing of float32; what was seen is at most 8e-7."""
 
 
 def close(ours, theirs):
-    """Compare, and print the largest difference relative to the largest value."""
-    assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    error = (ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12)
-    print(f"largest relative error {error:.1e}, shape {list(theirs.shape)}")
+    """Compare relative to the largest value of the tensor: what rounding does to a small one is up to the processor."""
+    assert ours.shape == theirs.shape
+    error = ((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12)).item()
+    print(f"largest error {error:.1e} of the largest value, shape {list(theirs.shape)}")
+    assert error < TOLERANCE
 
 
 def load(name):
@@ -132,7 +135,7 @@ def run_stablemoe(layer, golden):
     context = RoutingContext(token_ids=golden["token_ids"])
     # `g * (x + F(x)) + (1 - g) * x` of the authors' code is `x + g * F(x)`.
     output = hidden + layer(hidden, context)
-    return hidden, output, context.routings[0]
+    return hidden, output, context.routings_of(layer)[0]
 
 
 def test_stablemoe_stage_1_in_training(stablemoe):
@@ -157,7 +160,7 @@ def test_stablemoe_stage_1_in_evaluation_routes_by_the_distilled_router(stablemo
 
 def test_stablemoe_stage_2(stablemoe):
     layer, golden = stablemoe
-    layer.router.stage = 2
+    layer.router.freeze_choices()
     hidden, output, routing = run_stablemoe(layer, golden)
     close(output, golden["stage2_train_output"])
     close(routing.losses["balance"], golden["stage2_train_balance"])
@@ -185,11 +188,11 @@ def test_mixtral_block():
     hidden = golden["hidden"].clone().requires_grad_()
     context = RoutingContext()
     output = layer(hidden, context)
-    routing = context.routings[0]
+    (routing,) = context.routings_of(layer)
     close(routing.logits_TE, golden["router_logits"])
     close(output, golden["output"])
     # transformers counts every one of the k choices: its minimum is k, ours 1.
-    close(routing.losses["balance"] * top_k, golden["load_balancing_loss"])
+    close(loss_of("balance", routing, context) * top_k, golden["load_balancing_loss"])
     (output * golden["probe"]).sum().backward()
     close(hidden.grad, golden["grad_hidden"])
     close(layer.router.weight.grad, golden["grad_gate_weight"])

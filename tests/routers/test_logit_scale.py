@@ -19,7 +19,7 @@ from routerzoo.errors import UserError
 from routerzoo.routers.logit_scale import initial_logit_std, match_logit_std
 from tests.conftest import build_router
 
-SPEC = LayerSpec(256, 16, vocab_size=40)
+SPEC = LayerSpec(256, 16, layer=0, vocab_size=40)
 
 
 @torch.no_grad()
