@@ -1,10 +1,13 @@
 """Routers that assign tokens to experts jointly: expert choice, optimal transport, BASE; and a rewarded policy."""
 
 from routerzoo_assignment.base_layer import BaseLayerRouter
-from routerzoo_assignment.expert_choice import ExpertChoiceRouter, ExpertThresholdRouter
+from routerzoo_assignment.expert_choice import ExpertChoiceRouter
+from routerzoo_assignment.expert_threshold import ExpertThresholdRouter
 from routerzoo_assignment.reinforced import RLRouter
-from routerzoo_assignment.sinkhorn import log_sinkhorn
-from routerzoo_assignment.sinkhorn_routers import SBaseRouter, SelectiveSinkhornRouter, SinkhornRouter
+from routerzoo_assignment.s_base import SBaseRouter
+from routerzoo_assignment.selective_sinkhorn import SelectiveSinkhornRouter
+from routerzoo_assignment.sinkhorn import SinkhornRouter
+from routerzoo_assignment.transport import log_sinkhorn
 
 __all__ = [
     "BaseLayerRouter",

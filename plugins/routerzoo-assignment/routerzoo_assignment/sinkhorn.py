@@ -1,44 +1,72 @@
-"""Entropic optimal transport between tokens and experts, in the log domain."""
-# Shape suffixes: G groups of tokens, S tokens of a group, E experts.
+"""SinkhornRouter: token choice balanced by optimal transport (Liu et al. 2024, https://arxiv.org/abs/2401.15969)."""
+# Shape suffixes: T tokens, D model width, E experts, K choices per token.
 
 from __future__ import annotations
 
-import math
+from typing import final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from routerzoo import LayerSpec, LogitRouter, Routing, RoutingContext, register_router
+from routerzoo.functional import gate_linear, topk_indices
+from routerzoo_assignment.transport import check_transport, transport_plan
 
 
-@torch.no_grad()
-def log_sinkhorn(
-    scores_GSE: Tensor, real_GS: Tensor, *, epsilon: float = 1.0, iterations: int = 20, tolerance: float = 0.0
-) -> Tensor:
-    """Return the logarithm of the transport plan that gives each token one unit and each expert as much as the others.
+@register_router
+@final
+class SinkhornRouter(LogitRouter):
+    """Sinkhorn token choice: experts are the k largest of a token's row of the transport plan of its image.
 
-    `argmax <P, scores> + epsilon H(P)`, rows summing to 1 and columns to `n / E`, for the n tokens of each group
-    (Cuturi 2013; Clark et al. 2022, https://arxiv.org/abs/2202.01169, section 3.2). In the log domain, where a
-    logit of 100 does not overflow. Rows are normalised last, so that they hold exactly.
+    The balance holds within each sequence or image, in training and in evaluation; weights are the softmax of the
+    logits ("Sinkhorn TC": entropy weight 1, 20 iterations). The plan looks at all tokens of a sequence, so this is not
+    for decoders. It costs `iterations` passes over `[T, E]`.
 
     Args:
-        scores_GSE: what is to be large where tokens go.
-        real_GS: False where there is no token; such rows of the plan are 0.
-        epsilon: weight of the entropy; the smaller, the nearer the plan is to an assignment, and the slower.
-        iterations: at most so many.
-        tolerance: stop when no potential moves by more than that; 0 for all iterations, without reading anything back
-            from the device.
+        spec: sizes of the layer the router sits in.
+        top_k: experts per token.
+        epsilon: weight of the plan's entropy.
+        iterations: of Sinkhorn's algorithm.
+        renormalize: divide the weights by their sum.
+        init_std: standard deviation of the gate's initial weights.
+
+    Raises:
+        ValueError: an entropy weight that is not positive, or no iterations.
     """
-    num_experts = scores_GSE.shape[-1]
-    kernel_GSE = (scores_GSE / epsilon).masked_fill(~real_GS.unsqueeze(-1), -torch.inf)
-    target_G1 = real_GS.sum(1, keepdim=True).to(scores_GSE.dtype).clamp_min(1).log() - math.log(num_experts)
-    token_GS1 = scores_GSE.new_zeros(*real_GS.shape, 1)
-    expert_GE = scores_GSE.new_zeros(len(real_GS), num_experts)
-    for _ in range(iterations):
-        moved_GE = target_G1 - (kernel_GSE + token_GS1).logsumexp(1)
-        moved_GE = moved_GE.masked_fill(~moved_GE.isfinite(), 0.0)  # a group without tokens
-        change = (moved_GE - expert_GE).abs().max() if tolerance and moved_GE.numel() else None
-        expert_GE = moved_GE
-        token_GS1 = -(kernel_GSE + expert_GE.unsqueeze(1)).logsumexp(2, keepdim=True)
-        token_GS1 = token_GS1.masked_fill(~real_GS.unsqueeze(-1), 0.0)
-        if change is not None and change < tolerance:
-            break
-    return kernel_GSE + token_GS1 + expert_GE.unsqueeze(1)
+
+    paper = "Liu et al. 2024, arXiv:2401.15969"
+    requires = frozenset({"sequence_ids"})
+    causal = False
+    causal_form = "SBaseRouter in evaluation, or ExpertThresholdRouter"
+    tokenwise = False
+    compiles = False
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        *,
+        top_k: int = 2,
+        epsilon: float = 1.0,
+        iterations: int = 20,
+        renormalize: bool = False,
+        init_std: float = 0.02,
+    ) -> None:
+        check_transport(epsilon, iterations)
+        super().__init__(spec, top_k=top_k, renormalize=renormalize)
+        self.epsilon, self.iterations = epsilon, iterations
+        self.weight = nn.Parameter(torch.randn(spec.num_experts, spec.d_model) * init_std)
+
+    def logits(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
+        """Return `x W^T`."""
+        return gate_linear(x_TD, self.weight)
+
+    def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
+        """Select by the plan, weight by the logits."""
+        logits_TE = self.logits(x_TD, context)
+        plan_TE = transport_plan(logits_TE, context, scope="sequence", epsilon=self.epsilon, iterations=self.iterations)
+        experts_TK = topk_indices(plan_TE, self.top_k)
+        return Routing(experts_TK, self.combine_weights(logits_TE, experts_TK), logits_TE, may_drop=False)
+
+    def select_experts(self, logits_TE: Tensor) -> Tensor:
+        """Refuse: selection looks at whole sequences."""
+        raise NotImplementedError("SinkhornRouter selects experts by the plan of a sequence, not by logits alone")

@@ -1,4 +1,4 @@
-"""TemplateRouter: the laws of every router, and numbers by hand."""
+"""TemplateRouter: the checks of every router, and numbers by hand."""
 
 import pytest
 import torch

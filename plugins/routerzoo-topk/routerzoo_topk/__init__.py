@@ -1,7 +1,22 @@
-"""The top-k gates of large language models, as routers for routerzoo."""
+"""The top-k gates of large models, as routers for routerzoo."""
 
-from routerzoo_topk.gate import TopKRouter
+from routerzoo_topk.gshard import GShardRouter
 from routerzoo_topk.hash_first import HashFirstRouter
 from routerzoo_topk.presets import PRESETS, Preset
+from routerzoo_topk.quantile import QuantileBalancingRouter
+from routerzoo_topk.simbal import SimBalRouter
+from routerzoo_topk.switch import SwitchRouter
+from routerzoo_topk.topk import TopKRouter
+from routerzoo_topk.v_moe import VMoERouter
 
-__all__ = ["PRESETS", "HashFirstRouter", "Preset", "TopKRouter"]
+__all__ = [
+    "PRESETS",
+    "GShardRouter",
+    "HashFirstRouter",
+    "Preset",
+    "QuantileBalancingRouter",
+    "SimBalRouter",
+    "SwitchRouter",
+    "TopKRouter",
+    "VMoERouter",
+]
