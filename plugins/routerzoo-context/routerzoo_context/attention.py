@@ -1,21 +1,20 @@
 """AttentionRouter: tokens are routed like those they attend to (Nguyen et al. 2025, https://arxiv.org/abs/2505.00792)."""
-# Shape suffixes: T tokens, D model width, H heads, E experts, K choices per token, G sequences, S tokens of a sequence.
+# Shape suffixes: T tokens, D model width, H heads, E experts, G sequences, S tokens of a sequence.
 
 from __future__ import annotations
 
 from typing import final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.functional.topk import softmax_at, topk_indices, topk_softmax
+from routerzoo import LayerSpec, LogitRouter, RoutingContext, register_router
+from routerzoo.functional import gate_linear
 
 
 @register_router
 @final
-class AttentionRouter(Router):
+class AttentionRouter(LogitRouter):
     """A token's logits are averaged with those of the tokens that it attends to, by the attention layer before.
 
     `logits = mean_h A_h L`, with A the attention weights of the layer before the MoE layer and L a linear gate's; then
@@ -34,8 +33,6 @@ class AttentionRouter(Router):
     inspired_by = True
     requires = frozenset({"attention", "positions", "sequence_ids"})
     tokenwise = False
-    normalized = True
-    trains_at_top_1 = False
     compiles = False
     causal_form = "AttentionRouter with causal=True"
 
@@ -44,29 +41,14 @@ class AttentionRouter(Router):
         self.causal = causal
         self.weight = nn.Parameter(torch.randn(spec.num_experts, spec.d_model) * init_std)
 
-    @torch.no_grad()
-    def scale_initial_logits(self, factor: float) -> None:
-        """Scale the gate."""
-        self.weight.mul_(factor)
-
-    def select_experts(self, logits_TE: Tensor) -> Tensor:
-        """Choose the k largest."""
-        return topk_indices(logits_TE, self.top_k)
-
-    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
-        """Take the softmax over the chosen logits."""
-        return softmax_at(logits_TE, experts_TK)
-
-    def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
-        """Average logits by the attention, and take the k largest."""
+    def logits(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
+        """Return the gate's logits, averaged by the attention."""
         attention_THS, place_T, ids_T = context.attention, context.positions, context.sequence_ids
         assert attention_THS is not None
         assert place_T is not None
         assert ids_T is not None
-        own_TE = F.linear(x_TD, self.weight)
-        logits_TE = mixed_by_attention(own_TE, attention_THS, place_T, ids_T, context.padding_mask, self.causal)
-        weights_TK, experts_TK = topk_softmax(logits_TE, self.top_k)
-        return Routing(experts_TK, weights_TK, logits_TE, may_drop=False)
+        own_TE = gate_linear(x_TD, self.weight)
+        return mixed_by_attention(own_TE, attention_THS, place_T, ids_T, context.padding_mask, bool(self.causal))
 
 
 def mixed_by_attention(

@@ -1,106 +1,113 @@
 """RMoERouter: a recurrence over layers (Qiu et al. 2024, https://arxiv.org/abs/2408.06793)."""
-# Shape suffixes: T tokens, D model width, R recurrent width, F 3 R, E experts, K choices per token.
+# Shape suffixes: T tokens, D model width, R recurrent width, F 3 R, E experts.
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, final
+from typing import NamedTuple, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.functional.losses import balance_loss, scope_of
-from routerzoo.functional.topk import softmax_at, topk_indices, topk_softmax
+from routerzoo import LayerSpec, LogitRouter, LossWeight, RoutingContext, register_router
+from routerzoo.functional import gate_linear
+from routerzoo.functional.recomputation import in_backward
 
-_INPUT, _STATE = "routerzoo_context.RMoERouter.input", "routerzoo_context.RMoERouter.state"
+
+class Carried(NamedTuple):
+    """What a layer leaves for the next one.
+
+    Args:
+        state_TR: the tokens' states.
+        input_weight_FR: what the GRU does to its input.
+        input_bias_F: the bias of that.
+        state_bias_F: the bias of what the GRU does to its state.
+        state_weight_FR: what the GRU does to its state; None after layer 0, whose own state is 0.
+    """
+
+    state_TR: Tensor
+    input_weight_FR: Tensor
+    input_bias_F: Tensor
+    state_bias_F: Tensor
+    state_weight_FR: Tensor | None = None
 
 
 @register_router
 @final
-class RMoERouter(Router):
+class RMoERouter(LogitRouter):
     """Layerwise recurrent router: a GRU carries each token's routing from one MoE layer to the next.
 
     `r_l = GRU(A_l h_l, r_{l-1})`, `logits = O_l r_l`, r_0 = 0, softmax over the k largest (Qiu et al. 2024, equations 4
     to 6). A and O are the layer's own, the GRU is one for all layers: the first layer owns what it does to the input,
-    the second what it does to the state (the first has none yet), and the others get both in the context's `carry`, as
-    they get the state. The state is a token's own, so the router is causal and generation needs no other tokens.
+    the second what it does to the state (the first has none yet), and the others read both from the context's `carry`,
+    as they read the state. The state is a token's own, so the router is causal and generation needs no other tokens.
+
+    Loss `balance`, in the authors' release transformers' over the tokens of all layers together with coefficient 1e-3,
+    which at balance is k where ours is 1: 1e-3 k, for the k at construction. A starts as N(0, 1 / D), the
+    GRU as torch's linear layers with the state's bias 0; the release draws all weights from its model's initializer.
 
     Args:
         spec: sizes of the layer the router sits in.
         top_k: experts per token.
         recurrent_dim: width R of the recurrence.
-        init_std: standard deviation of the initial weights of A and O.
+        init_std: standard deviation of the initial weights of O.
 
     Raises:
-        ValueError: a width below 1; in use, a later layer without an earlier one's state in its context.
+        UnmetRequirementError: the model does not number its layers.
+        ValueError: a width below 1; in use, a later layer whose context lacks the state of the one before, or a layer
+            that has routed before in the same forward pass.
     """
 
     paper = "Qiu et al., 2024, arXiv:2408.06793"
-    default_loss_weights: ClassVar[Mapping[str, float]] = {"balance": 1e-3}
-    normalized = True
-    trains_at_top_1 = False
+    gate = "up"
 
     def __init__(self, spec: LayerSpec, *, top_k: int = 2, recurrent_dim: int = 256, init_std: float = 0.02) -> None:
         if recurrent_dim < 1:
             raise ValueError(f"recurrent_dim must be at least 1, got {recurrent_dim}")
         super().__init__(spec, top_k=top_k)
+        layer = self.required_layer()
+        self.default_loss_weights: Mapping[str, float | LossWeight] = {"balance": LossWeight(1e-3 * top_k, "pooled")}
         self.down = nn.Parameter(torch.randn(recurrent_dim, spec.d_model) * spec.d_model**-0.5)
         self.up = nn.Parameter(torch.randn(spec.num_experts, recurrent_dim) * init_std)
-        self.input_cell = nn.Linear(recurrent_dim, 3 * recurrent_dim) if spec.layer == 0 else None
-        self.input_bias = nn.Parameter(torch.zeros(3 * recurrent_dim)) if spec.layer == 0 else None
-        self.state_cell = nn.Linear(recurrent_dim, 3 * recurrent_dim, bias=False) if spec.layer == 1 else None
+        self.input_cell = nn.Linear(recurrent_dim, 3 * recurrent_dim) if layer == 0 else None
+        self.input_bias = nn.Parameter(torch.zeros(3 * recurrent_dim)) if layer == 0 else None
+        self.state_cell = nn.Linear(recurrent_dim, 3 * recurrent_dim, bias=False) if layer == 1 else None
 
-    @torch.no_grad()
-    def scale_initial_logits(self, factor: float) -> None:
-        """Scale the last map."""
-        self.up.mul_(factor)
-
-    def select_experts(self, logits_TE: Tensor) -> Tensor:
-        """Choose the k largest."""
-        return topk_indices(logits_TE, self.top_k)
-
-    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
-        """Take the softmax over the chosen logits."""
-        return softmax_at(logits_TE, experts_TK)
-
-    def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
-        """Take the k largest logits of the new state."""
-        step_TR = F.linear(x_TD, self.down)
-        if self.input_cell is not None:
-            context.carry[_INPUT] = self.input_cell, self.input_bias
+    def logits(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
+        """Return `O r` of the new state r, which the next layer continues from."""
+        layer, step_TR = self.required_layer(), gate_linear(x_TD, self.down)
+        carried: Carried | None
+        if self.input_cell is not None and self.input_bias is not None:
+            carried = Carried(torch.zeros_like(step_TR), self.input_cell.weight, self.input_cell.bias, self.input_bias)
+        else:
+            carried = context.carry.get((RMoERouter, layer - 1))
+            if carried is None or len(carried.state_TR) != len(x_TD):
+                raise ValueError(
+                    f"the RMoERouter of MoE layer {layer} continues from layer {layer - 1}: run that one before on the "
+                    "same tokens, and give both the same RoutingContext"
+                )
         if self.state_cell is not None:
-            context.carry[_STATE] = self.state_cell
-        layer = self.spec.layer
-        # Keyed by layer: activation checkpointing runs a layer again when later ones have left their states.
-        earlier_TR = context.carry.get((_STATE, layer - 1))
-        if layer > 0 and (earlier_TR is None or len(earlier_TR) != len(x_TD)):
-            raise ValueError(
-                f"the RMoERouter of MoE layer {layer} continues from layer {layer - 1}: run that one before on the "
-                "same tokens, and give both the same RoutingContext"
-            )
-        input_cell, bias_F = context.carry[_INPUT]
-        state_TR = _gru(
-            input_cell(step_TR), bias_F, earlier_TR, context.carry[_STATE] if earlier_TR is not None else None
-        )
-        context.carry[_STATE, layer] = state_TR
-        logits_TE = F.linear(state_TR, self.up)
-        weights_TK, experts_TK = topk_softmax(logits_TE, self.top_k)
-        losses = {}
-        if self.training and context.compute_aux_losses:
-            losses["balance"] = balance_loss(logits_TE.softmax(-1), experts_TK, **scope_of("batch", context))
-        return Routing(experts_TK, weights_TK, logits_TE, losses, may_drop=False)
+            carried = carried._replace(state_weight_FR=self.state_cell.weight)
+        state_TR = _gru(step_TR, carried)
+        if not in_backward():  # what is recomputed finds the states where the forward pass left them
+            if (RMoERouter, layer) in context.carry:
+                raise ValueError(
+                    f"an RMoERouter of MoE layer {layer} has routed before in this forward pass, and would overwrite "
+                    "its state: number the layers of the model, LayerSpec(..., layer=0), LayerSpec(..., layer=1) and "
+                    "so on, call each once, and give each forward pass a RoutingContext of its own"
+                )
+            context.carry[RMoERouter, layer] = carried._replace(state_TR=state_TR)
+        return gate_linear(state_TR, self.up)
 
 
-def _gru(input_TF: Tensor, bias_F: Tensor, state_TR: Tensor | None, state_cell: nn.Module | None) -> Tensor:
-    """Return the next state of a GRU as torch defines it; no state is a state of zeros."""
-    reset_i, update_i, new_i = input_TF.chunk(3, dim=-1)
-    hidden_TF = bias_F.expand_as(input_TF)
-    if state_TR is not None and state_cell is not None:
-        hidden_TF = hidden_TF + state_cell(state_TR)
+def _gru(step_TR: Tensor, carried: Carried) -> Tensor:
+    """Return the next state of a GRU as torch defines it."""
+    state_TR, hidden_TF = carried.state_TR, carried.state_bias_F
+    if carried.state_weight_FR is not None:
+        hidden_TF = hidden_TF + F.linear(state_TR, carried.state_weight_FR)
+    reset_i, update_i, new_i = F.linear(step_TR, carried.input_weight_FR, carried.input_bias_F).chunk(3, dim=-1)
     reset_h, update_h, new_h = hidden_TF.chunk(3, dim=-1)
     update_TR = torch.sigmoid(update_i + update_h)
     new_TR = torch.tanh(new_i + torch.sigmoid(reset_i + reset_h) * new_h)
-    kept_TR = 0.0 if state_TR is None else update_TR * state_TR
-    return (1 - update_TR) * new_TR + kept_TR
+    return (1 - update_TR) * new_TR + update_TR * state_TR

@@ -1,22 +1,22 @@
 """SimilarityRouter: similar tokens are routed alike (Nguyen et al. 2025, https://arxiv.org/abs/2505.00792)."""
-# Shape suffixes: T tokens, D model width, E experts, K choices per token, G sequences, S tokens of a sequence.
+# Shape suffixes: T tokens, D model width, E experts, G sequences, S tokens of a sequence.
 
 from __future__ import annotations
 
 from typing import final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
+from routerzoo import LayerSpec, LogitRouter, RoutingContext, register_router
+from routerzoo.functional import gate_linear
+from routerzoo.functional.gate import at_least_float32
 from routerzoo.functional.ragged import group_by_sequence
-from routerzoo.functional.topk import softmax_at, topk_indices, topk_softmax
 
 
 @register_router
 @final
-class SimilarityRouter(Router):
+class SimilarityRouter(LogitRouter):
     """A token's logits are averaged with those of the tokens that it resembles, itself and earlier ones.
 
     `logits = softmax(x W x^T / (temperature * sqrt(D))) L` within a sequence, with L a linear gate's; then the softmax
@@ -39,8 +39,6 @@ class SimilarityRouter(Router):
     inspired_by = True
     requires = frozenset({"sequence_ids"})
     tokenwise = False
-    normalized = True
-    trains_at_top_1 = False
     compiles = False
     causal_form = "SimilarityRouter with causal=True"
 
@@ -60,31 +58,16 @@ class SimilarityRouter(Router):
         self.weight = nn.Parameter(torch.randn(spec.num_experts, spec.d_model) * init_std)
         self.similarity = nn.Parameter(torch.eye(spec.d_model))
 
-    @torch.no_grad()
-    def scale_initial_logits(self, factor: float) -> None:
-        """Scale the gate."""
-        self.weight.mul_(factor)
-
-    def select_experts(self, logits_TE: Tensor) -> Tensor:
-        """Choose the k largest."""
-        return topk_indices(logits_TE, self.top_k)
-
-    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
-        """Take the softmax over the chosen logits."""
-        return softmax_at(logits_TE, experts_TK)
-
-    def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
-        """Average logits over similar tokens, and take the k largest."""
+    def logits(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
+        """Return the gate's logits, averaged over similar tokens."""
         sequences = group_by_sequence(len(x_TD), context.sequence_ids, context.padding_mask, x_TD.device)
-        x_GSD = sequences.to_padded(x_TD)
+        x_GSD = sequences.to_padded(at_least_float32(x_TD))
         scale = self.temperature * self.spec.d_model**0.5
         likeness_GSS = (x_GSD @ self.similarity) @ x_GSD.mT / scale
-        seen_GSS = sequences.real_GS.unsqueeze(1) | torch.eye(
-            x_GSD.shape[1], dtype=torch.bool, device=x_TD.device
-        )  # a place without token sees itself, so that no row is empty
+        # A place without token sees itself, so that no row is empty.
+        itself_SS = torch.eye(x_GSD.shape[1], dtype=torch.bool, device=x_TD.device)
+        seen_GSS = sequences.real_GS.unsqueeze(1) | itself_SS
         if self.causal:
             seen_GSS = seen_GSS & torch.ones_like(seen_GSS).tril()
         mixing_GSS = likeness_GSS.masked_fill(~seen_GSS, -torch.inf).softmax(-1)
-        logits_TE = sequences.to_flat(mixing_GSS @ F.linear(x_GSD, self.weight), len(x_TD))
-        weights_TK, experts_TK = topk_softmax(logits_TE, self.top_k)
-        return Routing(experts_TK, weights_TK, logits_TE, may_drop=False)
+        return sequences.to_flat(mixing_GSS @ gate_linear(x_GSD, self.weight), len(x_TD))

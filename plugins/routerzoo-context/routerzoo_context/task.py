@@ -1,5 +1,5 @@
 """TaskRouter: all tokens of a task go to the same experts (Ye et al. 2022, https://arxiv.org/abs/2205.12701)."""
-# Shape suffixes: T tokens, D model width, E experts, K choices per token, Q tasks, R width of a task's embedding.
+# Shape suffixes: T tokens, D model width, E experts, Q tasks, R width of a task's embedding.
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.functional.topk import softmax_at, topk_indices, topk_softmax
+from routerzoo import LayerSpec, LogitRouter, RoutingContext, register_router
+from routerzoo.functional.gate import at_least_float32
 from routerzoo.router import UnmetRequirementError
 
 
 @register_router
 @final
-class TaskRouter(Router):
+class TaskRouter(LogitRouter):
     """A task's embedding, through a small network, chooses the experts of all its tokens; hidden states do not count.
 
     `logits = W_2 relu(W_1 e_task)`, softmax over the k largest. Tokens of a known task can then be served by a part of
@@ -31,15 +31,14 @@ class TaskRouter(Router):
         init_std: standard deviation of the initial weights of the last map.
 
     Raises:
-        UnmetRequirementError: the model does not tell tasks apart.
+        UnmetRequirementError: the model does not distinguish tasks.
         ValueError: a width below 1.
     """
 
     paper = "Ye et al. 2022, arXiv:2205.12701"
     inspired_by = True
     requires = frozenset({"task_ids"})
-    normalized = True
-    trains_at_top_1 = False
+    gate = "up"
 
     def __init__(self, spec: LayerSpec, *, top_k: int = 2, task_dim: int = 64, init_std: float = 0.02) -> None:
         if task_dim < 1:
@@ -51,24 +50,10 @@ class TaskRouter(Router):
         self.hidden = nn.Parameter(torch.randn(task_dim, task_dim) * (2 / task_dim) ** 0.5)
         self.up = nn.Parameter(torch.randn(spec.num_experts, task_dim) * init_std)
 
-    @torch.no_grad()
-    def scale_initial_logits(self, factor: float) -> None:
-        """Scale the last map."""
-        self.up.mul_(factor)
-
-    def select_experts(self, logits_TE: Tensor) -> Tensor:
-        """Choose the k largest."""
-        return topk_indices(logits_TE, self.top_k)
-
-    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
-        """Take the softmax over the chosen logits."""
-        return softmax_at(logits_TE, experts_TK)
-
-    def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
-        """Take the task's k largest logits."""
+    def logits(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
+        """Return each token's task's `W_2 relu(W_1 e)`."""
         assert context.task_ids is not None  # `forward` checked what `requires` names.
         logits_QE = F.linear(F.relu(F.linear(self.task_embedding, self.hidden)), self.up)
-        # A hidden state that is no number must not be routed as if nothing were wrong.
-        logits_TE = logits_QE.to(x_TD.dtype).index_select(0, context.task_ids) + 0.0 * x_TD.sum(-1, keepdim=True)
-        weights_TK, experts_TK = topk_softmax(logits_TE, self.top_k)
-        return Routing(experts_TK, weights_TK, logits_TE, may_drop=False)
+        # A hidden state that is NaN must not be routed as if nothing were wrong.
+        nothing_T1 = 0.0 * at_least_float32(x_TD).sum(-1, keepdim=True)
+        return logits_QE.index_select(0, context.task_ids) + nothing_T1

@@ -1,5 +1,5 @@
 """ThorRouter: experts at random, in training and in evaluation (Zuo et al. 2022, https://arxiv.org/abs/2110.04260)."""
-# Shape suffixes: T tokens, D model width, E experts, L entries of a table.
+# Shape suffixes: T tokens, D model width, K experts of a token.
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
+from routerzoo.functional.gate import at_least_float32
 
 _TABLE = 1021  # a prime, so that no period of the data meets the table's
 
@@ -59,6 +60,6 @@ class ThorRouter(Router):
         else:
             assert context.positions is not None  # `forward` checked what `requires` names.
             experts_TK = self.table[context.positions % _TABLE].unsqueeze(1)
-        # A hidden state that is no number must not be routed as if nothing were wrong.
-        weights_TK = x_TD.detach().sum(-1, keepdim=True) * 0.0 + 1.0 / experts_TK.shape[1]
-        return Routing(experts_TK, weights_TK.expand(-1, experts_TK.shape[1]), may_drop=False)
+        # A hidden state that is NaN must not be routed as if nothing were wrong.
+        nothing_T1 = 0.0 * at_least_float32(x_TD.detach()).sum(-1, keepdim=True)
+        return Routing(experts_TK, (nothing_T1 + 1.0 / experts_TK.shape[1]).expand_as(experts_TK), may_drop=False)

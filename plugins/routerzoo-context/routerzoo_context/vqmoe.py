@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, final
+from typing import final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.functional.losses import balance_loss, masked_mean, scope_of
-from routerzoo.functional.topk import topk_softmax
+from routerzoo import LayerSpec, LossWeight, Router, Routing, RoutingContext, register_router
+from routerzoo.functional import gate_linear, topk_softmax
+from routerzoo.functional.losses import masked_mean
 
 
 @register_router
@@ -26,7 +25,7 @@ class VQMoERouter(Router):
     hidden state to its code (0.25 * 0.08); means over tokens and channels, with the authors' coefficients.
 
     Inspired by: in the paper the second branch computes its expert on `LN(x (1 - r) + code r)`, r = 0.05, and
-    normalises what comes out. Here all experts compute on x, since what experts read is not a router's to change.
+    normalizes what comes out. Here all experts compute on x, since what experts read is not a router's to change.
 
     Args:
         spec: sizes of the layer the router sits in.
@@ -41,7 +40,7 @@ class VQMoERouter(Router):
     paper = "Do et al. 2024, arXiv:2411.19402"
     inspired_by = True
     normalized = True
-    default_loss_weights: ClassVar[Mapping[str, float]] = {"balance": 1e-2, "codebook": 0.08, "commitment": 0.02}
+    default_loss_weights: Mapping[str, float | LossWeight] = {"balance": 1e-2, "codebook": 0.08, "commitment": 0.02}
 
     def __init__(self, spec: LayerSpec, *, top_k: int = 2, codes_per_expert: int = 1, init_std: float = 0.02) -> None:
         if codes_per_expert < 1:
@@ -53,27 +52,25 @@ class VQMoERouter(Router):
 
     @torch.no_grad()
     def scale_initial_logits(self, factor: float) -> None:
-        """Scale the gate."""
+        """Multiply the gate."""
         self.weight.mul_(factor)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
-        """Take the gate's k experts, and the nearest code's."""
-        logits_TE = F.linear(x_TD, self.weight)
+        """Select the gate's k experts, and the nearest code's."""
+        logits_TE = gate_linear(x_TD, self.weight)
         weights_TK, experts_TK = topk_softmax(logits_TE, self.top_k)
+        gate = Routing(experts_TK, weights_TK, logits_TE, may_drop=False)
         # The nearest code has the largest x q - |q|^2 / 2.
         codebook_CD = self.codebook.detach()
-        nearness_TC = F.linear(x_TD.detach(), codebook_CD, -0.5 * codebook_CD.square().sum(-1))
-        code_T = nearness_TC.argmax(-1)
+        code_T = gate_linear(x_TD.detach(), codebook_CD, -0.5 * codebook_CD.square().sum(-1)).argmax(-1)
         coded_T1 = (code_T % self.spec.num_experts).unsqueeze(1)
-        branch_T2 = F.linear(x_TD, self.branches).softmax(-1)
+        branch_T2 = gate_linear(x_TD, self.branches).softmax(-1)
         again_TK = experts_TK == coded_T1
-        weights_TK = weights_TK * branch_T2[:, :1] + again_TK * branch_T2[:, 1:]
         new_T1 = ~again_TK.any(1, keepdim=True)
+        weights_TK = weights_TK * branch_T2[:, :1] + again_TK * branch_T2[:, 1:]
         losses = {}
         if self.training and context.compute_aux_losses:
-            mask = context.padding_mask
-            losses["balance"] = balance_loss(logits_TE.softmax(-1), experts_TK, **scope_of("batch", context))
-            code_TD = self.codebook.index_select(0, code_T)
+            mask, code_TD = context.padding_mask, self.codebook.index_select(0, code_T)
             losses["codebook"] = masked_mean((code_TD - x_TD.detach()).square().mean(-1), mask)
             losses["commitment"] = masked_mean((code_TD.detach() - x_TD).square().mean(-1), mask)
         return Routing(
@@ -81,4 +78,5 @@ class VQMoERouter(Router):
             torch.cat([weights_TK, branch_T2[:, 1:] * new_T1], dim=1),
             logits_TE,
             losses,
+            selected=gate,  # balance is the gate's
         )

@@ -1,21 +1,20 @@
 """YuanRouter: attention between experts (Wu et al. 2024, https://arxiv.org/abs/2405.17976)."""
-# Shape suffixes: T tokens, D model width, E and F experts, K choices per token.
+# Shape suffixes: T tokens, D model width, E and F experts.
 
 from __future__ import annotations
 
 from typing import final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
-from routerzoo.functional.topk import softmax_at, topk_indices, topk_softmax
+from routerzoo import LayerSpec, LogitRouter, RoutingContext, register_router
+from routerzoo.functional import gate_linear
 
 
 @register_router
 @final
-class YuanRouter(Router):
+class YuanRouter(LogitRouter):
     """Attention router of Yuan 2.0-M32: a token's scores for experts attend to each other.
 
     `q, k, v = W_q x, W_k x, W_v x`, each with one number an expert; `logits = softmax(q k^T) v`, the softmax along the
@@ -29,8 +28,6 @@ class YuanRouter(Router):
     """
 
     paper = "Wu et al. 2024, arXiv:2405.17976"
-    normalized = True
-    trains_at_top_1 = False
 
     def __init__(self, spec: LayerSpec, *, top_k: int = 2, init_std: float = 0.02) -> None:
         super().__init__(spec, top_k=top_k)
@@ -41,18 +38,8 @@ class YuanRouter(Router):
         """Scale the values: logits are averages of them."""
         self.weight[2 * self.spec.num_experts :].mul_(factor)
 
-    def select_experts(self, logits_TE: Tensor) -> Tensor:
-        """Choose the k largest."""
-        return topk_indices(logits_TE, self.top_k)
-
-    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
-        """Take the softmax over the chosen logits."""
-        return softmax_at(logits_TE, experts_TK)
-
-    def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
-        """Take the k largest of the attended scores."""
-        query_TE, key_TF, value_TF = F.linear(x_TD, self.weight).chunk(3, dim=-1)
+    def logits(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
+        """Return `softmax(q k^T) v`."""
+        query_TE, key_TF, value_TF = gate_linear(x_TD, self.weight).chunk(3, dim=-1)
         attention_TEF = (query_TE.unsqueeze(2) * key_TF.unsqueeze(1)).softmax(-1)
-        logits_TE = (attention_TEF @ value_TF.unsqueeze(2)).squeeze(2)
-        weights_TK, experts_TK = topk_softmax(logits_TE, self.top_k)
-        return Routing(experts_TK, weights_TK, logits_TE, may_drop=False)
+        return (attention_TEF @ value_TF.unsqueeze(2)).squeeze(2)

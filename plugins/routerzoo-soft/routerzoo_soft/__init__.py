@@ -1,4 +1,4 @@
-"""Routers that mix instead of choosing: tokens into slots, or experts into one."""
+"""Routers that mix instead of selecting: tokens into slots, or experts into one."""
 
 from routerzoo_soft.smear import SMEARRouter
 from routerzoo_soft.soft_moe import SoftMoERouter

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
+from routerzoo.functional.gate import at_least_float32
 from routerzoo.functional.ragged import group_by_sequence
 
 SMEARScope = Literal["sequence", "prefix"]
@@ -68,13 +69,13 @@ class SMEARRouter(Router):
 
     @torch.no_grad()
     def scale_initial_logits(self, factor: float) -> None:
-        """Scale the gain of the weights' norm."""
+        """Multiply the gain of the weights' norm."""
         self.weight_norm.weight.mul_(factor)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
-        """Weigh the experts for each group of tokens."""
+        """Weight the experts for each group of tokens."""
         sequences = group_by_sequence(len(x_TD), context.sequence_ids, context.padding_mask, x_TD.device)
-        x_BSD = sequences.to_padded(x_TD)
+        x_BSD = sequences.to_padded(at_least_float32(x_TD))
         if self.scope == "sequence":
             mean_BCD = x_BSD.sum(1, keepdim=True) / sequences.lengths_G.clamp_min(1).view(-1, 1, 1)
             segment_BS = torch.zeros_like(sequences.token_GS)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, Router, Routing, RoutingContext, register_router
+from routerzoo.functional.gate import at_least_float32
 from routerzoo.functional.ragged import group_by_sequence
 
 
@@ -24,7 +25,7 @@ class SoftMoERouter(Router):
     sequence: not for decoders, in any form.
 
     The tokens of a sequence must be adjacent, and sequences of one length, as images are. Padding is left out of the
-    averages. Weighing costs `S * E * slots` products of width D for each sequence, quadratic in S where the number of
+    averages. The weights cost `S * E * slots` products of width D for each sequence, quadratic in S where the number of
     slots grows with it.
 
     Args:
@@ -55,19 +56,19 @@ class SoftMoERouter(Router):
 
     @torch.no_grad()
     def scale_initial_logits(self, factor: float) -> None:
-        """Scale the learned scale."""
+        """Multiply the learned scale."""
         self.scale.mul_(factor)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
-        """Weigh every token for every slot, and every slot for every token."""
+        """Weight every token for every slot, and every slot for every token."""
         groups, length = _rectangle(len(x_TD), context.sequence_ids, x_TD.device)
         slots_EPD = F.normalize(self.phi, dim=-1)
-        logits_TEP = self.scale * torch.einsum("td,epd->tep", F.normalize(x_TD, dim=-1), slots_EPD)
+        logits_TEP = self.scale * torch.einsum("td,epd->tep", F.normalize(at_least_float32(x_TD), dim=-1), slots_EPD)
         logits_GSEP = logits_TEP.view(groups, length, *slots_EPD.shape[:2])
         dispatch_GSEP, combine_GSEP = logits_GSEP, logits_GSEP.flatten(2).softmax(-1).view_as(logits_GSEP)
         if context.padding_mask is not None:
             padding_GS11 = context.padding_mask.view(groups, length, 1, 1)
-            # Not minus infinity: a sequence that is all padding would be no number.
+            # Not minus infinity: a sequence that is all padding would be NaN.
             dispatch_GSEP = dispatch_GSEP.masked_fill(padding_GS11, torch.finfo(dispatch_GSEP.dtype).min)
             combine_GSEP = combine_GSEP.masked_fill(padding_GS11, 0.0)
         return Routing(dispatch_GSEP=dispatch_GSEP.softmax(1), combine_GSEP=combine_GSEP)
