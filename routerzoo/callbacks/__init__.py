@@ -1,4 +1,4 @@
-"""What happens over training, beside the training itself, in any `LightningModule`."""
+"""Callbacks for any `LightningModule` with MoE layers."""
 
 from routerzoo.callbacks.fine_tune import FineTune
 from routerzoo.callbacks.k_schedule import KSchedule

@@ -1,32 +1,39 @@
-"""`RoutingMonitor`: what the routers do, in every log."""
+"""`RoutingMonitor`: load and confidence of every MoE layer, in every log."""
 # Shape suffixes: L layers, E experts, R records over training.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
+import torch.nn.functional as F
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor, nn
 
+from routerzoo.callbacks.steps import completes_step, steps_taken
 from routerzoo.metrics import ExpertLoad, GateConfidence
 from routerzoo.metrics.figures import load_over_training
-from routerzoo.moe.layer import moe_layers, without_padding
-from routerzoo.routing import Routing
+from routerzoo.moe.layer import MoE, RoutingHookHandle, inner_router, moe_layers
+from routerzoo.routing import LayerRouting, RoutingContext
+
+
+class _LayerMetrics(NamedTuple):
+    load: ExpertLoad
+    confidence: GateConfidence
 
 
 @final
 class RoutingMonitor(Callback):
     """Logs routing metrics of every MoE layer of any `LightningModule`.
 
-    Each is named `<stage>/moe<layer>/<metric>`; see `routerzoo.metrics` for the metrics. In training they are those of
-    the batches that Lightning logs, in validation and test those of the whole split. The progress bar shows the most
-    and the least loaded expert of all layers, as `load_max` and `load_min`, relative to the mean load.
-
-    It observes through forward hooks of the routers, and changes nothing.
+    Metrics of the i-th MoE layer of the module are named `<stage>/moe<i>/<metric>`; see `routerzoo.metrics`. In
+    training they are those of the steps that Lightning logs (`log_every_n_steps`), over all batches of a step; in
+    validation and test those of the whole split. Every call of a layer counts, padding does not. The progress bar shows
+    the load of the most and of the least loaded expert of all layers, relative to the mean load, as `load_max` and
+    `load_min`. Training is unaffected.
 
     Args:
         picture: file, relative to the run's folder, for a picture of every expert's load over training; drawn at each
@@ -39,97 +46,119 @@ class RoutingMonitor(Callback):
         self.steps_R: list[int] = []
         self.loads_R: list[Tensor] = []
         self.last_statistics: list[dict[str, float]] = []
-        self._handles: list[RemovableHandle] = []
-        self._load: dict[int, ExpertLoad] = {}
-        self._confidence: dict[int, GateConfidence] = {}
-        self._recording = False
-        self._top_ks: dict[int, int] = {}
+        self._layers: list[MoE] = []
+        self._handles: list[RoutingHookHandle] = []
+        self._stage: Any = None
+        # By layer, while recording.
+        self._metrics: dict[nn.Module, _LayerMetrics] = {}
+        self._top_ks: dict[nn.Module, int] = {}
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Hook into the routers."""
-        self._remove_hooks()
-        for layer in moe_layers(pl_module):
-            self._handles.append(layer.router.register_forward_hook(self._recorder(layer.spec.layer)))
+    @property
+    def state_key(self) -> str:
+        """Name of the state in checkpoints."""
+        return self._generate_state_key(picture=self.picture)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the routers."""
-        self._remove_hooks()
+    def _observe(self, trainer: Trainer, layers: list[MoE]) -> None:
+        # The hooks stay between records: a compiled model is compiled again when they change.
+        if layers != self._layers:
+            self._stop()
+            self._layers = layers
+            record = functools.partial(self._record, trainer)
+            self._handles = [layer.register_routing_hook(record) for layer in layers]
 
-    def _remove_hooks(self) -> None:
+    def _stop(self) -> None:
         while self._handles:
             self._handles.pop().remove()
+        self._layers, self._metrics = [], {}
 
-    def _recorder(self, layer: int) -> Any:
-        def record(router: Any, arguments: tuple[Any, ...], routing: Routing) -> None:
-            # Of several k of an evaluation, the first is recorded.
-            if self._recording and self._top_ks.setdefault(layer, router.top_k) == router.top_k:
-                used = without_padding(routing, arguments[1] if len(arguments) > 1 else None)
-                self._load[layer].update(used)
-                self._confidence[layer].update(used)
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remove the hooks."""
+        self._stop()
 
-        return record
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Remove the hooks: no teardown follows."""
+        self._stop()
 
-    def _start(self, pl_module: LightningModule) -> None:
-        self._load = {
-            layer.spec.layer: ExpertLoad(layer.spec.num_experts).to(pl_module.device) for layer in moe_layers(pl_module)
-        }
-        self._confidence = {
-            layer.spec.layer: GateConfidence(layer.spec.num_experts).to(pl_module.device)
-            for layer in moe_layers(pl_module)
+    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.barebones:  # nothing may be logged
+            return
+        layers, device = list(moe_layers(pl_module)), pl_module.device
+        self._observe(trainer, layers)
+        self._stage = trainer.state.stage
+        self._metrics = {
+            layer: _LayerMetrics(ExpertLoad(layer.num_experts).to(device), GateConfidence(layer.num_experts).to(device))
+            for layer in layers
         }
         self._top_ks = {}
-        self._recording = bool(self._load)
+
+    def _record(self, trainer: Trainer, published: LayerRouting, context: RoutingContext) -> None:
+        metrics = self._metrics.get(published.layer)
+        # Other callbacks may run the model in a stage of their own.
+        if metrics is None or trainer.state.stage is not self._stage:
+            return
+        top_k = inner_router(published.layer).top_k  # type: ignore[arg-type]
+        # Of several k of an evaluation, the first is recorded.
+        if self._top_ks.setdefault(published.layer, top_k) == top_k:
+            metrics.load.update(published.routing)
+            metrics.confidence.update(published.routing)
 
     def _finish(self, pl_module: LightningModule, stage: str) -> None:
         """Log what was recorded."""
-        if not self._recording:
-            return
-        self._recording = False
         self.last_statistics = []
-        for layer, load in self._load.items():
-            statistics = {**load.compute(), **self._confidence[layer].compute()}
+        for index, metrics in enumerate(self._metrics.values()):
+            statistics = {**metrics.load.compute(), **metrics.confidence.compute()}
             known = {name: value for name, value in statistics.items() if not value.isnan()}
-            # Computed over all ranks already; Lightning wants to be told to average them, equal as they are.
-            pl_module.log_dict({f"{stage}/moe{layer}/{n}": v for n, v in known.items()}, sync_dist=True)
+            # Reduced over all ranks already; Lightning warns unless it averages the equal values too.
+            pl_module.log_dict({f"{stage}/moe{index}/{n}": v for n, v in known.items()}, sync_dist=True)
             self.last_statistics.append({name: float(value) for name, value in known.items()})
-        if stage == "train":
-            extremes = {
-                "load_max": max(layer["load_max"] for layer in self.last_statistics),
-                "load_min": min(layer["load_min"] for layer in self.last_statistics),
-            }
-            pl_module.log_dict(extremes, prog_bar=True, logger=False)
+        self._metrics = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Drop the history of an earlier run."""
+        if trainer.global_step == 0:
+            self.steps_R, self.loads_R = [], []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Record the batches that Lightning logs."""
-        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._start(pl_module)
+        """Start to record a step that Lightning logs, or continue with its next batch."""
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not self._metrics and every > 0 and (steps_taken(trainer) + 1) % every == 0:
+            self._start(trainer, pl_module)
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Count no forward pass that activation checkpointing repeats."""
-        if self._recording:
-            self._finish(pl_module, "train")
-            # As wide as the widest layer; a model of one's own may have layers of different size.
-            width = max(load.num_experts for load in self._load.values())
-            loads = [
-                torch.nn.functional.pad(load.counts_E, (0, width - load.num_experts)) for load in self._load.values()
-            ]
-            self.steps_R.append(trainer.global_step + 1)
-            self.loads_R.append(torch.stack(loads).float().cpu())
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log a step that is complete."""
+        if not self._metrics or not completes_step(trainer):
+            return
+        if pl_module.automatic_optimization and not outputs:  # training_step skipped the batch
+            self._metrics = {}
+            return
+        counts = [metrics.load.counts_E for metrics in self._metrics.values()]
+        self._finish(pl_module, "train")
+        extremes = {
+            "load_max": max(layer["load_max"] for layer in self.last_statistics),
+            "load_min": min(layer["load_min"] for layer in self.last_statistics),
+        }
+        pl_module.log_dict(extremes, prog_bar=True, logger=False)
+        width = max(len(counts_E) for counts_E in counts)  # layers may differ in size
+        loads = [F.pad(counts_E, (0, width - len(counts_E))) for counts_E in counts]
+        self.steps_R.append(steps_taken(trainer) + 1)
+        self.loads_R.append(torch.stack(loads).float().cpu())
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the whole split."""
-        self._start(pl_module)
+        self._start(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the validation split, and draw."""
         self._finish(pl_module, "val")
-        trying = trainer.sanity_checking or trainer.fast_dev_run  # type: ignore[attr-defined]
-        if trainer.is_global_zero and not trying and self.loads_R and self.picture is not None:
+        trial = trainer.sanity_checking or trainer.fast_dev_run  # type: ignore[attr-defined]
+        if trainer.is_global_zero and not trial and self.loads_R and self.picture is not None:
             self._draw(trainer)
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the whole split."""
-        self._start(pl_module)
+        self._start(trainer, pl_module)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the test split."""
@@ -147,14 +176,13 @@ class RoutingMonitor(Callback):
                 logger.experiment.add_figure("routing/load", figure, trainer.global_step)
 
     def picture_path(self, trainer: Trainer) -> Path:
-        """Return where the picture lies."""
+        """Return the path of the picture."""
         return (self.folder or Path(trainer.default_root_dir)) / (self.picture or "")
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep the history, so that a resumed run's picture is whole."""
-        return {"steps": self.steps_R, "loads": torch.stack(self.loads_R) if self.loads_R else torch.empty(0)}
+        """Return the history, so that a resumed run's picture shows all of it."""
+        return {"steps": list(self.steps_R), "loads": torch.stack(self.loads_R) if self.loads_R else torch.empty(0)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the history up."""
-        self.steps_R = list(state_dict["steps"])
-        self.loads_R = list(state_dict["loads"])
+        """Continue the history."""
+        self.steps_R, self.loads_R = list(state_dict["steps"]), list(state_dict["loads"])

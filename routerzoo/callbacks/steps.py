@@ -1,0 +1,39 @@
+"""Training steps, as Lightning's loggers count them."""
+
+from __future__ import annotations
+
+import math
+
+from lightning import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+
+def steps_taken(trainer: Trainer) -> int:
+    """Return the steps taken so far: batches after which the optimizers stepped, however many optimizers there are.
+
+    `trainer.global_step` counts the steps of all optimizers together.
+    """
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def completes_step(trainer: Trainer) -> bool:
+    """Whether the optimizers step after the current batch, instead of accumulating gradients."""
+    return not trainer.fit_loop._should_accumulate()
+
+
+def planned_steps(trainer: Trainer) -> int | None:
+    """Return the steps that the run will take, None if it has no end. Call it once, when training starts.
+
+    `trainer.estimated_stepping_batches` assumes the current accumulation of gradients for all epochs; under a
+    `GradientAccumulationScheduler` this is the sum over epochs.
+    """
+    estimated = trainer.estimated_stepping_batches
+    if estimated in (math.inf, -1):
+        return None
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    scheduler = next((c for c in callbacks if isinstance(c, GradientAccumulationScheduler)), None)
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs
+    if scheduler is None or batches == math.inf or epochs in (None, -1):
+        return int(estimated)
+    steps = sum(math.ceil(batches / scheduler.get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
+    return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
