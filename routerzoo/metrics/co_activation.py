@@ -1,4 +1,4 @@
-"""`CoActivation`: which experts are chosen together."""
+"""`CoActivation`: co-activated experts."""
 # Shape suffixes: T tokens, E experts.
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from routerzoo.routing import Routing
 
 @final
 class CoActivation(Metric):
-    """Entry (i, j) is the share of expert i's tokens that expert j sees too, `N_ij / N_i` (OLMoE, equation 6).
+    """Entry (i, j) is the share of expert i's tokens that expert j is selected for too, `N_ij / N_i`.
 
-    It is not symmetric: a rare expert may always come with a frequent one. The diagonal is 1; rows of experts without a
-    token are 0. By chance an entry is about `(k - 1) / (E - 1)`. (https://arxiv.org/abs/2409.02060)
+    OLMoE, equation 6 (https://arxiv.org/abs/2409.02060). It is not symmetric: a rare expert may always come with a
+    frequent one. The diagonal is 1; rows of experts without a token are 0. By chance an entry is about
+    `(k - 1) / (E - 1)`.
 
     Args:
         num_experts: experts of the layer.
@@ -45,18 +46,22 @@ class CoActivation(Metric):
         self.add_state("pairs_EE", torch.zeros(num_experts, num_experts, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, routing: Routing) -> None:
-        """Count a routing's pairs."""
+        """Count a routing's pairs.
+
+        Raises:
+            ValueError: a soft or merged routing, or one over another number of experts.
+        """
         chosen_TE = expert_sets(routing, self.num_experts).double()
-        self.pairs_EE += chosen_TE.T @ chosen_TE
+        self.pairs_EE = self.pairs_EE + (chosen_TE.T @ chosen_TE).to(self.pairs_EE.dtype)
 
     def compute(self) -> Tensor:
         """Return the shares, `[E, E]`."""
         return (self.pairs_EE / self.pairs_EE.diagonal().unsqueeze(1).clamp_min(1)).float()
 
     def plot(self, val: Tensor | None = None, ax: Any = None) -> Any:
-        """Draw the matrix without its diagonal; `val` instead of what was computed. Returns figure and axes."""
+        """Draw a matrix, by default the computed one, without its diagonal; return figure and axes."""
         from routerzoo.metrics.figures import heat_map
 
         shares_EE = (self.compute() if val is None else val).clone()
         shares_EE.fill_diagonal_(torch.nan)
-        return heat_map(shares_EE, ax, xlabel="is seen by expert", ylabel="of the tokens of expert")
+        return heat_map(shares_EE, ax, xlabel="co-activated expert", ylabel="expert")

@@ -1,4 +1,4 @@
-"""`RepresentationCollapse`: whether hidden states of one class have become alike."""
+"""`RepresentationCollapse`: spread of hidden states within classes relative to between them."""
 # Shape suffixes: T tokens, D model width, C classes.
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ class RepresentationCollapse(Metric):
     """Spread within classes relative to the spread between them, `Tr(S_W pinv(S_B))` (X-MoE, equation 10).
 
     **Smaller is more collapsed.** S_W and S_B are the covariances within and between classes of a router's inputs; they
-    add up to the covariance of all. Classes count by their number of tokens: the paper does not say, and where classes
-    are equally large it is no choice. The value depends on what the classes are (X-MoE: the experts that tokens are
-    routed to), and on the width. (https://arxiv.org/abs/2204.09179; neural collapse: Papyan et al. 2020.)
+    add up to the total covariance. Classes are weighted by their number of tokens; the paper does not say how it
+    weights them. The value depends on what the classes are (X-MoE: the experts that tokens are routed to), and on the
+    width. (https://arxiv.org/abs/2204.09179; neural collapse: Papyan et al. 2020.)
 
     Args:
         num_classes: number of classes.
@@ -47,35 +47,39 @@ class RepresentationCollapse(Metric):
         self.add_state("products_DD", torch.zeros(d_model, d_model, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, x_TD: Tensor, classes_T: Tensor) -> None:
-        """Add hidden states. Classes below 0 do not count.
+        """Add hidden states. Those of a class below 0 are left out.
 
         Raises:
-            ValueError: another width, or as many classes as tokens are needed.
+            ValueError: another width, another number of classes than of tokens, or a class of `num_classes` or above
+                (on a CPU; elsewhere that would wait for the device).
         """
         if x_TD.ndim != 2 or x_TD.shape[1] != self.d_model or classes_T.shape != x_TD.shape[:1]:
             raise ValueError(
                 f"expected hidden states [tokens, {self.d_model}] and a class for each, got {list(x_TD.shape)} and "
                 f"{list(classes_T.shape)}"
             )
-        x_TD, classes_T = x_TD[classes_T >= 0].detach().double(), classes_T[classes_T >= 0]
-        self.tokens_C.index_add_(0, classes_T, torch.ones_like(classes_T, dtype=torch.float64))
-        self.sums_CD.index_add_(0, classes_T, x_TD)
-        self.products_DD += x_TD.T @ x_TD
+        if classes_T.device.type == "cpu" and classes_T.numel() and int(classes_T.max()) >= self.num_classes:
+            raise ValueError(f"classes must be below num_classes = {self.num_classes}, got {int(classes_T.max())}")
+        dtype = self.sums_CD.dtype
+        x_TD, classes_T = x_TD[classes_T >= 0].detach().to(dtype), classes_T[classes_T >= 0]
+        self.tokens_C = self.tokens_C.index_add(0, classes_T, torch.ones_like(classes_T, dtype=dtype))
+        self.sums_CD = self.sums_CD.index_add(0, classes_T, x_TD)
+        self.products_DD = self.products_DD + x_TD.T @ x_TD
 
     def compute(self) -> Tensor:
         """Return the ratio; NaN without any token."""
         total = self.tokens_C.sum()
         mean_CD = self.sums_CD / self.tokens_C.unsqueeze(1).clamp_min(1)
         mean_D = self.sums_CD.sum(0) / total
-        centred_CD = (mean_CD - mean_D) * (self.tokens_C / total).sqrt().unsqueeze(1)
-        between_DD = centred_CD.T @ centred_CD
+        centered_CD = (mean_CD - mean_D) * (self.tokens_C / total).sqrt().unsqueeze(1)
+        between_DD = centered_CD.T @ centered_CD
         within_DD = self.products_DD / total - torch.outer(mean_D, mean_D) - between_DD
         if total == 0:
             return torch.tensor(torch.nan)
         return torch.trace(within_DD @ torch.linalg.pinv(between_DD, rtol=1e-10, hermitian=True)).float()
 
     def plot(self, val: Tensor | None = None, ax: Any = None) -> Any:
-        """Draw the value as a bar; `val` instead of what was computed. Returns figure and axes."""
+        """Draw a value, by default the computed one, as a bar; return figure and axes."""
         from routerzoo.metrics.figures import bars
 
         value = self.compute() if val is None else val

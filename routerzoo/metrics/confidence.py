@@ -1,4 +1,4 @@
-"""`GateConfidence`: how decided a router is about a token."""
+"""`GateConfidence`: entropy and margin of the gate's distribution over experts."""
 # Shape suffixes: T tokens, E experts.
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from routerzoo.metrics.sets import check_num_experts
 from routerzoo.routing import Routing
 
 
@@ -17,9 +18,10 @@ from routerzoo.routing import Routing
 class GateConfidence(Metric):
     """Means over tokens of
 
-    - `gate_entropy`: entropy of the softmax over all experts' logits over its maximum log E (RMoE, arXiv:2408.06793); 1
-      is undecided, 0 certain. It measures the scale of the logits as much as the policy.
-    - `gate_margin`: largest less second largest probability (LibMoE, arXiv:2411.00918).
+    - `gate_entropy`: entropy of the softmax over all experts' logits over its maximum log E (RMoE, arXiv:2408.06793),
+      from 0 (one expert has all the probability) to 1 (uniform). It depends on the scale of the logits as much as on
+      which experts they prefer.
+    - `gate_margin`: largest minus second largest probability (LibMoE, arXiv:2411.00918).
     - `active_experts`: experts per token.
 
     The first two are NaN for a router without logits.
@@ -27,7 +29,7 @@ class GateConfidence(Metric):
     Args:
         num_experts: experts of the layer.
         options: further arguments of `torchmetrics.Metric`.
-    """  # noqa: D415 (a list goes on from the summary)
+    """  # noqa: D415 (the summary ends in a list)
 
     is_differentiable = False
     higher_is_better = None
@@ -45,22 +47,27 @@ class GateConfidence(Metric):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, routing: Routing) -> None:
-        """Add a routing's tokens. Padded ones, without an expert, do not count."""
+        """Add a routing's tokens. Tokens without an expert, such as padding, are left out.
+
+        Raises:
+            ValueError: a routing over another number of experts.
+        """
+        check_num_experts(routing, self.num_experts)
         if routing.experts_TK is None:
             return
         chosen_T = (routing.experts_TK >= 0).sum(-1)
         real_T = chosen_T > 0
-        self.assignments += chosen_T.sum()
-        self.tokens += real_T.sum()
+        self.assignments = self.assignments + chosen_T.sum()
+        self.tokens = self.tokens + real_T.sum()
         if routing.logits_TE is None:
             return
         probs_TE = routing.logits_TE.detach().softmax(-1)
         entropy_T = torch.special.entr(probs_TE).sum(-1) / math.log(max(self.num_experts, 2))
         top_T2 = probs_TE.topk(min(2, self.num_experts), dim=-1).values
         margin_T = top_T2[:, 0] - (top_T2[:, 1] if self.num_experts > 1 else 0)
-        self.entropy += (entropy_T * real_T).sum()
-        self.margin += (margin_T * real_T).sum()
-        self.scored += real_T.sum()
+        self.entropy = self.entropy + (entropy_T * real_T).sum()
+        self.margin = self.margin + (margin_T * real_T).sum()
+        self.scored = self.scored + real_T.sum()
 
     def compute(self) -> dict[str, Tensor]:
         """Return the means."""
@@ -71,7 +78,7 @@ class GateConfidence(Metric):
         }
 
     def plot(self, val: dict[str, Tensor] | None = None, ax: Any = None) -> Any:
-        """Draw entropy and margin as bars; `val` instead of what was computed. Returns figure and axes."""
+        """Draw entropy and margin, by default those computed, as bars; return figure and axes."""
         from routerzoo.metrics.figures import bars
 
         val = self.compute() if val is None else val

@@ -1,4 +1,4 @@
-"""`InterRunConsistency`: whether runs of other seeds load their experts alike."""
+"""`InterRunConsistency`: correlation of expert loads between runs."""
 # Shape suffixes: M runs, E experts.
 
 from __future__ import annotations
@@ -51,7 +51,13 @@ class InterRunConsistency(Metric):
         self.loads.append(load_E.detach().double().unsqueeze(0))
 
     def correlations(self) -> Tensor:
-        """Return the correlation of each pair of runs, `[M, M]`."""
+        """Return the correlation of each pair of runs, `[M, M]`.
+
+        Raises:
+            ValueError: there has been no update.
+        """
+        if not len(self.loads):
+            raise ValueError("InterRunConsistency has no runs: update it with the load of each first")
         loads = self.loads if isinstance(self.loads, Tensor) else torch.cat(list(self.loads))
         return torch.corrcoef(loads).reshape(len(loads), len(loads)).float()
 
@@ -62,7 +68,7 @@ class InterRunConsistency(Metric):
         return {"consistency": correlations_MM.mean(), "between_runs": correlations_MM[pairs].mean()}
 
     def plot(self, val: Tensor | None = None, ax: Any = None) -> Any:
-        """Draw the correlation of each pair of runs; `val` instead of those computed. Returns figure and axes."""
+        """Draw the correlation of each pair of runs, by default those computed; return figure and axes."""
         from routerzoo.metrics.figures import heat_map
 
         return heat_map(self.correlations() if val is None else val, ax, xlabel="run", ylabel="run", low=-1.0)

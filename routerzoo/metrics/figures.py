@@ -14,8 +14,8 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
-# Blue is below the mean, red above; balance is white.
-COLOURS = "RdBu_r"
+# Blue is below the mean, red above, white balanced.
+COLORMAP = "RdBu_r"
 LARGEST_SHOWN = 3.0
 
 
@@ -67,7 +67,7 @@ def heat_map(
     low: float = 0.0,
     row_names: Sequence[str] | None = None,
 ) -> tuple[Figure, Axes]:
-    """Draw a matrix, from `low` to its largest entry; entries that are NaN stay white."""
+    """Draw a matrix, colored from `low` to its largest entry; NaN is white."""
     shown = np.atleast_2d(values.float().cpu().numpy())
     ax = _axes(ax, (1.5 + 0.25 * max(shown.shape[1], 12), 1.0 + 0.25 * max(shown.shape[0], 8)))
     high = max(float(np.nanmax(shown)), low + 1e-6) if shown.size and not np.isnan(shown).all() else low + 1
@@ -81,7 +81,7 @@ def heat_map(
 
 
 def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
-    """Return the axes given, or those of a new figure. Not pyplot's, which keeps every figure alive."""
+    """Return the given axes, or those of a new figure. Not pyplot's, which keeps every figure alive."""
     if ax is not None:
         return ax
     figure = Figure(figsize=size, layout="constrained")
@@ -90,17 +90,17 @@ def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
 
 
 def _array(values: Tensor | Sequence[float]) -> np.ndarray:
-    # torchmetrics makes scalars of what has one entry.
+    # torchmetrics squeezes results of one entry to scalars.
     return np.atleast_1d(values.double().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values, float))
 
 
 def quality_by_cost(rows: Sequence[Mapping[str, float]], metric: str, title: str) -> Figure:
-    """Draw a metric against what it costs, for one checkpoint at several k.
+    """Draw a metric against its cost, for one checkpoint at several k.
 
     Args:
         rows: `k`, the metric, `FLOPs per token` and `active parameters` of each.
         metric: its name.
-        title: what is shown.
+        title: of the figure.
     """
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -126,13 +126,13 @@ def stability_over_training(curves_by_layer: Mapping[int, Mapping[str, Sequence[
     FigureCanvasAgg(figure)
     panels: Any = figure.subplots(1, 3)
     titles = {
-        "fluctuation": "experts that differ from the last record",
-        "saturation": "final experts chosen already",
-        "settled": "tokens with their final experts since",
+        "fluctuation": "experts that changed since the last record",
+        "saturation": "final experts selected already",
+        "settled": "tokens with their final experts",
     }
     for panel, (name, title) in zip(panels, titles.items(), strict=True):
         for layer, curve in curves_by_layer.items():
-            first = 1 if name == "fluctuation" else 0  # the first record has none before it
+            first = 1 if name == "fluctuation" else 0  # nothing comes before the first record
             panel.plot(curve["steps"][first:], curve[name][first:], marker=".", label=f"MoE layer {layer}")
             if name == "saturation":
                 panel.plot(curve["steps"], curve["chance"], color="black", linewidth=1, linestyle=":")
@@ -143,8 +143,8 @@ def stability_over_training(curves_by_layer: Mapping[int, Mapping[str, Sequence[
     return figure
 
 
-def anatomy(layers: Sequence[tuple[int, Tensor, Tensor | None]], names: Sequence[str] | None) -> Figure:
-    """Draw who is chosen with whom, and what the most specialised labels choose, a row for each MoE layer.
+def specialization(layers: Sequence[tuple[int, Tensor, Tensor | None]], names: Sequence[str] | None) -> Figure:
+    """Draw expert co-activation, and the experts of the most specialized labels, a row for each MoE layer.
 
     Args:
         layers: index, co-activation `[E, E]`, and share of each label's tokens by expert `[V, E]`, or None.
@@ -156,8 +156,8 @@ def anatomy(layers: Sequence[tuple[int, Tensor, Tensor | None]], names: Sequence
     panels: Any = figure.subplots(len(layers), 2, squeeze=False)
     for (left, right), (layer, together_EE, share_VE) in zip(panels, layers, strict=True):
         without_EE = together_EE.clone().fill_diagonal_(torch.nan)
-        heat_map(without_EE, left, xlabel="is seen by expert", ylabel=f"MoE layer {layer}\nof the tokens of expert")
-        left.set(title="chosen together")
+        heat_map(without_EE, left, xlabel="co-activated expert", ylabel=f"MoE layer {layer}\nexpert")
+        left.set(title="co-activation")
         if share_VE is None:
             right.set_axis_off()
             continue
@@ -165,17 +165,17 @@ def anatomy(layers: Sequence[tuple[int, Tensor, Tensor | None]], names: Sequence
         shown = [label for label in largest_V.argsort(descending=True, stable=True).tolist() if largest_V[label] >= 0]
         rows = [str(label) if names is None else names[label] for label in shown[:most]]
         heat_map(share_VE[shown[:most]], right, xlabel="expert", ylabel="label", row_names=rows)
-        right.set(title="most specialised labels")
+        right.set(title="most specialized labels")
     return figure
 
 
 def load_over_training(steps_R: Sequence[int], loads_RLE: np.ndarray, title: str) -> Figure:
-    """Draw every expert's load over training, one panel per MoE layer, with its load at the end beside it.
+    """Draw each expert's load over training, one panel per MoE layer, with the load at the end beside it.
 
     Args:
-        steps_R: optimiser steps of the records.
+        steps_R: steps of the records.
         loads_RLE: assignments per expert.
-        title: what is shown.
+        title: of the figure.
     """
     relative_RLE = _relative(loads_RLE)
     num_layers, num_experts = relative_RLE.shape[1:]
@@ -188,7 +188,7 @@ def load_over_training(steps_R: Sequence[int], loads_RLE: np.ndarray, title: str
     for layer, (history, final) in enumerate(panels):
         edges = [*steps_R, steps_R[-1] + (steps_R[-1] - steps_R[-2] if len(steps_R) > 1 else 1)]
         image = history.pcolormesh(
-            edges, np.arange(num_experts + 1) - 0.5, relative_RLE[:, layer].T, cmap=COLOURS, norm=norm
+            edges, np.arange(num_experts + 1) - 0.5, relative_RLE[:, layer].T, cmap=COLORMAP, norm=norm
         )
         history.set(ylabel=f"MoE layer {layer}\nexpert")
         final.barh(range(num_experts), relative_RLE[-1, layer], color="tab:gray")
@@ -201,7 +201,7 @@ def load_over_training(steps_R: Sequence[int], loads_RLE: np.ndarray, title: str
 
 
 def _relative(loads: np.ndarray) -> np.ndarray:
-    """Return loads relative to the mean over the last axis; 1 where there is none."""
+    """Return loads relative to their mean over the last axis; 1 where that is 0."""
     mean = loads.mean(-1, keepdims=True)
     relative: np.ndarray = np.divide(loads, mean, out=np.ones_like(loads, dtype=float), where=mean > 0)
     return relative

@@ -1,4 +1,4 @@
-"""`ExpertLoad`: how evenly tokens are spread over experts."""
+"""`ExpertLoad`: how balanced the experts' load is."""
 # Shape suffixes: E experts.
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from routerzoo.metrics.sets import check_num_experts
 from routerzoo.routing import Routing
 
 
 def load_statistics(counts_E: Tensor) -> dict[str, Tensor]:
-    """Describe how assignments are spread over experts.
+    """Return statistics of the experts' load.
 
     With n_e the assignments of expert e and n their mean:
 
@@ -22,13 +23,13 @@ def load_statistics(counts_E: Tensor) -> dict[str, Tensor]:
     - `load_max_violation`: `load_max - 1`, the MaxVio of Wang et al. 2024, arXiv:2408.15664.
     - `load_cv`: standard deviation of n_e over n (Shazeer et al. 2017).
     - `load_entropy`: entropy of the shares n_e / sum over its maximum log E; 1 is balanced, 0 collapsed.
-    - `dead_experts`: experts without assignment.
+    - `dead_experts`: experts that were never selected.
 
     Args:
         counts_E: assignments of each expert.
 
     Returns:
-        Scalars; without any assignment, those of perfect balance, and all experts dead.
+        Scalars. Without any assignment they are those of perfect balance, with all experts dead.
     """
     counts_E = counts_E.double()
     total = counts_E.sum()
@@ -49,7 +50,7 @@ def load_statistics(counts_E: Tensor) -> dict[str, Tensor]:
 
 @final
 class ExpertLoad(Metric):
-    """Assignments per expert over everything seen, and `load_statistics` of them.
+    """Assignments per expert over all updates, and `load_statistics` of them.
 
     Args:
         num_experts: experts of the layer.
@@ -75,8 +76,13 @@ class ExpertLoad(Metric):
         self.add_state("counts_E", torch.zeros(num_experts, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, routing: Routing) -> None:
-        """Count a routing's assignments."""
-        self.counts_E += routing.expert_load(self.num_experts)
+        """Count a routing's assignments.
+
+        Raises:
+            ValueError: a routing over another number of experts.
+        """
+        check_num_experts(routing, self.num_experts)
+        self.counts_E = self.counts_E + routing.expert_load(self.num_experts)
 
     @property
     def shares_E(self) -> Tensor:
@@ -91,7 +97,7 @@ class ExpertLoad(Metric):
         """Draw each expert's load relative to the mean as a bar.
 
         Args:
-            val: counts to draw instead of those seen.
+            val: counts to draw; by default those of all updates.
             ax: axes to draw into.
 
         Returns:

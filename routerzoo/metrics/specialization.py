@@ -1,4 +1,4 @@
-"""`Specialization`: what experts are chosen for."""
+"""`Specialization`: how the tokens of each label are distributed over experts."""
 # Shape suffixes: T tokens, E experts, V labels (token ids, classes, domains).
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from routerzoo.routing import Routing
 
 @final
 class Specialization(Metric):
-    """How the tokens of each label are spread over experts (OLMoE, equations 7 and 8, https://arxiv.org/abs/2409.02060).
+    """How the tokens of each label are distributed over experts (OLMoE, equations 7 and 8, arXiv:2409.02060).
 
-    The label of a token is what you ask about: its id, the id that follows it, or the one that the model predicts
-    (vocabulary specialisation); the class of its image or the domain of its text (class and domain specialisation).
+    The label of a token is its id, the next id or the predicted one (vocabulary specialization); the class of its image
+    or the domain of its text (domain specialization).
 
-    - `share_VE` is the share of a label's tokens that an expert sees, `N_ve / N_v`, NaN below `min_count` tokens. A row
-      sums to k.
+    - `share_VE` is the share of a label's tokens that an expert is selected for, `N_ve / N_v`; NaN below `min_count`
+      tokens. A row sums to k.
     - `specialization` is the mean over labels of their largest share.
-    - `chance` is the share where routing ignores labels, `k / E` on average. (Few tokens of a label lift its largest
-      share above chance, hence `min_count`.)
+    - `chance` is the expected share where routing ignores labels, `k / E`. (With few tokens of a label, its largest
+      share lies above that by chance alone; hence `min_count`.)
 
     Args:
         num_experts: experts of the layer.
         num_labels: size of the vocabulary, or number of classes.
-        min_count: tokens that a label must have to count; OLMoE takes 10.
+        min_count: labels with fewer tokens are left out; OLMoE uses 10.
         options: further arguments of `torchmetrics.Metric`.
 
     Example:
@@ -53,10 +53,11 @@ class Specialization(Metric):
         self.add_state("tokens_V", torch.zeros(num_labels, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, routing: Routing, labels_T: Tensor) -> None:
-        """Count a routing's tokens by label. Padded tokens, and labels below 0, do not count.
+        """Count a routing's tokens by label. Tokens without an expert, and those of a label below 0, are left out.
 
         Raises:
-            ValueError: as many labels as tokens are needed, below `num_labels`.
+            ValueError: another number of labels than of tokens, a label of `num_labels` or above, or a routing over
+                another number of experts.
         """
         chosen_TE = expert_sets(routing, self.num_experts)
         if labels_T.shape != chosen_TE.shape[:1]:
@@ -65,8 +66,9 @@ class Specialization(Metric):
             raise ValueError(f"labels must be below num_labels = {self.num_labels}, got {int(labels_T.max())}")
         kept_T = chosen_TE.any(1) & (labels_T >= 0)
         labels_T, chosen_TE = labels_T[kept_T], chosen_TE[kept_T]
-        self.counts_VE.index_add_(0, labels_T, chosen_TE.double())
-        self.tokens_V.index_add_(0, labels_T, torch.ones_like(labels_T, dtype=torch.float64))
+        dtype = self.counts_VE.dtype
+        self.counts_VE = self.counts_VE.index_add(0, labels_T, chosen_TE.to(dtype))
+        self.tokens_V = self.tokens_V.index_add(0, labels_T, torch.ones_like(labels_T, dtype=dtype))
 
     def compute(self) -> dict[str, Tensor]:
         """Return `share_VE`, `specialization` and `chance`; the last two NaN where no label has enough tokens."""
@@ -82,10 +84,10 @@ class Specialization(Metric):
     def plot(
         self, val: dict[str, Tensor] | None = None, ax: Any = None, *, names: list[str] | None = None, most: int = 40
     ) -> Any:
-        """Draw the shares of the labels that are most specialised.
+        """Draw the shares of the most specialized labels.
 
         Args:
-            val: what `compute` gave, instead of computing it.
+            val: a result of `compute`; by default the current one.
             ax: axes to draw into.
             names: of the labels.
             most: labels to show.

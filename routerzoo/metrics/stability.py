@@ -1,4 +1,4 @@
-"""How routing changes over training, on a fixed set of tokens and at a fixed k."""
+"""How routing changes over training: metrics on a fixed set of tokens, at a fixed k."""
 # Shape suffixes: T tokens, E experts, R records over training.
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from routerzoo.routing import Routing
 
 
 class _SetOverlap(Metric):
-    """Adds up how many experts two routings of the same tokens share."""
+    """Compares two routings of the same tokens."""
 
     is_differentiable = False
     higher_is_better = None
@@ -27,7 +27,7 @@ class _SetOverlap(Metric):
         self.add_state("tokens", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def _sets(self, one: Routing, other: Routing) -> tuple[Tensor, Tensor]:
-        """Return both routings' sets of those tokens that have any, `[T, E]`."""
+        """Return both routings' expert sets, bool `[T, E]`, of the tokens that have an expert in either."""
         one_TE, other_TE = expert_sets(one, self.num_experts), expert_sets(other, self.num_experts)
         if one_TE.shape != other_TE.shape:
             raise ValueError(f"the routings are of {len(one_TE)} and {len(other_TE)} tokens; both must be of the same")
@@ -39,12 +39,12 @@ class _SetOverlap(Metric):
 class RoutingFluctuation(_SetOverlap):
     """Compares the routing of the same tokens at two checkpoints.
 
-    - `fluctuation`: share of a token's experts that differ, `1 - |A and B| / max(|A|, |B|)`, the mean over tokens.
-    - `changed_tokens`: share of the tokens whose set of experts differs (X-MoE's RF ratio, arXiv:2204.09179, where k is
-      1 and the two are the same).
+    - `fluctuation`: share of a token's experts that differ, `1 - |A and B| / max(|A|, |B|)`, averaged over tokens.
+    - `changed_tokens`: share of the tokens whose set of experts differs (X-MoE's RF ratio, arXiv:2204.09179, at k = 1,
+      where both are equal).
 
-    Sets, not slots: swapping the first and the second choice is no change. A hash router's is 0 by construction; a
-    frozen gate's is not, since hidden states move.
+    Sets are compared: swapping the first and the second choice is no change. A hash router's fluctuation is 0 by
+    construction; a frozen gate's is not, since hidden states change.
 
     Args:
         num_experts: experts of the layer.
@@ -68,16 +68,17 @@ class RoutingFluctuation(_SetOverlap):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, before: Routing, after: Routing) -> None:
-        """Add the same tokens as routed at both checkpoints.
+        """Add tokens, as routed at both checkpoints.
 
         Raises:
-            ValueError: routings of different tokens, or dense ones.
+            ValueError: routings of different numbers of tokens, soft or merged ones, or ones over another number of
+                experts.
         """
         a_TE, b_TE = self._sets(before, after)
         largest_T = torch.maximum(a_TE.sum(1), b_TE.sum(1))
-        self.replaced += (1 - (a_TE & b_TE).sum(1) / largest_T).sum()
-        self.changed += (a_TE != b_TE).any(1).sum()
-        self.tokens += len(a_TE)
+        self.replaced = self.replaced + (1 - (a_TE & b_TE).sum(1) / largest_T).sum()
+        self.changed = self.changed + (a_TE != b_TE).any(1).sum()
+        self.tokens = self.tokens + len(a_TE)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the means; NaN without any token."""
@@ -87,7 +88,7 @@ class RoutingFluctuation(_SetOverlap):
         }
 
     def plot(self, val: dict[str, Tensor] | None = None, ax: Any = None) -> Any:
-        """Draw both as bars; `val` instead of what was computed. Returns figure and axes."""
+        """Draw both, by default those computed, as bars; return figure and axes."""
         from routerzoo.metrics.figures import bars
 
         return bars(self.compute() if val is None else val, ax, ylabel="share")
@@ -95,10 +96,10 @@ class RoutingFluctuation(_SetOverlap):
 
 @final
 class RouterSaturation(_SetOverlap):
-    """How much of the final routing a checkpoint has already (OLMoE, equation 5, https://arxiv.org/abs/2409.02060).
+    """Share of the final experts that a checkpoint selects already (OLMoE, equation 5, arXiv:2409.02060).
 
-    - `saturation`: `|experts at t and at the end| / |experts at the end|`, the mean over tokens.
-    - `chance`: what random experts would give, `|experts at t| / E`. Compare at a fixed k: a growing one lifts both.
+    - `saturation`: `|experts at t and at the end| / |experts at the end|`, averaged over tokens.
+    - `chance`: the expectation for random experts, `|experts at t| / E`. Compare at a fixed k: a larger k raises both.
 
     Args:
         num_experts: experts of the layer.
@@ -114,15 +115,16 @@ class RouterSaturation(_SetOverlap):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, routing: Routing, final: Routing) -> None:
-        """Add the same tokens as routed at a checkpoint and at the end.
+        """Add tokens, as routed at a checkpoint and at the end.
 
         Raises:
-            ValueError: routings of different tokens, or dense ones.
+            ValueError: routings of different numbers of tokens, soft or merged ones, or ones over another number of
+                experts.
         """
         a_TE, b_TE = self._sets(routing, final)
-        self.shared += ((a_TE & b_TE).sum(1) / b_TE.sum(1).clamp_min(1)).sum()
-        self.by_chance += a_TE.sum() / self.num_experts
-        self.tokens += len(a_TE)
+        self.shared = self.shared + ((a_TE & b_TE).sum(1) / b_TE.sum(1).clamp_min(1)).sum()
+        self.by_chance = self.by_chance + a_TE.sum() / self.num_experts
+        self.tokens = self.tokens + len(a_TE)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the means; NaN without any token."""
@@ -132,7 +134,7 @@ class RouterSaturation(_SetOverlap):
         }
 
     def plot(self, val: dict[str, Tensor] | None = None, ax: Any = None) -> Any:
-        """Draw both as bars; `val` instead of what was computed. Returns figure and axes."""
+        """Draw both, by default those computed, as bars; return figure and axes."""
         from routerzoo.metrics.figures import bars
 
         return bars(self.compute() if val is None else val, ax, ylabel="share of the final experts")
@@ -140,10 +142,10 @@ class RouterSaturation(_SetOverlap):
 
 @final
 class LastFluctuation(Metric):
-    """When each token's routing was last other than at the end (StableMoE, https://arxiv.org/abs/2204.08396, figure 1).
+    """Share of the tokens whose routing does not change any more (StableMoE, arXiv:2204.08396, figure 1).
 
-    Update it with the routing of the same tokens at several steps of training, in order. `compute` gives the recorded
-    `steps`, and for each the share of tokens that are `settled`: they have had the final set of experts since then. It
+    Update it with the routing of the same tokens at several steps of training, in order. `compute` returns the recorded
+    `steps`, and for each the share of tokens that are `settled`: they keep their final set of experts from there on. It
     rises to 1 at the last record.
 
     Args:
@@ -168,7 +170,8 @@ class LastFluctuation(Metric):
         """Record the tokens' routing at a step.
 
         Raises:
-            ValueError: other tokens than before, a dense routing, or a step that is not after the last.
+            ValueError: another number of tokens than before, a soft or merged routing, one over another number of
+                experts, or a step that is not after the last.
         """
         now_TE = expert_sets(routing, self.num_experts)
         if self.steps and step <= self.steps[-1]:
@@ -185,7 +188,7 @@ class LastFluctuation(Metric):
         self.steps.append(step)
 
     def forward(self, step: int, routing: Routing) -> dict[str, Tensor]:
-        """Update, and return the curve so far: there is no value of one record alone."""
+        """Update, and return the curve so far: a single record has no value."""
         self.update(step, routing)
         curve: dict[str, Tensor] = self.compute()
         return curve
@@ -199,12 +202,12 @@ class LastFluctuation(Metric):
         return {"steps": torch.tensor(self.steps), "settled": settled_R}
 
     def reset(self) -> None:
-        """Forget all records."""
+        """Drop all records."""
         super().reset()
         self.steps, self._previous_TE = [], None
 
     def plot(self, val: dict[str, Tensor] | None = None, ax: Any = None) -> Any:
-        """Draw the curve; `val` instead of what was computed. Returns figure and axes."""
+        """Draw a curve, by default the computed one; return figure and axes."""
         from routerzoo.metrics.figures import curves
 
         val = self.compute() if val is None else val
