@@ -61,12 +61,9 @@ class BaseLayerRouter(LogitRouter):
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Assign in training, select in evaluation."""
-        if not self.training:
-            return super().route(x_TD, context)
         logits_TE = self.logits(x_TD, context)
-        experts_T1 = self._assign(logits_TE.detach(), context)
-        weights_T1 = self.combine_weights(logits_TE, experts_T1)
-        return Routing(experts_T1, weights_T1, logits_TE, score_fn=self.score_fn, may_drop=False)
+        experts_T1 = self._assign(logits_TE.detach(), context) if self.training else self.select_experts(logits_TE)
+        return Routing(experts_T1, self.combine_weights(logits_TE, experts_T1), logits_TE, may_drop=False)
 
     def _assign(self, logits_TE: Tensor, context: RoutingContext) -> Tensor:
         real_R = torch.arange(len(logits_TE), device=logits_TE.device)
