@@ -90,14 +90,14 @@ class RMoERouter(LogitRouter):
         if self.state_cell is not None:
             carried = carried._replace(state_weight_FR=self.state_cell.weight)
         state_TR = _gru(step_TR, carried)
-        if not in_backward():  # what is recomputed finds the states where the forward pass left them
-            if (RMoERouter, layer) in context.carry:
-                raise ValueError(
-                    f"an RMoERouter of MoE layer {layer} has routed before in this forward pass, and would overwrite "
-                    "its state: number the layers of the model, LayerSpec(..., layer=0), LayerSpec(..., layer=1) and "
-                    "so on, call each once, and give each forward pass a RoutingContext of its own"
-                )
+        if (RMoERouter, layer) not in context.carry:
             context.carry[RMoERouter, layer] = carried._replace(state_TR=state_TR)
+        elif not in_backward():  # where a forward pass is recomputed, its states are there
+            raise ValueError(
+                f"an RMoERouter of MoE layer {layer} has routed before in this forward pass, and would overwrite its "
+                "state: number the layers of the model, LayerSpec(..., layer=0), LayerSpec(..., layer=1) and so on, "
+                "call each once, and give each forward pass a RoutingContext of its own"
+            )
         return gate_linear(state_TR, self.up)
 
 

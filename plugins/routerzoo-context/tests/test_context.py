@@ -1,4 +1,4 @@
-"""The routers that look beyond a token's hidden state: laws, numbers by hand, and several layers together."""
+"""Routers that look beyond a token's hidden state: conformance, numbers by hand, and several layers together."""
 
 import copy
 from functools import partial
@@ -15,12 +15,15 @@ from routerzoo_context import (
     VQMoERouter,
     YuanRouter,
 )
+from torch import nn
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
-from routerzoo import LayerSpec, MoE, RoutingContext
+from routerzoo import LayerSpec, MLPExperts, MoE, RoutingContext, auxiliary_loss
 from routerzoo.functional.losses import balance_loss
 from routerzoo.models.decoder import Decoder
 from routerzoo.models.vit import ViTMoE
+from routerzoo.moe.auxiliary_loss import loss_of
 from routerzoo.moe.layer import NonCausalRouterError, moe_layers
 from routerzoo.router import UnmetRequirementError
 from routerzoo.testing import CHECKS, check_router
@@ -64,7 +67,9 @@ def test_omni_has_one_gate_for_all_layers():
     routings = [router(x, context) for router, x in zip(routers, inputs, strict=True)]
     for x, routing in zip(inputs, routings, strict=True):
         assert_close(routing.logits_TE, x @ routers[0].weight.T)
-        assert_close(routing.losses["balance"], balance_loss(routing.logits_TE.softmax(-1), routing.experts_TK))
+        assert_close(
+            loss_of("balance", routing, context), balance_loss(routing.logits_TE.softmax(-1), routing.experts_TK)
+        )
     sum(routing.weights_TK.sum() for routing in routings).backward()
     assert routers[0].weight.grad.abs().sum() > 0
 
@@ -101,6 +106,92 @@ def test_rmoe_carries_the_state_through_one_cell():
         routers[2](inputs[2])
 
 
+def moe(router, layer, **arguments):
+    spec = LayerSpec(8, 4, layer=layer, num_layers=3)
+    return MoE(spec, partial(router, **arguments), partial(MLPExperts, hidden_dim=4))
+
+
+def test_omni_is_right_on_a_shared_layer():
+    torch.manual_seed(0)
+    shared, context, x = moe(OmniRouter, 0), RoutingContext(), torch.randn(5, 8)
+    shared(shared(x, context), context)
+    first, second = context.routings_of(shared)
+    assert_close(first.logits_TE, x @ shared.router.weight.T)
+    assert not torch.equal(first.logits_TE, second.logits_TE)
+
+
+def test_omni_refuses_two_gates():
+    first = moe(OmniRouter, 0)
+    context, second = RoutingContext(), copy.deepcopy(first)
+    first(torch.randn(5, 8), context)
+    with pytest.raises(ValueError, match="two OmniRouters of one forward pass say that they are in MoE layer 0"):
+        second(torch.randn(5, 8), context)
+    second(torch.randn(5, 8), context.new_pass())
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_rmoe_refuses_a_second_state_of_one_layer(copied, layer):
+    torch.manual_seed(0)
+    layers = [moe(RMoERouter, index, recurrent_dim=6) for index in range(layer + 1)]
+    context, x = RoutingContext(), torch.randn(5, 8)
+    for each in layers:
+        each(x, context)
+    again = copy.deepcopy(layers[-1]) if copied else layers[-1]
+    state = context.carry[RMoERouter, layer].state_TR
+    with pytest.raises(ValueError, match=f"RMoERouter of MoE layer {layer} has routed before in this forward pass"):
+        again(x, context)
+    assert context.carry[RMoERouter, layer].state_TR is state
+
+
+@pytest.mark.parametrize("router", [OmniRouter, RMoERouter])
+def test_layers_without_numbers_are_refused(router):
+    with pytest.raises(UnmetRequirementError, match=f"{router.__name__} requires layer"):
+        MoE(d_model=8, num_experts=4, router=router)
+
+
+def test_rmoe_balances_as_its_release_does():
+    torch.manual_seed(0)
+    model = nn.ModuleList(moe(RMoERouter, layer, recurrent_dim=6, top_k=3) for layer in range(3))
+    context = RoutingContext()
+    for layer in model:
+        nn.init.normal_(layer.router.up)
+        layer(torch.randn(7, 8), context)
+    # transformers' load_balancing_loss_func: the tokens of all layers together, each with k assignments.
+    logits = torch.cat([published.routing.logits_TE for published in context.routings])
+    experts = torch.cat([published.routing.experts_TK for published in context.routings])
+    assignments = nn.functional.one_hot(experts, 4).float().mean(0).sum(0)
+    expected = 1e-3 * 4 * (assignments * logits.softmax(-1).mean(0)).sum()
+    assert_close(auxiliary_loss(model, context), expected)
+
+
+def gradients_of(layers, x, segments):
+    """Gradients where each segment of layers is recomputed, or none is."""
+    context = RoutingContext()
+
+    def run(x, *chosen):
+        for layer in chosen:
+            x = x + layer(x, context)
+        return x
+
+    for segment in segments or [layers]:
+        x = checkpoint(run, x, *segment, use_reentrant=False) if segments else run(x, *segment)
+    loss = x.square().mean() + sum(p.routing.logits_TE.square().mean() for p in context.routings)
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    return torch.autograd.grad(loss, parameters, retain_graph=True), torch.autograd.grad(loss, parameters)
+
+
+@pytest.mark.parametrize("router", [OmniRouter, partial(RMoERouter, recurrent_dim=8)])
+def test_recomputed_segments_find_their_states(router):
+    torch.manual_seed(0)
+    layers, x = [moe(router, layer) for layer in range(3)], torch.randn(5, 8)
+    expected, _ = gradients_of(layers, x, [])
+    for segments in ([[layer] for layer in layers], [layers[:2], layers[2:]], [layers[:1], layers[1:]], [layers]):
+        for gradients in gradients_of(layers, x, segments):
+            for found, plain in zip(gradients, expected, strict=True):
+                assert_close(found, plain)
+
+
 @pytest.mark.parametrize("router", [OmniRouter, partial(RMoERouter, recurrent_dim=8)])
 def test_activation_checkpointing_gives_the_same_gradients(router):
     torch.manual_seed(0)
@@ -111,7 +202,7 @@ def test_activation_checkpointing_gives_the_same_gradients(router):
         model.activation_checkpointing = checkpointing
         model.zero_grad()
         logits, context = model(ids)
-        (logits.square().mean() + sum(r.losses["balance"] for r in context.routings.values())).backward()
+        (logits.square().mean() + auxiliary_loss(model, context, {"balance": 1.0})).backward()
         return {name: p.grad.clone() for name, p in model.named_parameters()}
 
     plain, again = gradients(False), gradients(True)
@@ -206,9 +297,15 @@ def test_timm_shows_its_attention():
     sizes = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
     options = {"num_experts": 4, "moe_blocks": "all", "image_size": 16, "backbone_arguments": sizes}
     net = ViTMoE("vit_tiny_patch16_224", 3, partial(AttentionRouter, causal=False), **options).eval()
-    images = torch.randn(2, 3, 16, 16)
+    images, seen = torch.randn(2, 3, 16, 16), []
+    hooks = [
+        layer.router.register_forward_hook(lambda router, inputs, routing: seen.append(inputs[1].attention))
+        for layer in moe_layers(net)
+    ]
     logits, _ = net(images)
-    seen = [layer.provided_context.attention for layer in moe_layers(net)]
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == 2
     assert all(attention.shape == (2 * 5, 2, 5) for attention in seen)
     assert_close(seen[0].sum(-1), torch.ones(10, 2))
     twin = copy.deepcopy(net)
@@ -238,9 +335,9 @@ def test_a_decoder_is_told_the_task():
     model = decoder(TaskRouter, num_tasks=2).eval()
     ids = torch.randint(40, (1, 8)).expand(2, -1)
     context = model(ids, task_ids_B=torch.tensor([0, 1]))[1]
-    first, second = context.routings[0].logits_TE.split(8)
+    first, second = context.routings[0].routing.logits_TE.split(8)
     assert not torch.equal(first, second)
-    assert torch.equal(model(ids)[1].routings[0].logits_TE, torch.cat([first, first]))  # the first by default
+    assert torch.equal(model(ids)[1].routings[0].routing.logits_TE, torch.cat([first, first]))  # the first by default
 
 
 def test_vqmoe_by_hand():
@@ -264,6 +361,25 @@ def test_vqmoe_by_hand():
     assert_close(
         gradient[code[0]], 2 * (router.codebook[code[0]] * (code == code[0]).sum() - x_TD[code == code[0]].sum(0)) / 28
     )
+
+
+def test_vqmoe_balances_its_gate():
+    torch.manual_seed(0)
+    router, context = VQMoERouter(LayerSpec(4, 3), top_k=2), RoutingContext()
+    routing = router(torch.randn(7, 4), context)
+    gate = routing.logits_TE.topk(2).indices
+    assert_close(loss_of("balance", routing, context), balance_loss(routing.logits_TE.softmax(-1), gate))
+
+
+@pytest.mark.parametrize("router", [OmniRouter, RMoERouter, YuanRouter, SimilarityRouter, VQMoERouter])
+def test_bfloat16_hidden_states_are_routed_as_their_values_in_float32(router):
+    torch.manual_seed(0)
+    router, x = router(LayerSpec(16, 8, layer=0)), torch.randn(9, 16).bfloat16()
+    ids = torch.zeros(9, dtype=torch.int64)
+    narrow, wide = (router(values, RoutingContext(sequence_ids=ids)) for values in (x, x.float()))
+    assert narrow.weights_TK.dtype == torch.bfloat16
+    assert torch.equal(narrow.logits_TE, wide.logits_TE)
+    assert torch.equal(narrow.experts_TK, wide.experts_TK)
 
 
 def test_thor_draws_one_expert_a_pass():

@@ -1,4 +1,4 @@
-"""The routers of varying k: laws, and numbers by hand."""
+"""Routers with a varying number of experts per token: conformance, and numbers by hand."""
 
 from functools import partial
 
@@ -8,7 +8,8 @@ from routerzoo_dynamic import BlockFFNRouter, DAMoERouter, DynMoLERouter, TopPRo
 from routerzoo_dynamic.dyn_mole import normalized_tsallis_entropy
 from torch.testing import assert_close
 
-from routerzoo import LayerSpec, RoutingContext
+from routerzoo import LayerSpec, MLPExperts, MoE, RoutingContext, auxiliary_loss
+from routerzoo.moe.auxiliary_loss import loss_of
 from routerzoo.testing import CHECKS, check_router
 
 VARIANTS = {
@@ -35,8 +36,8 @@ def with_logits(router, logits_TE):
     return logits_TE
 
 
-def chosen(routing, num_experts=4):
-    weights = torch.zeros(len(routing.logits_TE), num_experts)
+def weights_of(routing):
+    weights = torch.zeros_like(routing.logits_TE)
     weights[routing.token_N, routing.expert_N] = routing.weight_N
     return weights
 
@@ -45,18 +46,18 @@ def test_top_p_by_hand():
     router = TopPRouter(LayerSpec(4, 4), threshold=0.6)
     probs = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.7, 0.1, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25]])
     routing = router(with_logits(router, probs.log()))
-    # The crossing expert is in; the weights are not renormalised; ties go to the first.
+    # The crossing expert is in; the weights are not renormalized; ties go to the first.
     expected = probs * torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0]])
-    assert_close(chosen(routing), expected)
+    assert_close(weights_of(routing), expected)
     assert_close(routing.losses["entropy"], torch.special.entr(probs).sum(1).mean())
     # f = 3/6, 2/6, 1/6, 0 of the choices; P = means of the columns.
     share = torch.tensor([3.0, 2.0, 1.0, 0.0]) / 6
-    assert_close(routing.losses["balance"], 4 * (share * probs.mean(0)).sum())
+    assert_close(loss_of("balance", routing, RoutingContext()), 4 * (share * probs.mean(0)).sum())
 
 
 def test_a_threshold_of_one_takes_all_that_have_a_probability():
     router = TopPRouter(LayerSpec(4, 4), threshold=1.0)
-    assert (chosen(router(with_logits(router, torch.randn(5, 4)))) > 0).all()
+    assert (weights_of(router(with_logits(router, torch.randn(5, 4)))) > 0).all()
 
 
 def test_dyn_mole_by_hand():
@@ -65,9 +66,10 @@ def test_dyn_mole_by_hand():
     routing = router(with_logits(router, probs.log()))
     # The crossing expert is out; at least two; all at high entropy.
     expected = probs * torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]])
-    assert_close(chosen(routing), expected)
-    share = expected.sum(0) / expected.sum()
-    assert_close(routing.losses["balance"], 4 * (share * probs.mean(0)).sum())
+    assert_close(weights_of(routing), expected)
+    # Mean weights .533, .183, .083 and .083; mean probabilities .533, .183, .167 and .117.
+    balance = 4 * (1.6 * 1.6 + 0.55 * 0.55 + 0.25 * 0.5 + 0.25 * 0.35) / 9
+    assert_close(loss_of("weighted_balance", routing, RoutingContext()), torch.tensor(balance))
 
 
 def test_tsallis_entropy_by_hand():
@@ -85,7 +87,7 @@ def test_block_ffn_by_hand():
     logits = with_logits(router, torch.tensor([[3.0, 4.0, -1.0, 0.0], [-1.0, -1.0, -1.0, -1.0]]))
     routing = router(logits, RoutingContext(sequence_ids=torch.zeros(2, dtype=torch.int64)))
     # The root mean square of 3, 4, 0, 0 is 2.5.
-    assert_close(chosen(routing), torch.tensor([[1.2, 3.2, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]))
+    assert_close(weights_of(routing), torch.tensor([[1.2, 3.2, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]))
     assert routing.token_N.tolist() == [0, 0]  # the other token has no expert
 
 
@@ -98,6 +100,62 @@ def test_block_ffn_losses_by_hand():
     assert_close(losses["locality"], torch.tensor(50.0), atol=1e-3, rtol=0)
     # Chunks: tokens 0 and 1 need expert 0 surely and expert 1 by half; token 2 needs expert 0; token 3 none.
     assert_close(losses["chunk"], torch.tensor([1.0, 0.5, 1.0, 0.0, 0.0, 0.0]).sum() / 6)
+
+
+def layers_of(router, **fields):
+    """Route through three layers, and return them with their context."""
+    torch.manual_seed(0)
+    spec, context = LayerSpec(4, 4, num_layers=3), RoutingContext(**fields)
+    layers = [MoE(spec, router, partial(MLPExperts, hidden_dim=4)) for _ in range(3)]
+    for layer in layers:
+        torch.nn.init.normal_(layer.router.weight)
+        layer(torch.randn(6, 4), context)
+    return layers, context
+
+
+def test_block_ffn_averages_its_losses_over_layers():
+    layers, context = layers_of(BlockFFNRouter, sequence_ids=torch.zeros(6, dtype=torch.int64))
+    total = sum(1e-3 * p.routing.losses["locality"] + 5e-2 * p.routing.losses["chunk"] for p in context.routings)
+    assert_close(auxiliary_loss(layers, context), total / 3)
+
+
+def test_dyn_mole_takes_its_losses_over_the_tokens_of_all_layers():
+    layers, context = layers_of(DynMoLERouter)
+    probs = torch.cat([p.routing.logits_TE for p in context.routings]).softmax(-1)
+    weights = torch.cat([weights_of(p.routing) for p in context.routings])
+    balance = 4 * (weights.mean(0) * probs.mean(0)).sum()
+    entropy = normalized_tsallis_entropy(probs, 1.1).mean()
+    assert_close(auxiliary_loss(layers, context), 1e-3 * balance + 1e-2 * entropy)
+
+
+def test_top_p_has_finite_gradients_where_probabilities_underflow():
+    router = TopPRouter(LayerSpec(4, 4))
+    logits = with_logits(router, torch.tensor([[200.0, 0.0, -200.0, 199.0]])).requires_grad_()
+    entropy = router(logits).losses["entropy"]
+    (gradient,) = torch.autograd.grad(entropy, logits)
+    assert gradient.isfinite().all()
+    # -p log p of the two that are left, sigmoid(1) and sigmoid(-1).
+    assert_close(entropy, torch.tensor(0.582203), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("router", [TopPRouter, DynMoLERouter, BlockFFNRouter])
+def test_bfloat16_hidden_states_are_routed_as_their_values_in_float32(router):
+    router, x = router(LayerSpec(16, 8)), torch.randn(9, 16).bfloat16()
+    context = RoutingContext(sequence_ids=torch.zeros(9, dtype=torch.int64))
+    narrow, wide = router(x, context), router(x.float(), context)
+    assert narrow.weight_N.dtype == torch.bfloat16
+    assert torch.equal(narrow.logits_TE, wide.logits_TE)
+    assert torch.equal(narrow.expert_N, wide.expert_N)
+
+
+def test_hidden_states_that_are_nan_give_nan_weights():
+    x = torch.randn(3, 8)
+    x[1, 2] = torch.nan
+    context = RoutingContext(sequence_ids=torch.zeros(3, dtype=torch.int64))
+    for router in (TopPRouter, DynMoLERouter, BlockFFNRouter):
+        routing = router(LayerSpec(8, 4))(x, context)
+        assert routing.expert_N[routing.token_N == 1].tolist() == [0]
+        assert routing.weight_N[routing.token_N == 1].isnan().all()
 
 
 def test_losses_leave_padding_out():

@@ -1,4 +1,4 @@
-"""Soft MoE and SMEAR: laws, numbers by hand, and that merged experts are what their name says."""
+"""Soft MoE and SMEAR: conformance, numbers by hand, and merged experts against one expert of mean parameters."""
 
 from functools import partial
 
@@ -8,6 +8,7 @@ from routerzoo_soft import SMEARRouter, SoftMoERouter
 from torch.testing import assert_close
 
 from routerzoo import LayerSpec, MLPExperts, MoE, RoutingContext, SwiGLUExperts
+from routerzoo.moe.dispatch import dense_forward
 from routerzoo.moe.layer import NonCausalRouterError
 from routerzoo.testing import CHECKS, check_router
 
@@ -50,7 +51,7 @@ def test_soft_moe_through_a_layer():
     x_TD = torch.randn(5, 4)
     given = context(5)
     y_TD = layer(x_TD, given)
-    routing = given.routings[0]
+    routing = given.routings[0].routing
     slots = routing.dispatch_GSEP[0, :, :, 0].T @ x_TD
     outputs = torch.stack(
         [layer.experts(slots[e : e + 1], torch.tensor([0] * e + [1] * (3 - e), dtype=torch.int32))[0] for e in range(3)]
@@ -67,6 +68,16 @@ def test_soft_moe_leaves_padding_out():
     assert_close(padded.combine_GSEP[:, :3], alone.combine_GSEP)
     assert not padded.dispatch_GSEP[:, 3:].any()
     assert not padded.combine_GSEP[:, 3:].any()
+
+
+@pytest.mark.parametrize("router", [SoftMoERouter, SMEARRouter])
+def test_bfloat16_hidden_states_are_routed_as_their_values_in_float32(router):
+    torch.manual_seed(0)
+    router, x = router(LayerSpec(16, 8)), torch.randn(6, 16).bfloat16()
+    narrow, wide = router(x, context(3, 3)), router(x.float(), context(3, 3))
+    for name in ("dispatch_GSEP", "combine_GSEP", "merge_GE"):
+        if getattr(wide, name) is not None:
+            assert torch.equal(getattr(narrow, name), getattr(wide, name).bfloat16())
 
 
 def test_soft_moe_has_as_many_slots_as_one_expert_per_token_costs():
@@ -90,13 +101,13 @@ def test_merged_experts_are_one_expert_of_mean_parameters(experts):
         torch.nn.init.normal_(parameter)
     x_TD, given = torch.randn(7, 4), context(4, 3)
     y_TD = layer(x_TD, given)
-    weights = given.routings[0].merge_GE
+    weights = given.routings[0].routing.merge_GE
     single = experts(LayerSpec(4, 1), hidden_dim=8, bias=True)
     for group, rows in enumerate((slice(0, 4), slice(4, 7))):
         single.load_state_dict(
             {n: torch.einsum("e,e...->...", weights[group], p)[None] for n, p in layer.experts.named_parameters()}
         )
-        assert_close(y_TD[rows], single.dense_forward(x_TD[rows]))
+        assert_close(y_TD[rows], dense_forward(single, x_TD[rows], 1))
     y_TD.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters())
 
@@ -130,10 +141,10 @@ def test_padding_belongs_to_no_group_and_comes_out_as_zeros():
     x_TD = torch.randn(4, 4)
     given = context(4, padding_mask=mask)
     y_TD = layer(x_TD, given)
-    assert given.routings[0].group_T.tolist() == [0, -1, 0, -1]
+    assert given.routings[0].routing.group_T.tolist() == [0, -1, 0, -1]
     assert not y_TD[mask].any()
     assert_close(y_TD[~mask], layer(x_TD[~mask], context(2)))
-    assert given.routings[0].expert_load(3).sum().item() == pytest.approx(2.0)
+    assert given.routings[0].routing.expert_load(3).sum().item() == pytest.approx(2.0)
 
 
 def test_expert_dropout_leaves_experts_out_and_never_all():
