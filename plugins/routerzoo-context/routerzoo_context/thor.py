@@ -20,7 +20,7 @@ class ThorRouter(Router):
     """Stochastic experts: in training one expert, drawn at random for each layer and pass, computes the whole batch.
 
     There is no gate to learn and no load to balance. What makes it work is the loss: each batch goes through the model
-    twice, with other experts, and the two predictions are drawn together. That is the task's `consistency` (5.0 in the
+    twice, with other experts, and the two predictions are pulled together. That is the task's `consistency` (5.0 in the
     paper's translation experiments); without it this is a random choice.
 
     In evaluation the paper draws an expert for each token. Here an evaluation must give the same answer twice and must
