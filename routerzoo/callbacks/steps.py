@@ -25,7 +25,8 @@ def planned_steps(trainer: Trainer) -> int | None:
     """Return the steps that the run will take, None if it has no end. Call it once, when training starts.
 
     `trainer.estimated_stepping_batches` assumes the current accumulation of gradients for all epochs; under a
-    `GradientAccumulationScheduler` this is the sum over epochs.
+    `GradientAccumulationScheduler` this is the sum over epochs. `trainer.max_steps` limits the steps of all optimizers
+    together, which are taken to step equally often.
     """
     estimated = trainer.estimated_stepping_batches
     if estimated in (math.inf, -1):
@@ -33,7 +34,9 @@ def planned_steps(trainer: Trainer) -> int | None:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     scheduler = next((c for c in callbacks if isinstance(c, GradientAccumulationScheduler)), None)
     batches, epochs = trainer.num_training_batches, trainer.max_epochs
-    if scheduler is None or batches == math.inf or epochs in (None, -1):
-        return int(estimated)
-    steps = sum(math.ceil(batches / scheduler.get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
-    return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
+    steps = int(estimated)
+    if scheduler is not None and batches != math.inf and epochs not in (None, -1):
+        steps = sum(math.ceil(batches / scheduler.get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
+    if trainer.max_steps == -1:
+        return steps
+    return min(steps, trainer.max_steps // max(len(trainer.optimizers), 1))

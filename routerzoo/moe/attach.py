@@ -86,8 +86,10 @@ class RouterUpdates:
     ) -> None:
         self.step, self.total_steps = step, total_steps
         self._layers = layers
+        self._trained = {layer for layer in layers if _is_trained(layer)}
         self._statistics: dict[MoE, dict[str, Tensor]] = {layer: {} for layer in layers}
         self._backward: dict[MoE, int] = {}
+        self._zeros: dict[MoE, dict[str, Tensor]] = {}
         self._handles: list[Any] = [optimizer.register_step_post_hook(self._after_step)]
         for layer in layers:
             router = inner_router(layer)
@@ -127,6 +129,8 @@ class RouterUpdates:
         router = inner_router(layer)
         if not layer.training or router.is_frozen:
             return
+        if layer in self._trained and not _is_trained(layer):
+            return  # a pass for another optimizer, with this layer's parameters switched off
         sums = router.statistics(routing.for_losses, context)
         differentiable = _differentiable(routing)
         if not sums or differentiable is None:
@@ -137,13 +141,14 @@ class RouterUpdates:
         differentiable.register_hook(self._on_gradient(layer, router, sums))  # type: ignore[no-untyped-call]
 
     def _on_gradient(self, layer: MoE, router: Router, sums: Mapping[str, Tensor]) -> Callable[[Tensor], None]:
-        reference = next((p for p in (*router.parameters(), *layer.parameters()) if p.requires_grad), None)
+        references = [p for p in router.parameters() if p.requires_grad]
+        references = references or [p for p in layer.parameters() if p.requires_grad]
 
         @torch.no_grad()
         def add(gradient: Tensor) -> None:
             if self._backward.get(layer) != backward_id():
                 self._backward[layer] = backward_id()
-                if reference is not None and reference.grad is None:
+                if references and all(p.grad is None for p in references):
                     # The first backward pass of a step: what was counted before belongs to one that was skipped.
                     self._statistics[layer] = {}
             sound = gradient.isfinite().all()
@@ -155,6 +160,11 @@ class RouterUpdates:
         known = self._statistics[layer]
         self._statistics[layer] = {n: known[n] + value if n in known else value for n, value in sums.items()}
 
+    def _no_statistics(self, layer: MoE, router: Router) -> dict[str, Tensor]:
+        if layer not in self._zeros:
+            self._zeros[layer] = _zeros(layer, router)
+        return self._zeros[layer]
+
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         observed, self._statistics = self._statistics, {layer: {} for layer in self._layers}
@@ -164,9 +174,13 @@ class RouterUpdates:
         for layer in self._layers:
             router = inner_router(layer)
             if router.needs_updates and not router.is_frozen:
-                router.update(_over_processes(observed[layer] or _zeros(layer, router)))
+                router.update(_over_processes(observed[layer] or self._no_statistics(layer, router)))
         self.step += 1
         self._begin_step()
+
+
+def _is_trained(layer: MoE) -> bool:
+    return any(parameter.requires_grad for parameter in layer.parameters())
 
 
 def _was_skipped(optimizer: Optimizer) -> bool:
@@ -201,7 +215,7 @@ def _zeros(layer: MoE, router: Router) -> dict[str, Tensor]:
 def _over_processes(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     if not (sums and dist.is_available() and dist.is_initialized()):
         return sums
-    flat = torch.cat([value.flatten().float() for value in sums.values()])
+    flat = torch.cat([value.flatten().double() for value in sums.values()])  # counts of any size are exact
     dist.all_reduce(flat)
     parts = torch.split(flat, [value.numel() for value in sums.values()])
     return {n: part.view_as(value).to(value.dtype) for (n, value), part in zip(sums.items(), parts, strict=True)}

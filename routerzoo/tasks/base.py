@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import functools
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +18,19 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
-from routerzoo.callbacks.router_hooks import RouterHooks
+from routerzoo.callbacks.router_hooks import RouterHooks, averaged_models
+from routerzoo.callbacks.steps import planned_steps
 from routerzoo.costs import Costs, count_costs
 from routerzoo.distributed.collectives import all_ranks
 from routerzoo.errors import UserError
 from routerzoo.moe.auxiliary_loss import auxiliary_losses
+from routerzoo.moe.averaging import copy_router_state
 from routerzoo.moe.layer import moe_layers
 from routerzoo.optim import EXECUTION, WarmupCosine, parameter_groups, use_fused_kernel
 from routerzoo.router import LossWeight, Router
 from routerzoo.routers.logit_scale import match_logit_std
 from routerzoo.routing import RoutingContext
+from routerzoo.tasks.factories import allow_in_checkpoints, plain_factory
 
 FORMAT_KEY, FORMAT = "routerzoo_format", 2
 """What a checkpoint is written as, under which name."""
@@ -35,25 +38,44 @@ FORMAT_KEY, FORMAT = "routerzoo_format", 2
 SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
 
 
+class Prediction(NamedTuple):
+    """What one pass through a task's model gives for a batch.
+
+    Args:
+        logits_NC: predictions, `[rows, classes]`.
+        loss: the task's loss, mean over the rows that count.
+        token_losses_T: the task's loss of each token, for routers that learn from it; 0 for those without a target.
+        context: of the pass.
+        counted_N: which rows count; None for all.
+    """
+
+    logits_NC: Tensor
+    loss: Tensor
+    token_losses_T: Tensor
+    context: RoutingContext
+    counted_N: Tensor | None = None
+
+
 class MoETask(LightningModule, ABC):
     """Trains `net`, a model that returns its output and the context with its MoE layers' routings.
 
     The loss is the task's plus, for each MoE layer, each auxiliary loss times its coefficient. Coefficients are applied
-    here and nowhere else. Routers are told when a step starts and when gradients are complete.
-
-    A subclass is final and calls `save_hyperparameters` itself.
+    here and nowhere else. `RouterHooks` updates the routers once per optimizer step. All arguments of the constructors,
+    the subclass's included, are hyperparameters of the checkpoint.
 
     Args:
         net: the model.
-        optimizer: builds the optimiser from parameter groups.
-        lr_scheduler: builds the learning-rate schedule from the optimiser and the number of steps.
-        loss_weights: coefficient by auxiliary loss, instead of those that the router's authors use. `balance` and `z`
-            can be had of any router with logits.
+        evaluation_metrics: builds the metrics of an evaluation. The progress bar shows `loss` and the headline.
+        loss_weights: coefficient by auxiliary loss, a number (summed over layers) or `{value: ..., over_layers: ...}`,
+            instead of those that the router's authors use. `balance` and `z` are defined for any router with logits.
         eval_top_k: experts per token in validation, test and prediction; by default as in training. Several are
             evaluated one after the other: metrics are those of the first, and those of each by its name.
-        initial_logit_std: scale each router so that its logits start with this standard deviation.
-        consistency: weight of the divergence between two passes through the model with each batch.
-        evaluation_metrics: builds the metrics of an evaluation. The progress bar shows `loss` and the headline.
+        initial_logit_std: scale each router so that its logits start with this standard deviation; for comparisons, in
+            which a router whose logits start larger would look more certain.
+        consistency: send each training batch through the model twice, and weight the divergence of the two predictions
+            with this, for routers (or dropout) that draw random numbers; 0 for one pass.
+        optimizer: builds the optimizer from parameter groups.
+        lr_scheduler: builds the learning-rate schedule from the optimizer and the number of steps.
     """
 
     headline_higher_is_better: bool = False
@@ -62,17 +84,18 @@ class MoETask(LightningModule, ABC):
     def __init__(
         self,
         net: nn.Module,
-        optimizer: OptimizerCallable,
-        lr_scheduler: SchedulerFactory,
-        loss_weights: dict[str, float | LossWeight] | None,
-        eval_top_k: int | list[int] | None,
-        initial_logit_std: float | None,
-        consistency: float,
         evaluation_metrics: Callable[[], dict[str, Metric]],
+        *,
+        loss_weights: dict[str, float | LossWeight] | None = None,
+        eval_top_k: int | list[int] | None = None,
+        initial_logit_std: float | None = None,
+        consistency: float = 0.0,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: SchedulerFactory = WarmupCosine,
     ) -> None:
         super().__init__()
         self.net = net
-        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.optimizer, self.lr_scheduler = plain_factory(optimizer), plain_factory(lr_scheduler)
         self.loss_weights, self.eval_top_k = loss_weights, eval_top_k
         if consistency < 0:
             raise UserError(f"consistency must be at least 0, got {consistency}")
@@ -92,6 +115,15 @@ class MoETask(LightningModule, ABC):
         self._random_state: Tensor | None = None
         self._total_steps: int | None = None
         self._costs_before_sharding: list[Costs] | None = None
+        self.save_hyperparameters(ignore=["net", "evaluation_metrics"])
+        self._keep_defaults(type(net))
+        allow_in_checkpoints(*self.hparams.values())
+
+    def _keep_defaults(self, net_class: type[nn.Module]) -> None:
+        """Add the defaults of the model's arguments to the hyperparameters: a later version's may differ."""
+        for parameter in inspect.signature(net_class).parameters.values():
+            if parameter.default is not parameter.empty:
+                self.hparams.setdefault(parameter.name, parameter.default)
 
     @property
     def is_sharded(self) -> bool:
@@ -114,6 +146,20 @@ class MoETask(LightningModule, ABC):
         costs = [self.costs(place) for place in range(len(self.eval_top_ks))]
         shard_model(self.net, mesh["data_parallel"], getattr(self.trainer.strategy, "expert_parallel", 1))
         self._costs_before_sharding = costs
+
+    @abstractmethod
+    def predict_batch(self, batch: Any) -> Prediction:
+        """Send a batch through the model, in training with `self.progress`."""
+
+    @abstractmethod
+    def training_metrics(self, batch: Any, prediction: Prediction, loss: Tensor) -> dict[str, Tensor]:
+        """Return what is reported of a training batch beside its loss.
+
+        Args:
+            batch: the batch.
+            prediction: of the first pass.
+            loss: the task's loss, mean over the passes, without gradient.
+        """
 
     @abstractmethod
     def evaluate(self, batch: Any, metrics: Mapping[str, Metric]) -> None:
@@ -144,10 +190,9 @@ class MoETask(LightningModule, ABC):
             UserError: a run without end.
         """
         if self._total_steps is None:
-            steps = self.trainer.estimated_stepping_batches
-            if steps == float("inf"):
+            self._total_steps = planned_steps(self.trainer)
+            if self._total_steps is None:
                 raise UserError("the run has no end to plan for: set trainer.max_steps or trainer.max_epochs")
-            self._total_steps = int(steps)
         return self._total_steps
 
     def setup(self, stage: str) -> None:
@@ -176,45 +221,32 @@ class MoETask(LightningModule, ABC):
         except ValueError as error:
             raise UserError(f"loss_weights: {error}") from None
 
-    def add_auxiliary_losses(self, task_loss: Tensor, context: RoutingContext, token_losses_T: Tensor) -> Tensor:
-        """Return the task's loss with the auxiliary losses, and log these.
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of a batch with its auxiliary losses.
 
-        Args:
-            task_loss: mean over the batch.
-            context: of the pass.
-            token_losses_T: the task's loss of each token, for routers that learn from it.
+        With `consistency`, two passes of a model that draws random numbers (stochastic routers, dropout) are drawn to
+        each other by the mean of both Kullback-Leibler divergences of their predictions (THOR, Zuo et al. 2022,
+        https://arxiv.org/abs/2110.04260, equation 4; R-Drop): `loss_1 + loss_2 + consistency * (KL_12 + KL_21) / 2`.
         """
-        losses = self.auxiliary_losses(context, token_losses_T)
+        passes = [self._pass(batch) for _ in range(2 if self.consistency else 1)]
+        first = passes[0][0]
+        total = torch.stack([loss for _, loss in passes]).sum()
+        if self.consistency:
+            divergence = _divergence(*(prediction for prediction, _ in passes))
+            total = total + self.consistency * divergence
+            self.log("train/consistency_loss", divergence.detach(), sync_dist=True)
+        loss = torch.stack([prediction.loss for prediction, _ in passes]).mean().detach()
+        metrics = {"loss": loss, **self.training_metrics(batch, first, loss)}
+        self.log_dict({f"train/{name}": value for name, value in metrics.items()}, prog_bar=True, sync_dist=True)
+        return total
+
+    def _pass(self, batch: Any) -> tuple[Prediction, Tensor]:
+        """Return a prediction, and its loss with the auxiliary losses, which are logged."""
+        prediction = self.predict_batch(batch)
+        losses = self.auxiliary_losses(prediction.context, prediction.token_losses_T)
         if losses:
             self.log_dict({f"train/{name}_loss": loss.detach() for name, loss in losses.items()}, sync_dist=True)
-        for loss in losses.values():
-            task_loss = task_loss + loss
-        return task_loss
-
-    def consistency_loss(self, losses: list[Tensor], logits: list[Tensor], kept: Tensor | None = None) -> Tensor:
-        """Return the loss of one pass, or of two with their divergence.
-
-        Two passes of a model that draws random numbers (stochastic routers, dropout) are drawn to each other by the
-        mean of both Kullback-Leibler divergences of their predictions (THOR, Zuo et al. 2022,
-        https://arxiv.org/abs/2110.04260, equation 4; R-Drop): `loss_1 + loss_2 + consistency * (KL_12 + KL_21) / 2`.
-
-        Args:
-            losses: of each pass.
-            logits: predictions of each pass, `[N, classes]`.
-            kept: which rows of the predictions count; by default all.
-        """
-        if len(losses) == 1:
-            return losses[0]
-        one, other = (F.log_softmax((rows if kept is None else rows[kept]).float(), dim=-1) for rows in logits)
-        both = F.kl_div(one, other, log_target=True, reduction="batchmean")
-        both = both + F.kl_div(other, one, log_target=True, reduction="batchmean")
-        self.log("train/consistency_loss", both.detach() / 2, sync_dist=True)
-        return losses[0] + losses[1] + self.consistency * both / 2
-
-    @property
-    def passes(self) -> int:
-        """How often each training batch goes through the model."""
-        return 2 if self.consistency else 1
+        return prediction, torch.stack([prediction.loss, *losses.values()]).sum()
 
     @property
     def progress(self) -> dict[str, Any]:
@@ -226,7 +258,7 @@ class MoETask(LightningModule, ABC):
         self._total_steps = None
 
     def on_train_start(self) -> None:
-        """Choose how the optimiser computes, when a resumed run has its state."""
+        """Choose how the optimizer computes, when a resumed run has its state."""
         if not self.is_sharded:
             for optimizer in self.trainer.optimizers:
                 use_fused_kernel(optimizer)
@@ -246,10 +278,10 @@ class MoETask(LightningModule, ABC):
             average_gradients(self.parameters())
 
     def configure_optimizers(self) -> Any:
-        """Build optimiser and schedule, which advances by the step."""
+        """Build optimizer and schedule, which advances by the step."""
         groups = parameter_groups(self)
         if self.is_sharded:
-            # Optimisers take parameters together that are spread alike; these are not.
+            # Optimizers take parameters together that are spread alike; these are not.
             groups = [{**group, **dict.fromkeys(EXECUTION, False)} for group in groups]
         optimizer = self.optimizer(groups)
         scheduler = self.lr_scheduler(optimizer, self.total_steps)
@@ -290,6 +322,14 @@ class MoETask(LightningModule, ABC):
                 each = {f"{stage}/k{top_k}/{name}": metric for name, metric in metrics.items()}
                 self.log_dict(each, on_step=False, on_epoch=True)
 
+    def on_validation_epoch_start(self) -> None:
+        """Start the metrics anew: those that an evaluation in inference mode reset are of no use outside one."""
+        for metric in self.evaluated.modules():
+            if isinstance(metric, Metric):
+                metric.reset()
+
+    on_test_epoch_start = on_validation_epoch_start
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Add a batch to the validation split's report."""
         self._evaluation_step("val", batch)
@@ -320,9 +360,11 @@ class MoETask(LightningModule, ABC):
         for name, module in self.named_modules():
             if isinstance(module, Router) and (k := checkpoint["state_dict"].get(f"{name}.k")) is not None:
                 module.top_k = int(k)  # a schedule had set it
+        for averaged in averaged_models(self._trainer):
+            copy_router_state(self, averaged)
         self._random_state = checkpoint.get("random_state")
         states = checkpoint.get("optimizer_states", [])
-        # Several processes save the optimiser's state by name; one reads it by number.
+        # Several processes save the optimizer's state by name; one reads it by number.
         if not self.is_sharded and states and any(isinstance(name, str) for name in states[0]["state"]):
             from routerzoo.checkpoints.sharded import by_number
 
@@ -333,19 +375,12 @@ def _metrics(module: Any) -> Mapping[str, Metric]:
     return dict(module.items())
 
 
-def allow_in_checkpoints(*factories: Any) -> None:
-    """Let checkpoints that hold these classes, or partial applications of them, be read with `weights_only=True`.
-
-    A module built in Python keeps the classes it was given among its hyper-parameters, where reading with
-    `weights_only=True` refuses what it does not know.
-    """
-    allowed: list[Any] = [functools.partial]
-    for factory in factories:
-        while isinstance(factory, functools.partial):
-            factory = factory.func
-        if isinstance(factory, type):
-            allowed.append(factory)
-    torch.serialization.add_safe_globals(allowed)
+def _divergence(one: Prediction, other: Prediction) -> Tensor:
+    """Return the mean of both Kullback-Leibler divergences of two passes, mean over rows."""
+    rows = (p.logits_NC if p.counted_N is None else p.logits_NC[p.counted_N] for p in (one, other))
+    one_NC, other_NC = (F.log_softmax(logits_NC.float(), dim=-1) for logits_NC in rows)
+    forward = F.kl_div(one_NC, other_NC, log_target=True, reduction="batchmean")
+    return (forward + F.kl_div(other_NC, one_NC, log_target=True, reduction="batchmean")) / 2
 
 
 allow_in_checkpoints(torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, WarmupCosine)

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from routerzoo import ImageClassification, ImageData, LanguageModeling, TextData, moe_layers
 from routerzoo.callbacks import KSchedule
 from routerzoo.errors import UserError
+from routerzoo.moe.auxiliary_loss import loss_of
 from routerzoo.optim import WarmupCosine, parameter_groups, use_fused_kernel
 from tests.conftest import router_factory
 
@@ -24,9 +25,10 @@ QUIET = {
 }
 
 
-def language(router, **options):
+def language(router, table=None, **options):
     sizes = {"d_model": 16, "num_blocks": 2, "num_heads": 2, "num_experts": 4, "max_length": 16}
-    return LanguageModeling(router=router_factory(router, top_k=2), **{**sizes, **options})
+    arguments = {"top_k": 2} if table is None else {"top_k": 2, "table": table}
+    return LanguageModeling(router=router_factory(router, **arguments), **{**sizes, **options})
 
 
 def vision(router, **options):
@@ -84,7 +86,9 @@ def test_loss_weights_are_applied_once_per_layer():
     _, context = task.net(ids)
     losses = task.auxiliary_losses(context)
     assert losses.keys() == {"balance"}
-    assert_close(losses["balance"], 0.5 * sum(context.routings[i].losses["balance"] for i in range(2)))
+    raw = [loss_of("balance", published.routing, context) for published in context.routings]
+    assert len(raw) == 2
+    assert_close(losses["balance"], 0.5 * sum(raw))
     published = language("LinearRouter")
     assert published.auxiliary_losses(published.net(ids)[1]).keys() == {"balance", "z"}
     none = language("HyperRouter")
@@ -92,7 +96,7 @@ def test_loss_weights_are_applied_once_per_layer():
     wanted = language("HyperRouter", loss_weights={"balance": 0.01})
     assert wanted.auxiliary_losses(wanted.net(ids)[1]).keys() == {"balance"}
     impossible = language("HashRouter", loss_weights={"balance": 0.01})
-    with pytest.raises(UserError, match="loss_weights of HashRouter: this router has no loss 'balance'; it has none"):
+    with pytest.raises(UserError, match="loss_weights: HashRouter has no loss 'balance'; it has none"):
         impossible.auxiliary_losses(impossible.net(ids)[1])
 
 
@@ -113,19 +117,17 @@ def test_k_grows_with_any_router(router_name):
     task = language(router_name)
     ks = []
     layer = next(moe_layers(task))
-    layer.router.register_forward_hook(lambda module, args, routing: ks.append(routing.experts_TK.shape[1]))
+    layer.register_routing_hook(lambda published, context: ks.append(published.routing.experts_TK.shape[1]))
     trainer = Trainer(
         **QUIET, max_steps=5, limit_val_batches=0, enable_checkpointing=False, callbacks=[KSchedule(1, 4)]
     )
     trainer.fit(task, text_data())
     assert ks == [1, 2, 2, 3, 3]  # round(1 + 3 t / 5), halves to even
-    assert task.state_dict()["net.blocks.0.feed_forward.router._extra_state"]["top_k"] == 3
+    assert task.state_dict()["net.blocks.0.feed_forward.router.k"] == 3
 
 
 def test_balanced_tables_are_calibrated_from_the_training_split():
-    task = language("HashRouter")
-    for layer in moe_layers(task):
-        layer.router.balanced = True
+    task = language("HashRouter", table="balanced")
     before = next(moe_layers(task)).router.table.clone()
     Trainer(**QUIET, max_steps=1, limit_val_batches=0, enable_checkpointing=False).fit(task, text_data())
     assert not torch.equal(next(moe_layers(task)).router.table, before)
@@ -305,7 +307,7 @@ def test_a_schedule_beyond_what_a_router_can_do_is_refused_before_training():
     trainer = Trainer(
         **QUIET, max_steps=2, limit_val_batches=0, enable_checkpointing=False, callbacks=[KSchedule(2, 5)]
     )
-    with pytest.raises(UserError, match="grows k to 5, but LinearRouter of MoE layer 0 can do 4 at most"):
+    with pytest.raises(UserError, match="KSchedule sets k to 5, but LinearRouter of MoE layer 0 can do 4 at most"):
         trainer.fit(language("LinearRouter"), text_data())
 
 

@@ -1,0 +1,92 @@
+"""`DecoderTask`: what the tasks that train a `Decoder` have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torchmetrics import Metric
+
+from routerzoo.models.decoder import Decoder
+from routerzoo.moe.experts import MLPExperts
+from routerzoo.moe.layer import ExpertsFactory, RouterFactory
+from routerzoo.optim import WarmupCosine
+from routerzoo.router import LossWeight
+from routerzoo.routers import LinearRouter
+from routerzoo.tasks.base import MoETask, SchedulerFactory
+from routerzoo.tasks.factories import plain_factory
+
+
+class DecoderTask(MoETask):
+    """Trains a decoder-only Transformer.
+
+    Args:
+        evaluation_metrics: see `MoETask`.
+        vocab_size: number of token ids; by default 256. From the command line it is the data's.
+        max_length: longest sequence; by default 256. From the command line it is the data's `sequence_length`.
+        num_tasks: number of corpora that sequences come from, for routers that look at them. From the command line it
+            is the data's.
+        router: the router of each MoE layer; by default `LinearRouter`.
+        experts: the experts of each MoE layer; by default `MLPExperts`.
+        loss_weights: see `MoETask`; likewise the arguments that follow.
+        eval_top_k: see `MoETask`.
+        initial_logit_std: see `MoETask`.
+        consistency: see `MoETask`.
+        optimizer: see `MoETask`.
+        lr_scheduler: see `MoETask`.
+        model: further arguments of `routerzoo.models.decoder.Decoder`.
+    """
+
+    net: Decoder
+
+    def __init__(
+        self,
+        evaluation_metrics: Callable[[], dict[str, Metric]],
+        *,
+        vocab_size: int | None = None,
+        max_length: int | None = None,
+        num_tasks: int | None = None,
+        router: RouterFactory | None = None,
+        experts: ExpertsFactory | None = None,
+        loss_weights: dict[str, float | LossWeight] | None = None,
+        eval_top_k: int | list[int] | None = None,
+        initial_logit_std: float | None = None,
+        consistency: float = 0.0,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: SchedulerFactory = WarmupCosine,
+        **model: Any,
+    ) -> None:
+        self.vocab_size = vocab_size if vocab_size is not None else 256
+        net = Decoder(
+            self.vocab_size,
+            plain_factory(router or LinearRouter),
+            plain_factory(experts or MLPExperts),
+            max_length=max_length if max_length is not None else 256,
+            num_tasks=num_tasks,
+            **model,
+        )
+        super().__init__(
+            net,
+            evaluation_metrics,
+            loss_weights=loss_weights,
+            eval_top_k=eval_top_k,
+            initial_logit_std=initial_logit_std,
+            consistency=consistency,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+        )
+
+    def token_counts(self) -> Tensor | None:
+        """Count the token ids of the training split, where the data module can."""
+        counts = getattr(getattr(self.trainer, "datamodule", None), "token_counts", None)
+        return None if counts is None else torch.from_numpy(counts())
+
+    def example(self) -> int:
+        """Run the model on a sequence of full length."""
+        length = int(self.net.max_length)
+        ids_S = torch.randint(0, self.vocab_size, [length], generator=torch.Generator().manual_seed(0))
+        self.net(ids_S.unsqueeze(0).to(self.device))
+        return length
