@@ -1,4 +1,4 @@
-"""A run ends at a loss that is no number, and says where that began."""
+"""Training stops on a NaN or inf loss, and names the layer."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.tasks.test_tasks import QUIET, language, text_data
 
 
 class Break(Callback):
-    """Writes a number that is none into a parameter before the third step."""
+    """Writes NaN into a parameter before the third step."""
 
     def __init__(self, find):
         self.find = find
@@ -29,8 +29,8 @@ class Break(Callback):
             lambda task: list(moe_layers(task))[1].router.weight,
             "LinearRouter's router.weight of MoE layer 1",
         ),
-        (lambda task: next(moe_layers(task)).experts.down, "experts.down of MoE layer 0 is no longer finite"),
-        (lambda task: task.net.norm.weight, "net.norm.weight is no longer finite. Try a smaller learning rate"),
+        (lambda task: next(moe_layers(task)).experts.down, "experts.down of MoE layer 0 holds NaN or inf"),
+        (lambda task: task.net.norm.weight, "net.norm.weight holds NaN or inf. Try a smaller learning rate"),
     ],
 )
 def test_the_step_and_the_layer_are_named(find, message):
@@ -39,7 +39,7 @@ def test_the_step_and_the_layer_are_named(find, message):
         trainer.fit(language("LinearRouter"), text_data())
 
 
-def test_looking_less_often():
+def test_checks_may_be_rarer():
     with pytest.raises(ValueError, match="every_n_steps must be at least 1, got 0"):
         StopOnNonFiniteLoss(0)
     task, data = language("LinearRouter"), text_data()
@@ -50,7 +50,7 @@ def test_looking_less_often():
 
 
 class BreakLoss(Callback):
-    """Makes the loss of some steps a number that is none, and keeps the parameters of each step."""
+    """Makes the loss of some steps NaN, and keeps the parameters of each step."""
 
     def __init__(self, steps):
         self.steps, self.kept = steps, []
@@ -61,11 +61,11 @@ class BreakLoss(Callback):
             loss.mul_(torch.nan)
 
 
-def test_a_step_can_be_left_out():
+def test_a_step_is_skipped():
     breaking = BreakLoss({2, 3})
     skipping = StopOnNonFiniteLoss(skip=2)
     trainer = Trainer(**QUIET, max_steps=6, enable_checkpointing=False, callbacks=[breaking, skipping])
-    with pytest.warns(UserWarning, match="step [23] is left out: its loss is no number"):
+    with pytest.warns(UserWarning, match="skipped step [23]: its loss is NaN or inf"):
         trainer.fit(language("LinearRouter"), text_data())
     assert skipping.skipped == 2
     changed = [not torch.equal(one, other) for one, other in zip(breaking.kept, breaking.kept[1:], strict=False)]
@@ -73,11 +73,11 @@ def test_a_step_can_be_left_out():
     assert all(kept.isfinite().all() for kept in breaking.kept)
 
 
-@pytest.mark.filterwarnings("ignore:step . is left out")
-def test_a_run_that_stays_broken_ends():
+@pytest.mark.filterwarnings("ignore:skipped step")
+def test_a_run_stops_after_too_many_skipped_steps():
     breaking = BreakLoss({2, 3, 4})
     trainer = Trainer(
         **QUIET, max_steps=6, enable_checkpointing=False, callbacks=[breaking, StopOnNonFiniteLoss(skip=2)]
     )
-    with pytest.raises(UserError, match="the loss is nan at step 4, after 2 steps that were skipped"):
+    with pytest.raises(UserError, match="the loss is nan at step 4, after 2 skipped steps"):
         trainer.fit(language("LinearRouter"), text_data())

@@ -1,4 +1,4 @@
-"""Looking at routing: who is chosen, in numbers, pictures and a page."""
+"""Observed routing in numbers, pictures and a page."""
 
 import re
 from functools import partial
@@ -9,7 +9,8 @@ from lightning import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from routerzoo import HashRouter, ImageClassification, ImageData, LanguageModeling, LinearRouter, Routing, TextData, cli
+from routerzoo import HashRouter, ImageClassification, ImageData, LanguageModeling, LinearRouter, Routing, TextData
+from routerzoo.cli.main import main
 from routerzoo.data.tokens import TextBatch
 from routerzoo.errors import UserError
 from routerzoo.look import claims, observe
@@ -43,19 +44,29 @@ def test_claims_count_tokens_by_label():
     ids = torch.randint(97, 100, (3, 16))
     observation = observe(task, TextBatch(ids, ids))
     counts = claims([observation, observation], 256)
-    for layer in task.net.blocks:
-        table = layer.feed_forward.router.table[:, 0].long()
-        counted = counts[layer.feed_forward.spec.layer]
+    for index, block in enumerate(task.net.blocks):
+        table = block.feed_forward.router.table[:, 0].long()
+        counted = counts[index]
         for label in range(97, 100):
             assert counted[table[label], label] == 2 * (ids == label).sum()
         assert counted.sum() == 2 * ids.numel()
     assert task.training  # as it was
 
 
+def test_every_call_of_a_shared_layer_is_observed():
+    task = LanguageModeling(router=HashRouter, vocab_size=256, **TEXT)
+    task.net.blocks[1] = task.net.blocks[0]  # a weight-shared Transformer
+    ids = torch.randint(97, 100, (3, 16))
+    observation = observe(task, TextBatch(ids, ids))
+    assert {index: list(weights.shape) for index, weights in observation.weights.items()} == {0: [6, 16, 4]}
+    assert torch.equal(*observation.experts(0).split(3))  # a hash routes both calls alike
+    assert claims([observation], 256)[0].sum() == 2 * ids.numel()
+
+
 def test_what_has_no_routing_is_refused():
     with pytest.raises(UserError, match="the model has no MoE layer"):
         observe(LanguageModeling(moe_blocks="none", **TEXT), None)
-    with pytest.raises(UserError, match="in text and images, not in a dict"):
+    with pytest.raises(UserError, match="shown for text and images, not for a dict"):
         observe(LanguageModeling(**TEXT), {})
 
 
@@ -80,9 +91,9 @@ def test_a_checkpoint_is_looked_at(domain, tmp_path, capsys):
         data = ["--data=ImageData", "--data.batch_size=8"]
     quick = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.num_sanity_val_steps=0"]
     quick += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--run_dir=run"]
-    cli.main(["fit", *model, *data, *quick])
+    main(["fit", *model, *data, *quick])
     before = (tmp_path / "run" / "results.json").read_text()
-    cli.main(["look", "--ckpt_path", "run/checkpoints/last.ckpt", "--batches", "2", "--examples", "2"])
+    main(["look", "--ckpt_path", "run/checkpoints/last.ckpt", "--batches", "2", "--examples", "2"])
     assert (tmp_path / "run" / "results.json").read_text() == before
     page = (tmp_path / "run" / "look.html").read_text()
     assert "MoE layer 0" in page
@@ -96,7 +107,7 @@ def test_a_checkpoint_is_looked_at(domain, tmp_path, capsys):
         assert "data:image/png;base64," in page
         assert "Sneaker" in page
     with pytest.raises(SystemExit) as ended:
-        cli.main(["look", "--ckpt_path", "run/checkpoints/last.ckpt", "--batches", "0"])
+        main(["look", "--ckpt_path", "run/checkpoints/last.ckpt", "--batches", "0"])
     assert "examples and batches must be at least 1" in str(ended.value.code)
 
 
