@@ -1,1 +1,1 @@
-"""Run folders: where they lie, how they are written, what is logged."""
+"""Run folders: layout, atomic writes, checkpoints, logs and reports."""

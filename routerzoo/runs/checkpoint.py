@@ -14,22 +14,22 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 TERMINATED = 143
-"""Exit code of a run that SIGTERM ended, as shells report it."""
+"""Exit code of a run that SIGTERM stopped, as shells report it."""
 
 
 @final
 class RunCheckpoint(ModelCheckpoint):
-    """Keeps one checkpoint under a fixed name, in a folder that a resumed run writes into again.
+    """Keeps one checkpoint under a fixed name, which a resumed run overwrites.
 
-    The latest is saved when a step is over: trained, logged and validated. SIGTERM lets the step come to its end, saves
-    it, and ends the run.
+    The latest is saved once a step is trained, logged and validated. On SIGTERM the run finishes its step, saves it,
+    and exits.
 
     Args:
-        folder: where it lies.
+        folder: of the checkpoint.
         filename: its name without suffix.
         monitor: keep the best by this metric; without one, the latest.
         mode: `min` or `max`.
-        every_n_train_steps: save the latest this often, beside at the end.
+        every_n_train_steps: steps between saves of the latest, which is saved at the end too.
     """
 
     def __init__(
@@ -53,15 +53,15 @@ class RunCheckpoint(ModelCheckpoint):
             save_on_train_epoch_end=False if monitor is not None else None,
         )
         self._steps = 0
-        self._asked_to_end = False
+        self._terminates = False
 
     @property
     def state_key(self) -> str:
-        """Name of its state in checkpoints: the same however often it saves."""
+        """Name of the state in checkpoints: the same whatever the interval of saves."""
         return self._generate_state_key(monitor=self.monitor)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the best score up, also where the run's folder has moved since."""
+        """Restore the best score, also where the run's folder was moved."""
 
         def here(path: str) -> str:
             return str(Path(str(self.dirpath)) / Path(path).name) if path else path
@@ -76,7 +76,7 @@ class RunCheckpoint(ModelCheckpoint):
         super().load_state_dict(moved)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Be told when a step is over; Lightning has no hook for that."""
+        """Hook into the end of a step, for which Lightning has no hook."""
         super().setup(trainer, pl_module, stage)
         if self.monitor is not None or stage != "fit":
             return
@@ -90,18 +90,18 @@ class RunCheckpoint(ModelCheckpoint):
 
         def on_sigterm(number: Any, frame: Any) -> None:
             launcher = trainer.strategy.launcher
-            if launcher is not None and not self._asked_to_end:
+            if launcher is not None and not self._terminates:
                 launcher.kill(number)
-            self._asked_to_end = True
+            self._terminates = True
 
-        # Lightning's own sends the other processes a message amid whatever else they send each other, and each leaves
-        # where it stands. Here they agree at the end of a step.
-        self._asked_to_end = False
+        # Lightning's handler broadcasts amid other collectives, and each process stops where it is. Here they agree at
+        # the end of a step.
+        self._terminates = False
         signals: Any = trainer._signal_connector
         signals._sigterm_notifier_fn = on_sigterm
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from where a resumed run goes on: a part of an accumulation is no step."""
+        """Count optimizer steps from where a resumed run continues."""
         super().on_train_start(trainer, pl_module)
         self._steps = trainer.global_step
 
@@ -110,7 +110,7 @@ class RunCheckpoint(ModelCheckpoint):
     ) -> None:
         """Save nothing yet: the step's metrics are not logged, and validation may follow.
 
-        A run that was killed between the two and resumed from here would never have them.
+        A run that is killed in between, and resumes from here, would lack both.
         """
 
     def _at_step_end(self, trainer: Trainer, log_and_validate: Callable[[], None]) -> None:
@@ -119,10 +119,10 @@ class RunCheckpoint(ModelCheckpoint):
         validated_before = copy.deepcopy(validation.batch_progress)
         log_and_validate()
         self._steps = trainer.global_step
-        if self._steps == steps_before:  # in the middle of an accumulation
+        if self._steps == steps_before:  # gradients are accumulated
             return
-        # All processes, or none: a checkpoint is written together, and nobody may wait for one that has gone.
-        ends = trainer.strategy.reduce_boolean_decision(self._asked_to_end, all=False)
+        # All processes or none: they write a checkpoint together.
+        ends = trainer.strategy.reduce_boolean_decision(self._terminates, all=False)
         if ends or self._steps % max(self._every_n_train_steps, 1) == 0 or self._steps == trainer.max_steps:
             with _as_in_on_train_batch_end(trainer, validated_before):
                 self._save_unless_saved(trainer)
@@ -130,7 +130,7 @@ class RunCheckpoint(ModelCheckpoint):
             raise SIGTERMException(TERMINATED)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the end, where it is the latest that is kept."""
+        """Save the end, where the latest is kept."""
         if self.monitor is None:
             self._save_unless_saved(trainer)
 
@@ -139,13 +139,13 @@ class RunCheckpoint(ModelCheckpoint):
             self._save_checkpoint(trainer, str(Path(str(self.dirpath)) / f"{self.filename}.ckpt"))
 
     def _ModelCheckpoint__warn_if_dir_not_empty(self, dirpath: Any) -> None:
-        # Lightning warns of a folder that holds checkpoints; here that is what resuming means.
+        # Lightning warns of a folder that holds checkpoints; a resumed run's does.
         pass
 
 
 @contextlib.contextmanager
 def _as_in_on_train_batch_end(trainer: Trainer, validated_before: Any) -> Iterator[None]:
-    """Count batches as Lightning's loops do in that hook, from where they know how to resume."""
+    """Count batches as Lightning's loops do in that hook, the state that they resume from."""
     loop: Any = trainer.fit_loop.epoch_loop
     validated, loop.val_loop.batch_progress = loop.val_loop.batch_progress, validated_before
     counts = (loop.batch_progress.total, loop.batch_progress.current)

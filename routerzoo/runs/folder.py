@@ -1,4 +1,4 @@
-"""Run folders: where a run keeps its config, checkpoints, logs and pictures, and how a later command finds them.
+"""Run folders: config, checkpoints, logs and pictures of a run, and how a later command finds them.
 
 runs/<name>/<number>/config.yaml
 checkpoints/last.ckpt, best.ckpt
@@ -20,22 +20,22 @@ CHECKPOINTS = "checkpoints"
 
 
 def new_run(name: str, root: Path = DEFAULT_ROOT) -> Path:
-    """Return the next free folder for a run of that name. It is made by whoever first writes into it."""
+    """Return the next free folder for a run of that name, without creating it."""
     folder = root / _safe(name)
     numbers = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
     return folder / f"{max(numbers, default=-1) + 1:03d}"
 
 
 def latest_run(checkpoint: str, name: str | None = None, root: Path = DEFAULT_ROOT) -> Path:
-    """Return the latest run that has a checkpoint called so.
+    """Return the latest run that has a checkpoint of that name.
 
     Args:
         checkpoint: `last` or `best`.
-        name: the run's name; any without one.
+        name: the run's name; by default any.
         root: folder of the runs.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such run.
     """
     pattern = f"{_safe(name) if name is not None else '*'}/*/{CHECKPOINTS}/{checkpoint}.ckpt"
     found = list(root.glob(pattern))
@@ -43,7 +43,7 @@ def latest_run(checkpoint: str, name: str | None = None, root: Path = DEFAULT_RO
         raise UserError(
             f"no checkpoint to continue from: nothing matches {root / pattern}. Train first, or give --ckpt_path a file"
         )
-    # Numbers order the runs of one name; time those of several.
+    # Runs of one name are ordered by number, others by time.
     newest = max(found, key=lambda path: (0, path.parts[-3]) if name is not None else (path.stat().st_mtime, ""))
     return newest.parent.parent
 

@@ -16,14 +16,14 @@ from routerzoo.runs.atomic import atomic_write
 
 class _AppendingWriter(ExperimentWriter):
     def _check_log_dir_exists(self) -> None:
-        # Lightning's writer deletes what is there.
+        # Lightning's writer deletes an existing file.
         path = Path(self.metrics_file_path)
         if path.is_file():
             with path.open(newline="") as file:
                 self.metrics_keys = list(next(csv.reader(file), []))
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        # Lightning empties the file first: a run that is killed then has lost its log.
+        # Lightning truncates the file first: a run that is killed then loses its log.
         path = Path(self.metrics_file_path)
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
@@ -40,7 +40,7 @@ def _table(names: list[str], rows: list[dict[str, Any]]) -> str:
 
 @final
 class AppendingCSVLogger(CSVLogger):
-    """Lightning's CSV logger, except that a file which exists is continued rather than deleted."""
+    """Lightning's CSV logger, except that it appends to an existing file rather than deleting it."""
 
     @property
     @rank_zero_experiment
@@ -52,13 +52,13 @@ class AppendingCSVLogger(CSVLogger):
 
     @rank_zero_only
     def forget_after(self, step: int) -> None:
-        """Drop the rows of later steps: a run resumed from there will write them again."""
+        """Drop the rows from this step on: a run that resumes there writes them again."""
         path = Path(self.log_dir) / ExperimentWriter.NAME_METRICS_FILE
         if not path.is_file():
             return
         with path.open(newline="") as file:
             reader = csv.DictReader(file)
-            # A row that a crash cut short has no step.
+            # A row that a crash truncated has no step.
             rows = [row for row in reader if (row.get("step") or "").isdigit() and int(row["step"]) < step]
             names = list(reader.fieldnames or [])
         atomic_write(path, _table(names, rows))

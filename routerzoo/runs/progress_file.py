@@ -1,4 +1,4 @@
-"""`ProgressFile`: how far a run is, in a file that others may read."""
+"""`ProgressFile`: progress of a run, in a file for other processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WRITE_SECONDS = 1.0
 
 @final
 class ProgressFile(Callback):
-    """Writes step, total steps and the latest metric into a small JSON file, about once a second.
+    """Writes step, total steps and the latest headline metric to a JSON file, about once a second.
 
     Args:
         path: the file.
@@ -30,15 +30,15 @@ class ProgressFile(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write it."""
+        """Write the file."""
         now = time.monotonic()
         if not trainer.is_global_zero or now - self._written < WRITE_SECONDS or not isinstance(pl_module, MoETask):
             return
         self._written = now
         metric = trainer.callback_metrics.get(f"train/{pl_module.headline_metric}")
-        told = {
+        progress = {
             "step": trainer.global_step,
             "total_steps": pl_module.total_steps,
             "metric": None if metric is None else float(metric),
         }
-        atomic_write(self.path, json.dumps(told))  # whoever reads sees a whole file
+        atomic_write(self.path, json.dumps(progress))

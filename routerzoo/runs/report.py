@@ -1,4 +1,4 @@
-"""`RunReport`: what a run is, and what came of it, on the terminal."""
+"""`RunReport`: a run's model and results, on the terminal and in `results.json`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from routerzoo.callbacks.routing_monitor import RoutingMonitor
 from routerzoo.callbacks.stability import StabilityMonitor
 from routerzoo.costs import Costs, short
 from routerzoo.metrics.figures import quality_by_cost
-from routerzoo.moe.layer import moe_layers
+from routerzoo.moe.layer import inner_router, moe_layers
 from routerzoo.runs.atomic import atomic_write
 from routerzoo.tasks.base import MoETask
 
@@ -29,15 +29,16 @@ RESULTS = "results.json"
 
 @final
 class RunReport(Callback):
-    """Says before training what is trained, and after it what came of it.
+    """Prints the model before training, and the results after each stage.
 
-    Afterwards it shows the headline metric of the validation split at step 0, now and at its best beside a baseline
-    (for text, predicting each token by its frequency), what the model costs, the routing of every MoE layer, and where
-    everything lies. The value at step 0 comes from Lightning's check before training, where that is over the whole
-    split (`trainer.num_sanity_val_steps: -1`).
+    After training these are the headline metric of the validation split at step 0, at its best and at the end, beside a
+    baseline (for text, predicting each token by its frequency); the model's costs; the routing of every MoE layer; and
+    the files of the run. The value at step 0 comes from Lightning's sanity check, where that covers the whole split
+    (`trainer.num_sanity_val_steps: -1`).
 
-    After an evaluation at several k (`eval_top_k`) it shows quality against cost, and draws it. The same numbers go
-    into `results.json` in the run's folder.
+    After an evaluation at several k (`eval_top_k`) it prints and draws quality against cost. `results.json` in the
+    run's folder has the same numbers by stage, with the name of the headline metric and whether higher is better: a
+    module's `headline_metric` and `headline_higher_is_better`.
 
     Args:
         folder: of the run.
@@ -49,9 +50,18 @@ class RunReport(Callback):
         self.best: float | None = None
         self._last: float | None = None
         self._last_step = 0
-        self._started = self._seconds_before = 0.0
-        self._console = Console(soft_wrap=True, highlight=False)
+        self._started: float | None = None
+        self._seconds_before = 0.0
         self._costs: list[Costs] = []
+
+    @property
+    def _console(self) -> Console:  # not an attribute: a console cannot be copied
+        return Console(soft_wrap=True, highlight=False)
+
+    @property
+    def _seconds(self) -> float:
+        """Seconds of training, those before a resume included."""
+        return self._seconds_before + (0.0 if self._started is None else time.monotonic() - self._started)
 
     def _headline(self, pl_module: LightningModule) -> str | None:
         name: str | None = getattr(pl_module, "headline_metric", None)
@@ -68,10 +78,9 @@ class RunReport(Callback):
         return f"{short(costs.total)} parameters, {short(costs.active)} active per token"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what is trained."""
-        # A resumed run has taken the time before too.
-        self._started = time.monotonic() - self._seconds_before
-        # On every rank: where parameters are sharded, all must take part in the forward pass that is counted.
+        """Print the model."""
+        self._started = time.monotonic()
+        # On every rank: counting runs a forward pass, and sharded parameters need all.
         self._count(pl_module)
         if not trainer.is_global_zero:
             return
@@ -79,9 +88,10 @@ class RunReport(Callback):
         what = "dense: no MoE layer"
         if layers:
             first = layers[0]
+            router = inner_router(first)
             what = (
-                f"{type(first.router).__name__} · {len(layers)} MoE layers of {first.spec.num_experts} "
-                f"{type(first.experts).__name__}, top {first.router.top_k}"
+                f"{type(router).__name__} · {len(layers)} MoE layers of {first.num_experts} "
+                f"{type(first.experts).__name__}, top {router.top_k}"
             )
         self._console.print(f"[bold]{what}[/bold]; {self._sizes(pl_module)}")
         if self.folder is not None:
@@ -108,7 +118,7 @@ class RunReport(Callback):
         name = self._headline(pl_module)
         if not trainer.is_global_zero or not isinstance(pl_module, MoETask) or name is None:
             return
-        seconds = time.monotonic() - self._started
+        seconds = self._seconds
         print_ = self._console.print
         print_(f"\n[bold]Trained to step {trainer.global_step} in {seconds:.0f} s.[/bold]")
         rows: list[tuple[str, float | None]] = [("step 0", self.metric_at_start)]
@@ -246,9 +256,9 @@ class RunReport(Callback):
         layers = list(moe_layers(pl_module))
         router: dict[str, Any] = {}
         if layers:
-            trained = layers[0].router.top_k
+            first = inner_router(layers[0])
             evaluated = pl_module.eval_top_ks[0] if isinstance(pl_module, MoETask) else None
-            router = {"router": type(layers[0].router).__name__, "k": trained if evaluated is None else evaluated}
+            router = {"router": type(first).__name__, "k": first.top_k if evaluated is None else evaluated}
         costs = _numbers(self._costs[0]) if self._costs else {}
         name = self._headline(pl_module)
         if name is not None:
@@ -258,16 +268,16 @@ class RunReport(Callback):
         atomic_write(path, json.dumps(known, indent=2) + "\n")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count what is evaluated."""
+        """Count the costs."""
         if trainer.state.fn != TrainerFn.FITTING:
             self._count(pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count what is evaluated."""
+        """Count the costs."""
         self._count(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say what came of it, when the progress bar has gone."""
+        """Print the results, once the progress bar is gone."""
         if trainer.interrupted:
             return
         if stage == "fit":
@@ -276,17 +286,17 @@ class RunReport(Callback):
             self._print_results(trainer, pl_module, "val" if stage == "validate" else "test")
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep what a resumed run cannot measure again."""
+        """Return what a resumed run cannot measure again."""
         return {
             "metric_at_start": self.metric_at_start,
             "best": self.best,
             "last": self._last,
             "last_step": self._last_step,
-            "seconds": time.monotonic() - self._started,
+            "seconds": self._seconds,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it up."""
+        """Continue from it."""
         self.metric_at_start, self.best = state_dict["metric_at_start"], state_dict["best"]
         self._last, self._last_step = state_dict["last"], state_dict["last_step"]
         self._seconds_before = state_dict["seconds"]
@@ -297,7 +307,7 @@ def _higher_is_better(module: LightningModule) -> bool:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes that the process has held: allocated on a GPU, or resident on a CPU, code included."""
+    """Return the peak memory in bytes: allocated on a GPU, or resident on a CPU, code included."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,12 +1,12 @@
-"""`RoutingPictures`: patches or characters coloured by expert, now and then in training."""
+"""`RoutingPictures`: patches or tokens colored by expert, at intervals of training."""
 
 from __future__ import annotations
 
 from typing import Any, final
 
-import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from routerzoo.data.images import ImageBatch
 from routerzoo.data.tokens import TextBatch
@@ -18,13 +18,14 @@ from routerzoo.tasks.base import MoETask
 
 @final
 class RoutingPictures(Callback):
-    """Draws the first batch of the validation split in the colours of its experts, into TensorBoard.
-
-    At the first validation and at every so many after it. It changes nothing of the run.
+    """Draws the first validation batch, colored by expert, into TensorBoard. Training is unaffected.
 
     Args:
-        every_n_validations: how rarely.
-        examples: images to draw; of text, the first sequence is.
+        every_n_validations: validations between pictures; the first is drawn.
+        examples: images to draw; of text, the first sequence is drawn.
+
+    Raises:
+        ValueError: either is below 1.
     """
 
     def __init__(self, every_n_validations: int = 10, examples: int = 4) -> None:
@@ -35,8 +36,13 @@ class RoutingPictures(Callback):
         self.every_n_validations, self.examples = every_n_validations, examples
         self.validations = 0
 
+    @property
+    def state_key(self) -> str:
+        """Name of the state in checkpoints."""
+        return self._generate_state_key(every_n_validations=self.every_n_validations, examples=self.examples)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw, if it is time."""
+        """Draw at intervals."""
         if trainer.sanity_checking or trainer.state.fn != "fit" or not isinstance(pl_module, MoETask):
             return
         self.validations += 1
@@ -46,12 +52,12 @@ class RoutingPictures(Callback):
             return
         if trainer.fast_dev_run or next(moe_layers(pl_module.net), None) is None:  # type: ignore[attr-defined]
             return
-        with torch.random.fork_rng():  # a loader draws a number when it is iterated
+        with isolate_rng():  # iterating over a loader draws a random number
             batch = next(iter(data.val_dataloader()))
         if not isinstance(batch, (TextBatch, ImageBatch)):
             return
         batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
-        # On every rank: where parameters are sharded, all must take part.
+        # On every rank: sharded parameters need all.
         observation = observe(pl_module, batch)
         if trainer.is_global_zero:
             figure = draw(pl_module, data, observation, self.examples)
@@ -59,9 +65,9 @@ class RoutingPictures(Callback):
                 logger.experiment.add_figure("routing/by expert", figure, trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep the count."""
+        """Return the count."""
         return {"validations": self.validations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it up."""
+        """Continue the count."""
         self.validations = state_dict["validations"]
