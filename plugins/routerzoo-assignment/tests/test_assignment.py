@@ -1,6 +1,4 @@
-"""The routers that assign jointly: laws, and numbers by hand."""
-
-from functools import partial
+"""The routers that assign jointly, by hand."""
 
 import pytest
 import torch
@@ -14,34 +12,12 @@ from routerzoo_assignment import (
     SinkhornRouter,
     log_sinkhorn,
 )
-from routerzoo_assignment.base_layer import balanced_assignment
+from routerzoo_assignment.auction import balanced_assignment
 from scipy.optimize import linear_sum_assignment
 from torch.testing import assert_close
 
-from routerzoo import LayerSpec, MoE, RoutingContext
+from routerzoo import LayerSpec, MoE, RoutingContext, auxiliary_loss
 from routerzoo.moe.layer import NonCausalRouterError
-from routerzoo.testing import CHECKS, check_router
-
-VARIANTS = {
-    "ExpertChoice": ExpertChoiceRouter,
-    "ExpertThreshold": ExpertThresholdRouter,
-    "Sinkhorn": SinkhornRouter,
-    "Sinkhorn, renormalised": partial(SinkhornRouter, renormalize=True, epsilon=0.1),
-    "S-BASE": SBaseRouter,
-    "S-BASE, per sequence": partial(SBaseRouter, scope="sequence"),
-    "SSR, never": partial(SelectiveSinkhornRouter, probability=0.0),
-    "SSR, always": partial(SelectiveSinkhornRouter, probability=1.0),
-    "SSR-S, always, detached": partial(SelectiveSinkhornRouter, probability=1.0, scores="softmax"),
-    "BASE": BaseLayerRouter,
-    "RL-R": partial(RLRouter, value_dim=8),
-    "RL-R, k = 2": partial(RLRouter, top_k=2, value_dim=8),
-}
-
-
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_variant(variant, check):
-    check_router(VARIANTS[variant], only=[check], examples=8)
 
 
 def sequences(*lengths):
@@ -80,15 +56,20 @@ def test_expert_choice_has_equal_loads_without_padding():
     assert not chosen(routing, 24, 4)[mask].any()
 
 
+def update(router, x_TD):
+    """Take a step of training."""
+    context = RoutingContext()
+    router.update(router.statistics(router(x_TD, context), context))
+
+
 def test_threshold_follows_the_batch_and_chooses_by_itself():
     router = ExpertThresholdRouter(LayerSpec(2, 2), top_k=1, speed=0.5)
     logits = gate(router, torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 2.0]]))
     assert chosen(router(logits), 4, 2).gt(0).tolist() == [[True, False], [True, False], [False, True], [False, True]]
-    router.before_optimizer_step()
+    update(router, logits)
     # Two tokens for each expert: the third-largest probability is sigmoid(-1).
     assert_close(router.thresholds_E, torch.sigmoid(torch.tensor([-1.0, -1.0])))
-    router(logits * 2)
-    router.before_optimizer_step()
+    update(router, logits * 2)
     assert_close(
         router.thresholds_E, (torch.sigmoid(torch.tensor(-1.0)) + torch.sigmoid(torch.tensor(-2.0))).div(2).expand(2)
     )
@@ -96,16 +77,26 @@ def test_threshold_follows_the_batch_and_chooses_by_itself():
     both = router(torch.tensor([[0.0, 0.0]]))
     assert both.assignments().expert_N.tolist() == [0, 1]
     before = router.thresholds_E.clone()
-    router.before_optimizer_step()  # nothing was seen
+    update(router, logits[:0])  # nothing was seen
     assert torch.equal(router.thresholds_E, before)
+
+
+def test_thresholds_leave_padding_out_and_average_over_accumulation():
+    router = ExpertThresholdRouter(LayerSpec(2, 2), top_k=1)
+    logits = gate(router, torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 2.0], [9.0, 0.0]]))
+    context = RoutingContext(padding_mask=torch.tensor([False, False, False, False, True]))
+    first, second = (router.statistics(router(x, context), context) for x in (logits, 2 * logits))
+    router.update({name: first[name] + second[name] for name in first})
+    # Two tokens for each expert, in two passes: the third-largest probabilities are sigmoid(-1) and sigmoid(-2).
+    expected = torch.sigmoid(torch.tensor([-1.0, -2.0])).mean()
+    assert_close(router.thresholds_E, expected.expand(2))
 
 
 def test_threshold_keeps_the_mean_number_of_experts():
     torch.manual_seed(0)
     router = ExpertThresholdRouter(LayerSpec(16, 8), top_k=2, init_std=1.0)
     for _ in range(60):
-        router(torch.randn(256, 16))
-        router.before_optimizer_step()
+        update(router, torch.randn(256, 16))
     router.eval()
     assert 1.8 < len(router(torch.randn(4096, 16)).assignments().token_N) / 4096 < 2.2
 
@@ -211,7 +202,7 @@ def test_base_layer_weights_by_sigmoid_and_skips_padding():
 @pytest.mark.parametrize(
     "router", [ExpertChoiceRouter, SinkhornRouter, SBaseRouter, SelectiveSinkhornRouter, BaseLayerRouter]
 )
-def test_a_decoder_refuses_them_and_names_what_it_takes(router):
+def test_a_decoder_refuses_them_and_names_an_alternative(router):
     with pytest.raises(NonCausalRouterError, match=r"ExpertThresholdRouter|LinearRouter"):
         MoE(LayerSpec(8, 4, decoder=True), router)
     MoE(LayerSpec(8, 4, decoder=True), ExpertThresholdRouter)
@@ -246,6 +237,7 @@ def test_the_policy_is_rewarded_by_hand():
     assert_close(told["policy"], (-advantage.detach() * chosen_log_p).mean())
     assert_close(told["value"], advantage.square().mean() / 2)
     assert_close(told["entropy"], (log_p.exp() * log_p).sum(-1).mean())
+    assert routing.weights_TK.tolist() == [[1.0]] * 5
     (gradient,) = torch.autograd.grad(told["policy"], router.weight, retain_graph=True)
     onehot = torch.nn.functional.one_hot(routing.experts_TK.squeeze(1), 3).float()
     assert_close(gradient, -(advantage.detach().unsqueeze(1) * (onehot - log_p.exp())).T @ x_TD / 5)
@@ -275,3 +267,36 @@ def test_draws_follow_the_policy():
     logits_TE = gate(router, torch.tensor([[0.0, 1.0, 2.0]]).expand(20_000, -1))
     counts = torch.bincount(router(logits_TE).experts_TK.flatten(), minlength=3) / 20_000
     assert_close(counts, torch.tensor([0.0, 1.0, 2.0]).softmax(-1), atol=0.015, rtol=0)
+
+
+def test_a_shared_layer_has_a_baseline_of_each_call():
+    torch.manual_seed(0)
+    layer = MoE(LayerSpec(4, 3), RLRouter)
+    context, alone = RoutingContext(), RoutingContext()
+    first, second, token_losses = torch.randn(5, 4), torch.randn(5, 4), torch.rand(5)
+    layer(first, context)
+    layer(second, context)
+    layer(first, alone)
+    values = [
+        layer.router.feedback(published.routing, context, token_losses)["value"] for published in context.routings
+    ]
+    assert_close(values[0], layer.router.feedback(alone.routings[0].routing, alone, token_losses)["value"])
+    assert values[0] != values[1]
+
+
+def test_two_layers_have_a_baseline_each():
+    layers, context = [MoE(LayerSpec(4, 3), RLRouter) for _ in range(2)], RoutingContext()
+    x_TD, token_losses = torch.randn(5, 4), torch.rand(5)
+    for layer in layers:
+        layer(x_TD, context)
+    for layer, published in zip(layers, context.routings, strict=True):
+        value_T = layer.router.baseline(x_TD).squeeze(-1)
+        loss = layer.router.feedback(published.routing, context, token_losses)["value"]
+        assert_close(loss, (token_losses + value_T).square().mean() / 2)
+
+
+def test_default_losses_of_the_policy_reach_the_loop():
+    layer, context = MoE(LayerSpec(4, 3), RLRouter), RoutingContext()
+    layer(torch.randn(5, 4), context)
+    auxiliary_loss(layer, context, token_losses=torch.rand(5)).backward()
+    assert all(parameter.grad is not None for parameter in layer.router.parameters())
