@@ -37,7 +37,8 @@ def test_counting_leaves_everything_as_it_was():
     ("router", "expected"),
     [
         (LinearRouter, 2 * 16 * 8),
-        (HyperRouter, 2 * 16 * 8),  # in evaluation its gate is generated once
+        # Each pass, here of 5 tokens, generates the gate: 16 to 256 hidden units, and 8 * 17 numbers of these.
+        (HyperRouter, 2 * 16 * 8 + 2 * (16 * 256 + 256 * 8 * 17) / 5),
         (StableMoERouter, 2 * 16 * 8 + 2 * 50 * 8),  # stage 1: gate and distilled router
     ],
 )

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -100,13 +100,16 @@ def plan(task: MoETask, examples: int, processes: int = 1, *, sharded: bool = Fa
         raise UserError("experts are only shared where weights are sharded: set the strategy to sharded")
     layers = list(moe_layers(task.net))
     for layer in layers:
-        if layer.spec.num_experts % expert_parallel:
-            raise UserError(f"expert_parallel = {expert_parallel} must divide num_experts = {layer.spec.num_experts}")
+        if layer.num_experts % expert_parallel:
+            raise UserError(f"expert_parallel = {expert_parallel} must divide num_experts = {layer.num_experts}")
     trainable = sum(p.numel() for p in task.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in task.parameters()) - trainable
     frozen += sum(b.numel() for b in task.net.buffers() if b.is_floating_point())
-    parts = [_MoEPart.of(layer) for layer in layers]
+    routers_of_layers = [copy.deepcopy(layer.router) for layer in layers]
     rest = _rest(task, layers)
+    parts = [
+        _MoEPart.of(layer, router, rest.tokens) for layer, router in zip(layers, routers_of_layers, strict=True)
+    ]
     tokens = examples * rest.tokens
     idle = sum(part.idle for part in parts)
     router_flops = sum(part.router_flops for part in parts)
@@ -161,37 +164,40 @@ class _MoEPart:
     idle: float
 
     @classmethod
-    def of(cls, layer: MoE) -> _MoEPart:
+    def of(cls, layer: MoE, router: Router, tokens: int) -> _MoEPart:
+        """Measure a layer.
+
+        Args:
+            layer: its large weights may be without memory.
+            router: a copy of its router that is not.
+            tokens: of one example, over which the costs of a pass are spread.
+        """
         spec = layer.spec
-        router: Router = copy.deepcopy(layer.router)
-        x_TD = torch.randn(SAMPLE_TOKENS, spec.d_model, generator=torch.Generator().manual_seed(0))
-        context = _context(layer)
+        x_TD = torch.randn(tokens, spec.d_model, generator=torch.Generator().manual_seed(0))
+        context = _context(layer, tokens)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            router.eval()(x_TD, context)  # what is computed once and kept is no cost of a token
-            before = counter.get_total_flops()
-            answer: Routing = router(x_TD, context)
-            router_flops = (counter.get_total_flops() - before) / SAMPLE_TOKENS
-        if answer.dense:
+            routing: Routing = router.eval()(x_TD, context)
+        if routing.dense:
             raise UserError(f"{type(router).__name__} mixes tokens, or experts; only runs that assign can be planned")
-        rows = float(answer.expert_load(spec.num_experts).sum()) / SAMPLE_TOKENS
+        rows = float(routing.expert_load(layer.num_experts).sum()) / tokens
         size = sum(p.numel() for p in layer.experts.parameters())
         per_expert = sum(p[0].numel() for p in layer.experts.parameters() if p.ndim > 2)
         shared = layer.shared_experts
         shared_size = 0 if shared is None else sum(p.numel() for p in shared.parameters() if p.ndim > 2)
         with _saved(router) as saved:
-            router.train()(x_TD.clone().requires_grad_(), replace(context, carry={}, routings={}))
-        kept = saved.bytes / SAMPLE_TOKENS + _saved_by_experts(layer.experts, rows, spec.d_model)
+            router.train()(x_TD.clone().requires_grad_(), context.new_pass())
+        kept = saved.bytes / tokens + _saved_by_experts(layer.experts, rows, spec.d_model)
         if shared is not None:
-            kept += _saved_by_experts(shared, float(shared.spec.num_experts), spec.d_model, dispatched=False)
+            kept += _saved_by_experts(shared, float(layer.num_shared_experts), spec.d_model, dispatched=False)
         return cls(
             rows_per_token=rows,
             width=spec.d_model,
             flops=2 * (per_expert * rows + shared_size),
-            router_flops=router_flops,
+            router_flops=counter.get_total_flops() / tokens,
             saved_per_token=kept,
             expert_parameters=size,
-            router_parameters=sum(p.numel() for p in layer.router.parameters() if p.requires_grad),
-            idle=size * (1 - rows / spec.num_experts),
+            router_parameters=sum(p.numel() for p in router.parameters() if p.requires_grad),
+            idle=size * (1 - rows / layer.num_experts),
         )
 
 
@@ -202,14 +208,12 @@ def _saved_by_experts(experts: Experts, rows_per_token: float, width: int, *, di
     for name, parameter in experts.named_parameters(recurse=False):
         weight = torch.empty(1, *parameter.shape[1:]).normal_(std=0.01)
         one._parameters[name] = nn.Parameter(weight)
-    one.spec = copy.copy(experts.spec)
-    object.__setattr__(one.spec, "num_experts", 1)
     tokens = max(round(SAMPLE_TOKENS * rows_per_token), 1)
     x_TD = torch.randn(tokens, width).requires_grad_()
     routing = Routing(torch.zeros(tokens, 1, dtype=torch.int64), torch.ones(tokens, 1).requires_grad_(), may_drop=False)
     with _saved(one.train()) as saved:
         if dispatched:
-            apply_experts(x_TD, routing, one)
+            apply_experts(x_TD, routing, one, 1)
         else:
             one(x_TD * 1, torch.tensor([tokens], dtype=torch.int32))
     return saved.bytes / SAMPLE_TOKENS
@@ -243,15 +247,15 @@ def _rest(task: MoETask, layers: list[MoE]) -> _Rest:
     return _Rest(tokens, counter.get_total_flops() / tokens, saved.bytes)
 
 
-def _context(layer: MoE) -> RoutingContext:
-    spec, tokens = layer.spec, torch.arange(SAMPLE_TOKENS)
-    length = min(spec.num_positions or SAMPLE_TOKENS, SAMPLE_TOKENS)
+def _context(layer: MoE, tokens: int) -> RoutingContext:
+    spec, token_T = layer.spec, torch.arange(tokens)
+    length = min(spec.num_positions or tokens, tokens)
     return RoutingContext(
-        token_ids=tokens % (spec.vocab_size or 1),
-        positions=tokens % length,
-        sequence_ids=tokens // length,
-        task_ids=torch.zeros_like(tokens),
-        attention=torch.full((SAMPLE_TOKENS, 1, length), 1 / length),
+        token_ids=token_T % (spec.vocab_size or 1),
+        positions=token_T % length,
+        sequence_ids=token_T // length,
+        task_ids=torch.zeros_like(token_T),
+        attention=torch.full((tokens, 1, length), 1 / length),
         step=0,
         total_steps=1,
     )

@@ -1,14 +1,14 @@
 """Train a small model with each router on this process's share of a batch, and write its losses down.
 
 Run as many times at once as there are ranks: python -m tests.distributed.data_parallel HOW RANK RANKS PORT FILE DEVICE,
-where HOW is ddp, fsdp, or the number of ranks that share experts, and DEVICE cpu or cuda.
+where HOW is ddp, fsdp, or the number of ranks that share experts, with "-checkpoint" behind it where activations are
+recomputed, and DEVICE cpu or cuda.
 """
 # Shape suffixes: T tokens, B sequences, S tokens of a sequence, D model width.
 
 import json
 import os
 import sys
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 
@@ -19,13 +19,14 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import routerzoo
-from routerzoo import LayerSpec, MoE, RoutingContext, provide_context
+from routerzoo import LayerSpec, MoE, RoutingContext, attach, auxiliary_loss
 from routerzoo.distributed.collectives import all_ranks, sum_over_ranks
 from routerzoo.distributed.fsdp import average_gradients, shard_model
 from routerzoo.errors import UserError
-from routerzoo.functional.losses import auxiliary_loss
+from routerzoo.moe.auxiliary_loss import ROUTING_LOSSES
 
 SEQUENCES, LENGTH, WIDTH, EXPERTS, VOCABULARY, STEPS = 8, 6, 16, 4, 20, 4
 
@@ -33,9 +34,9 @@ SEQUENCES, LENGTH, WIDTH, EXPERTS, VOCABULARY, STEPS = 8, 6, 16, 4, 20, 4
 class Model(nn.Module):
     """An embedding, two MoE layers and a head."""
 
-    def __init__(self, router, auxiliary=0.1):
+    def __init__(self, router, auxiliary=0.1, checkpointing=False):
         super().__init__()
-        self.auxiliary = auxiliary
+        self.auxiliary, self.checkpointing = auxiliary, checkpointing
         specs = [
             LayerSpec(WIDTH, EXPERTS, layer, 2, VOCABULARY, LENGTH, hidden_dim=2 * WIDTH, num_tasks=2)
             for layer in range(2)
@@ -63,21 +64,24 @@ class Model(nn.Module):
             process_group=all_ranks(),
         )
         x_TD = self.embedding(ids_BS.flatten()) + different_TD
-        provide_context(self, context)
         for layer in self.layers:
-            x_TD = x_TD + layer(F.layer_norm(x_TD, (WIDTH,)))
+            h_TD = F.layer_norm(x_TD, (WIDTH,))
+            y_TD = checkpoint(layer, h_TD, context, use_reentrant=False) if self.checkpointing else layer(h_TD, context)
+            x_TD = x_TD + y_TD
+        # What wraps a model may copy what it is called with, and lose what layers leave there.
+        assert [len(context.routings_of(layer)) for layer in self.layers] == [1, 1]
         targets_T = ids_BS.roll(1, dims=1).flatten()
         losses_T = F.cross_entropy(self.head(x_TD), targets_T, reduction="none")
-        loss = losses_T.mean()
-        for layer in self.layers:
-            router, routing = layer.router, context.routings[layer.spec.layer]
-            if router.wants_feedback:
-                told = router.feedback(routing, context, losses_T.detach())
-                routing = replace(routing, losses={**routing.losses, **told})
-            # Every loss that a router has, and those that can be had of it.
-            for name in {*routing.losses, *router.default_loss_weights}:
-                loss = loss + self.auxiliary * auxiliary_loss(name, routing, context)
-        return loss
+        weights = dict.fromkeys(loss_names(context), self.auxiliary)
+        return losses_T.mean() + auxiliary_loss(self.layers, context, weights, token_losses=losses_T)
+
+
+def loss_names(context):
+    """Return every loss that the routers of a pass have."""
+    (router,) = {type(entry.layer.router): entry.layer.router for entry in context.routings}.values()
+    routing = context.routings[0].routing
+    generic = ROUTING_LOSSES if routing.for_losses.logits_TE is not None and routing.experts_TK is not None else ()
+    return sorted({*routing.losses, *router.default_loss_weights, *generic})
 
 
 def noise_by_place():
@@ -89,25 +93,23 @@ def noise_by_place():
 
 
 def train(name, how, rank, ranks, device):
+    how, _, recomputed = how.partition("-")
     torch.manual_seed(0)
-    model = Model(name).double().train()
+    model = Model(name, checkpointing=bool(recomputed)).double().train()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape))
-    for layer in model.layers:
-        layer.router.fit_token_counts(torch.arange(VOCABULARY) + 1)
     parallel = model.to(device)
     if ranks > 1 and how == "ddp":
         parallel = DistributedDataParallel(model)
     elif ranks > 1:
         shard_model(model, init_device_mesh(device.type, (ranks,)), 1 if how == "fsdp" else int(how))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attach(model, optimizer, STEPS, token_counts=torch.arange(VOCABULARY) + 1)
     share = SEQUENCES // ranks
     losses = []
     for step in range(STEPS):
         ids_BS = torch.randint(VOCABULARY, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(100 + step))
-        for layer in model.layers:
-            layer.router.on_step_start(step, STEPS)
         first = rank * share
         torch.manual_seed(step)
         loss = parallel(ids_BS[first : first + share].to(device), first, step)
@@ -115,12 +117,9 @@ def train(name, how, rank, ranks, device):
         loss.backward()
         if ranks > 1 and how != "ddp":
             average_gradients(model.parameters())
-        for layer in model.layers:
-            layer.router.before_optimizer_step()
         optimizer.step()
         losses.append(float(sum_over_ranks(loss.detach(), all_ranks())) / ranks)
-    tensors = {name: value for name, value in model.state_dict().items() if torch.is_tensor(value)}
-    whole = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in tensors.items()}
+    whole = {n: value.full_tensor() if isinstance(value, DTensor) else value for n, value in model.state_dict().items()}
     return {"losses": losses, "state": {name: summary(value) for name, value in whole.items()}}
 
 
@@ -137,7 +136,6 @@ def variants():
     return {
         "noisy": partial(routerzoo.LinearRouter, noisy=True),
         "loss-free": partial(top_k, bias_speed=0.01),
-        "quantile": partial(top_k, quantile_balancing=True),
         "transport": partial(selective, probability=0.5),
     }
 
