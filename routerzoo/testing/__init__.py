@@ -21,7 +21,10 @@ from routerzoo.registry import router_class
 from routerzoo.testing.cases import Cases, CheckFailure
 from routerzoo.testing.checks import CHECKS
 
-__all__ = ["CHECKS", "CheckResult", "RouterCheckError", "check_router", "run_checks"]
+__all__ = ["CHECKS", "QUICK_EXAMPLES", "CheckResult", "RouterCheckError", "check_router", "run_checks"]
+
+QUICK_EXAMPLES = 4
+"""Random sizes by default. More find rarer faults: 20, say, before a release."""
 
 
 class CheckResult(NamedTuple):
@@ -54,20 +57,20 @@ class RouterCheckError(AssertionError):
 def check_router(
     router: str | RouterFactory,
     *,
-    examples: int = 20,
+    examples: int = QUICK_EXAMPLES,
     only: Collection[str] = (),
     device: str | torch.device = "cpu",
 ) -> None:
     """Prove that a router keeps the contract and has the properties that it declares.
 
-    Each law is tried on random sizes, in training and evaluation, at the start and at the end of training; a failure
-    names the law, what happened, the smallest sizes that show it, and where to read on. The same call tries the same
-    examples every time. Some seconds a router.
+    Each check is run on usual and on random sizes, in training and evaluation, at the start and at the end of training.
+    A failure says what happened, with the smallest sizes that show it, how to fix the router, and where to read on. The
+    same call tries the same examples every time. A few seconds a router.
 
     Args:
         router: a router class, a function that builds one from a `LayerSpec` (`functools.partial(MyRouter, rank=4)`),
             or a registered name. Where it takes `top_k`, several are tried.
-        examples: random sizes that each law is tried on.
+        examples: random sizes that each check is run on, beside the usual ones.
         only: names of checks, from `CHECKS`, instead of all.
         device: where the router runs.
 
@@ -90,11 +93,11 @@ def check_router(
 def run_checks(
     router: str | RouterFactory,
     *,
-    examples: int = 20,
+    examples: int = QUICK_EXAMPLES,
     only: Collection[str] = (),
     device: str | torch.device = "cpu",
 ) -> Iterator[CheckResult]:
-    """Yield the result of each check as it is done; the arguments are those of `check_router`."""
+    """Yield the result of each check as it is run; the arguments are those of `check_router`."""
     try:
         import hypothesis  # noqa: F401 (what follows needs it)
     except ImportError as error:
@@ -109,17 +112,17 @@ def run_checks(
         except CheckFailure as error:
             yield CheckResult(name, str(error))
         except Exception as error:
-            # Whatever a router does, the other checks go on; the error says where it happened.
+            # Whatever a router does, the other checks run.
             yield CheckResult(name, f"raises {type(error).__name__}: {error}")
         else:
             yield CheckResult(name, "")
 
 
 def _explained(failure: CheckResult) -> str:
-    law = (inspect.getdoc(CHECKS[failure.check]) or "").partition("\n\n")
-    advice = f"\n  {' '.join(law[2].split())}" if law[2] else ""
+    summary, _, details = (inspect.getdoc(CHECKS[failure.check]) or "").partition("\n\n")
+    advice = f"\n  {' '.join(details.split())}" if details else ""
     where = f"help(routerzoo.testing.CHECKS[{failure.check!r}]), help(routerzoo.Router)"
-    return f"{failure.check}: {failure.failure}\n  The law: {law[0]}{advice}\n  Read: {where}"
+    return f"{failure.check}: {failure.failure}\n  Must hold: {' '.join(summary.split())}{advice}\n  Read: {where}"
 
 
 def _name(factory: RouterFactory) -> str:

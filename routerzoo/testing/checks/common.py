@@ -1,26 +1,24 @@
-"""What the checks share."""
+"""What the checks share.
+
+A check tries a *law* on many examples of a router: a statement that holds in each of them, whatever the sizes, the seed
+and the step of training.
+"""
 # Shape suffixes: T tokens, D model width, E experts, K choices per token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import pickle
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from routerzoo.router import Router
 from routerzoo.routing import Routing
-from routerzoo.testing.cases import Case, Cases, CheckFailure
+from routerzoo.testing.cases import Case, CheckFailure
 
 MODES = (True, False)
-CHECKS: dict[str, Callable[[Cases], None]] = {}
-"""The checks by name, in the order in which `check_router` tries them."""
-
-
-def law_of_routers(function: Callable[[Cases], None]) -> Callable[[Cases], None]:
-    """Add a law to those that `check_router` tries."""
-    CHECKS[function.__name__] = function
-    return function
 
 
 def mode(training: bool) -> str:
@@ -49,6 +47,41 @@ def require_equal_effects(a: Tensor, b: Tensor, message: str, tolerance: float =
         raise CheckFailure(f"{message} (first at token {token}: {brief(a[token])} became {brief(b[token])})")
 
 
+def differs(a: Tensor, b: Tensor, tolerance: float = 0.0) -> bool:
+    """Whether two tensors differ, by more than a share of the largest value; bit for bit where the share is 0."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return True
+    largest = float(b.detach().abs().nan_to_num(posinf=0.0).max()) if b.is_floating_point() and b.numel() else 0.0
+    return not bool(torch.isclose(a, b, rtol=0.0, atol=tolerance * largest, equal_nan=True).all())
+
+
+def snapshot(router: Router) -> dict[str, Any]:
+    """Return a copy of all that a router holds: tensors by name, and whatever else can be pickled, pickled."""
+    tensors = itertools.chain(router.named_parameters(), router.named_buffers())
+    held: dict[str, Any] = {name: value.detach().clone() for name, value in tensors}
+    for prefix, module in router.named_modules():
+        for name, value in vars(module).items():
+            if name in ("_parameters", "_buffers", "_modules", "_built_with", "training") or name.endswith("_hooks"):
+                continue
+            try:
+                held[f"{prefix}.{name}".removeprefix(".")] = pickle.dumps(value)
+            except Exception:  # (the check of copies tells of what cannot be pickled)
+                continue
+    return held
+
+
+def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Return the names of what differs between two snapshots."""
+    names = {**before, **after}
+    return [name for name in names if not _same(before.get(name), after.get(name))]
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return not differs(a, b)
+    return bool(type(a) is type(b) and a == b)
+
+
 def brief(values: Tensor) -> str:
     """Show the first values of a tensor."""
     return "[" + ", ".join(f"{value:.4g}" for value in values.flatten().tolist()[:8]) + "]"
@@ -62,9 +95,9 @@ def draws_random_numbers(case: Case, router: Router) -> bool:
 
 
 def require_valid(case: Case, routing: object, x_TD: Tensor) -> None:
-    """Fail unless an answer has the shapes, dtypes and devices of the contract."""
+    """Fail unless a routing has the shapes, dtypes and devices of the contract."""
     if not isinstance(routing, Routing):
-        raise CheckFailure(f"answers with a {type(routing).__name__}; a router returns a routerzoo.Routing")
+        raise CheckFailure(f"returns a {type(routing).__name__}; a router returns a routerzoo.Routing")
     num_tokens, num_experts = len(x_TD), case.sizes.num_experts
     if routing.dispatch_GSEP is not None and routing.combine_GSEP is not None:
         shape = list(routing.dispatch_GSEP.shape)

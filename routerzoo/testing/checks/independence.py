@@ -1,4 +1,4 @@
-"""Laws of what a routing may depend on."""
+"""Checks of what a routing may depend on."""
 # Shape suffixes: T tokens, D model width, E experts, K choices per token.
 
 from __future__ import annotations
@@ -9,20 +9,19 @@ import torch
 from torch import Tensor
 
 from routerzoo.routing import RoutingContext
-from routerzoo.testing.cases import Case, Cases, CheckFailure
+from routerzoo.testing.cases import Case, Cases, CheckFailure, seeded
 from routerzoo.testing.checks.common import (
     MODES,
+    differs,
     fail_unless,
-    law_of_routers,
     mode,
     require_equal_effects,
     require_same,
 )
 
 
-@law_of_routers
 def deterministic(cases: Cases) -> None:
-    """Evaluation gives the same answer every time, draws no random number, and keeps nothing of a call.
+    """Evaluation gives the same routing every time, draws no random number, and keeps nothing of a call.
 
     Noise belongs behind `if self.training`. What a call leaves behind (a cache, a counter) must not change the next.
     """
@@ -31,7 +30,9 @@ def deterministic(cases: Cases) -> None:
         router, x_TD, context = case.router(), case.hidden(), case.context()
         first = case.route(router, x_TD, context, seed=2)
         again = case.route(router, x_TD, context, seed=3)
-        message = "answers otherwise when it is asked again in evaluation: it draws random numbers, or keeps something"
+        message = (
+            "routes differently the second time in evaluation: it draws random numbers, or keeps something of a call"
+        )
         require_same(case, first, again, x_TD, message)
         with torch.random.fork_rng():
             before = torch.get_rng_state()
@@ -40,13 +41,12 @@ def deterministic(cases: Cases) -> None:
         for changed in (case.context(ids_seed=9), context):
             case.route(router, case.hidden(9, scale=10), changed)
         require_same(
-            case, first, case.route(router, x_TD, context), x_TD, "answers otherwise after routing something else"
+            case, first, case.route(router, x_TD, context), x_TD, "routes differently after routing something else"
         )
 
     cases.each(law)
 
 
-@law_of_routers
 def isolated(cases: Cases) -> None:
     """A router changes nothing but itself: not another router, not the process's random state, not its input.
 
@@ -76,7 +76,7 @@ def isolated(cases: Cases) -> None:
                 alone,
                 case.route(router, x_TD, context),
                 x_TD,
-                f"answers otherwise in {mode(training)} after another router was built and used",
+                f"routes differently in {mode(training)} after another router was built and used",
             )
 
     cases.each(law)
@@ -87,17 +87,15 @@ def _tensors(context: RoutingContext, copied: bool = True) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in values.items()} if copied else values
 
 
-@law_of_routers
 def causal(cases: Cases) -> None:
     """`causal` says exactly whether later tokens of a sequence change a token's routing, in training and evaluation.
 
-    A decoder that routes by later tokens cannot generate as it was trained, and leaks what it is to predict. Make
-    `causal` a property that looks at `self.training` where the two modes differ.
+    A decoder that routes by later tokens cannot generate as it was trained, and leaks what it is to predict. Where the
+    two modes differ, declare `causal = ByMode(training=False)`.
     """
     _as_declared(cases, "causal", _later_tokens)
 
 
-@law_of_routers
 def batch_independent(cases: Cases) -> None:
     """`batch_independent` says exactly whether other sequences of the batch change a token's routing, in both modes.
 
@@ -139,15 +137,14 @@ def _as_declared(cases: Cases, name: str, others: Callable[[Case, int], tuple[Te
                 changed_T, kept_T = (mask_T.to(x_TD.device) for mask_T in others(case, which))
                 # Noise, extremes, and copies of the tokens that are looked at, which want the same experts.
                 copies_TD = x_TD[kept_T].repeat(len(x_TD), 1)[: len(x_TD)] if kept_T.any() else x_TD
+                other = case.context(ids_seed=which + 7)
+                assert other.token_ids is not None
+                assert other.attention is not None
+                ids = torch.where(changed_T, other.token_ids, context.token_ids)
+                attention = torch.where(changed_T.view(-1, 1, 1), other.attention, context.attention)
+                changed = context.new_pass(token_ids=ids, attention=attention)
                 for new_TD in (case.hidden(5), case.hidden(6, scale=30.0), copies_TD):
                     y_TD = torch.where(changed_T.unsqueeze(1), new_TD, x_TD)
-                    other_ids = case.context(ids_seed=which + 7).token_ids
-                    assert other_ids is not None
-                    ids = torch.where(changed_T, other_ids, context.token_ids)
-                    others_attention = case.context(ids_seed=which + 7).attention
-                    assert others_attention is not None
-                    attention = torch.where(changed_T.view(-1, 1, 1), others_attention, context.attention)
-                    changed = context.replace(token_ids=ids, attention=attention)
                     after = case.effect(case.route(router, y_TD, changed), y_TD)
                     if torch.equal(before[kept_T], after[kept_T]):
                         continue
@@ -164,7 +161,6 @@ def _as_declared(cases: Cases, name: str, others: Callable[[Case, int], tuple[Te
         raise CheckFailure(f"declares {name} = False, but {told} changed no token's routing: declare {name} = True")
 
 
-@law_of_routers
 def tokenwise(cases: Cases) -> None:
     """`tokenwise` says whether evaluation routes a token the same alone; another order gives the answers in that order.
 
@@ -180,59 +176,61 @@ def tokenwise(cases: Cases) -> None:
         if router.properties.tokenwise:
             for token in range(min(case.num_tokens, 4)):
                 place = torch.tensor([token], device=x_TD.device)
-                alone = case.route(router, x_TD[place], _taken(context, place))
+                alone = case.route(router, x_TD[place], case.take(context, place))
                 require_equal_effects(
                     case.effect(alone, x_TD[place]),
                     before[place],
-                    f"declares tokenwise, but routes token {token} otherwise when it is alone",
+                    f"declares tokenwise, but routes token {token} differently when it is alone",
                     tolerance=1e-4,
                 )
         elif not router.properties.batch_independent:
             return
-        with torch.random.fork_rng():
-            torch.manual_seed(case.sizes.seed + 4)
+        with seeded(case.sizes.seed + 4):
             if router.properties.tokenwise:
                 order = torch.randperm(case.num_tokens)
             else:
                 sequences = torch.randperm(case.sizes.num_sequences)
                 order = torch.arange(case.num_tokens).view(case.sizes.num_sequences, -1)[sequences].flatten()
         order = order.to(x_TD.device)
-        after = case.effect(case.route(router, x_TD[order], _taken(context, order)), x_TD[order])
+        after = case.effect(case.route(router, x_TD[order], case.take(context, order)), x_TD[order])
         what = "tokens" if router.properties.tokenwise else "sequences"
         require_equal_effects(before[order], after, f"another order of the {what} changes the routing", tolerance=1e-4)
 
     cases.each(law)
 
 
-def _taken(context: RoutingContext, places: Tensor) -> RoutingContext:
-    """Return the context of these tokens."""
-    names = ("token_ids", "positions", "sequence_ids", "padding_mask", "task_ids", "attention")
-    return context.replace(**{name: getattr(context, name)[places] for name in names})
-
-
-@law_of_routers
 def padding(cases: Cases) -> None:
-    """What stands at padded places (`context.padding_mask`) changes neither the losses nor other tokens' routing.
+    """What stands at padded places (`context.padding_mask`) changes no loss, no statistic and no other token's routing.
 
-    Statistics and losses are taken over the tokens that are none; `routerzoo.functional.losses` take the mask.
+    Losses and statistics are taken over the tokens that are not padding, however small a loss is: losses are compared
+    relative to their size. `routerzoo.functional.losses` take the mask.
     """
 
     def law(case: Case) -> None:
-        with torch.random.fork_rng():
-            torch.manual_seed(case.sizes.seed + 4)
+        with seeded(case.sizes.seed + 4):
             mask_T = (torch.rand(case.num_tokens) < 0.4).to(case.device)
         for training in MODES:
             router, x_TD = case.router(training=training), case.hidden()
             context = case.context(padding_mask=mask_T)
-            before = case.route(router, x_TD, context)
+            before, losses = case.route_with_losses(router, x_TD, context)
             y_TD = torch.where(mask_T.unsqueeze(1), case.hidden(5, scale=10.0), x_TD)
-            after = case.route(router, y_TD, context)
-            for name, loss in before.losses.items():
+            after, losses_after = case.route_with_losses(router, y_TD, context)
+            for name, loss in losses.items():
                 fail_unless(
-                    torch.isclose(loss, after.losses[name], rtol=1e-5, atol=1e-6),
-                    f"the loss {name!r} depends on what stands at padded places: {loss:.6g} became "
-                    f"{after.losses[name]:.6g}",
+                    not differs(losses_after[name], loss, tolerance=1e-5),
+                    f"the loss {name!r} depends on what stands at padded places: {loss.item():.6g} became "
+                    f"{losses_after[name].item():.6g}; leave out the tokens of `context.padding_mask`",
                 )
+            if training and router.needs_updates:
+                with torch.no_grad():
+                    sums = router.statistics(before.for_losses, context)
+                    sums_after = router.statistics(after.for_losses, context)
+                for name, value in sums.items():
+                    fail_unless(
+                        not differs(sums_after[name], value, tolerance=1e-5),
+                        f"the statistic {name!r} depends on what stands at padded places; leave out the tokens of "
+                        "`context.padding_mask`",
+                    )
             require_equal_effects(
                 case.effect(before, x_TD)[~mask_T],
                 case.effect(after, y_TD)[~mask_T],

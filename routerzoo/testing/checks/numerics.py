@@ -1,4 +1,4 @@
-"""Laws of precision, of broken numbers and of compilation."""
+"""Checks of precision, of broken numbers and of compilation."""
 # Shape suffixes: T tokens, D model width, E experts, K choices per token.
 
 from __future__ import annotations
@@ -8,25 +8,24 @@ import warnings
 
 import torch
 
-from routerzoo.testing.cases import Case, Cases, CheckFailure
+from routerzoo.testing.cases import Case, Cases, CheckFailure, seeded
 from routerzoo.testing.checks.common import (
     MODES,
     brief,
     draws_random_numbers,
     fail_unless,
-    law_of_routers,
     mode,
     require_equal_effects,
     require_same,
 )
 
 
-@law_of_routers
 def float32_scores(cases: Cases) -> None:
     """Scores are float32 under autocast, under bfloat16 hidden states and after `.bfloat16()`.
 
     A gate rounded to 16 bits decides near-ties at random. Implement `route` and leave `forward` alone: it switches
-    autocast off and hands `route` float32.
+    autocast off. Every product with the hidden states, which come in their own dtype, goes through
+    `routerzoo.functional.gate_linear`.
     """
 
     def law(case: Case) -> None:
@@ -34,7 +33,7 @@ def float32_scores(cases: Cases) -> None:
         plain = case.route(router, x_TD, context)
         with torch.autocast(case.device.type, torch.bfloat16):
             mixed = case.route(router, x_TD, context)
-        require_same(case, plain, mixed, x_TD, "routes otherwise under bfloat16 autocast")
+        require_same(case, plain, mixed, x_TD, "routes differently under bfloat16 autocast")
         rounded_TD = x_TD.bfloat16()
         expected = case.route(router, rounded_TD.float(), context)
         rounded = case.route(copy.deepcopy(router).bfloat16(), rounded_TD, context)
@@ -46,14 +45,46 @@ def float32_scores(cases: Cases) -> None:
         require_equal_effects(
             case.effect(expected, x_TD),
             case.effect(rounded, x_TD).float(),
-            "routes otherwise when model and hidden states are bfloat16",
+            "routes differently when model and hidden states are bfloat16",
             tolerance=1e-2,
         )
 
     cases.each(law)
 
 
-@law_of_routers
+def assigned_bfloat16(cases: Cases) -> None:
+    """Parameters that were loaded in bfloat16 (`load_state_dict(assign=True)`) route in float32.
+
+    As the same router with those parameters, rounded, in float32. `Router.forward` gives `route` parameters and buffers
+    of float32: read them there, not through a reference that `__init__` kept.
+    """
+
+    def law(case: Case) -> None:
+        x_TD, context = case.hidden(), case.context()
+        for training in MODES:
+            router, narrow = case.router(training=training), case.router(training=training)
+            rounded = {
+                name: value.bfloat16() if value.is_floating_point() else value
+                for name, value in router.state_dict().items()
+            }
+            router.load_state_dict(rounded)
+            narrow.load_state_dict(rounded, assign=True)
+            for hidden_TD in (x_TD, x_TD.bfloat16()):
+                routing = case.route(narrow, hidden_TD, context)
+                fail_unless(
+                    routing.logits_TE is None or routing.logits_TE.dtype == torch.float32,
+                    f"logits are {'' if routing.logits_TE is None else routing.logits_TE.dtype} with parameters that "
+                    "were assigned in bfloat16",
+                )
+                require_equal_effects(
+                    case.effect(case.route(router, hidden_TD, context), hidden_TD),
+                    case.effect(routing, hidden_TD),
+                    f"parameters that were assigned in bfloat16 are not computed with in float32, in {mode(training)}",
+                )
+
+    cases.each(law)
+
+
 def extremes(cases: Cases) -> None:
     """Huge, tiny and tied hidden states give finite weights and no expert twice.
 
@@ -78,12 +109,11 @@ def extremes(cases: Cases) -> None:
                 )
                 if not routing.dense:
                     chosen_TE = effect[:, case.sizes.num_experts :]
-                    fail_unless((chosen_TE <= 1).all(), f"a token chooses an expert twice for {what}")
+                    fail_unless((chosen_TE <= 1).all(), f"a token selects an expert twice for {what}")
 
     cases.each(law)
 
 
-@law_of_routers
 def nan(cases: Cases) -> None:
     """A NaN hidden state is refused with a ValueError or gives NaN weights; it is never silently routed.
 
@@ -108,7 +138,7 @@ def nan(cases: Cases) -> None:
         if not routing.dense:
             expert_N = routing.assignments().expert_N
             fail_unless(
-                ((expert_N >= -1) & (expert_N < case.sizes.num_experts)).all(), "chooses experts that do not exist"
+                ((expert_N >= -1) & (expert_N < case.sizes.num_experts)).all(), "selects experts that do not exist"
             )
         if not effect[0].isnan().any():
             others = []
@@ -127,9 +157,8 @@ def nan(cases: Cases) -> None:
     cases.each(law)
 
 
-@law_of_routers
 def compiles(cases: Cases) -> None:
-    """`torch.compile(fullgraph=True)` takes the router where `compiles` is declared, and gives the same answers.
+    """`torch.compile(fullgraph=True)` takes the router where `compiles` is declared, and gives the same routings.
 
     Branch on k, stage and `self.training` as you like; branching on values of tensors breaks the graph.
     """
@@ -143,15 +172,14 @@ def compiles(cases: Cases) -> None:
         torch.compiler.reset()
         try:
             compiled = torch.compile(router, backend="eager", fullgraph=True)
-            with torch.random.fork_rng(), warnings.catch_warnings():
+            with seeded(case.sizes.seed + 2), warnings.catch_warnings():
                 # Torch's advice about one version of Python says nothing of the router.
                 warnings.filterwarnings("ignore", message="Guards may run slower on Python")
-                torch.manual_seed(case.sizes.seed + 2)
                 routing = compiled(x_TD, context.new_pass())
         except Exception as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else ""
             raise CheckFailure(
-                f"does not compile in {mode(training)} ({type(error).__name__}: {first}); mend it, or declare "
+                f"does not compile in {mode(training)} ({type(error).__name__}: {first}); fix it, or declare "
                 "compiles = False"
             ) from error
         finally:
@@ -160,6 +188,6 @@ def compiles(cases: Cases) -> None:
             require_equal_effects(
                 case.effect(expected, x_TD),
                 case.effect(routing, x_TD),
-                f"routes otherwise when compiled, in {mode(training)}",
+                f"routes differently when compiled, in {mode(training)}",
                 tolerance=1e-5,
             )
