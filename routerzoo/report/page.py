@@ -165,7 +165,7 @@ def findings(
             "better": "Better than {} beyond the noise of seeds: {}.",
             "worse": "Worse than {}: {}.",
             "equivalent": f"Equivalent to {{}} within {100 * sweep.margin:g} %: {{}}.",
-            "cannot tell": "Neither different from {} nor shown to be equivalent, with so few seeds: {}.",
+            "inconclusive": "Neither different from {} nor shown to be equivalent, with so few seeds: {}.",
         }
         for verdict, text in texts.items():
             if verdict in by_verdict:

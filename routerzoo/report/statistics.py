@@ -1,17 +1,18 @@
-"""Comparisons over seeds: intervals, paired tests, equivalence, ranks."""
+"""Comparisons over seeds: intervals, paired tests, equivalence, ranks. Holm's correction is ours: scipy has none."""
+# Shape suffixes: R routers, S seeds; further axes are scipy's resamples.
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from scipy import stats
 
 LEVEL = 0.95
-Verdict = Literal["baseline", "better", "worse", "equivalent", "cannot tell"]
+Verdict = Literal["better", "worse", "equivalent", "inconclusive"]
 
 
 class Interval(NamedTuple):
@@ -23,7 +24,7 @@ class Interval(NamedTuple):
 
 
 def interval(values: Sequence[float], level: float = LEVEL) -> Interval:
-    """Return the mean and its interval by Student's t, for values that are normal and independent.
+    """Return the mean and its Student's t interval, for values that are normal and independent.
 
     Raises:
         ValueError: no values.
@@ -33,7 +34,8 @@ def interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     mean = float(np.mean(values))
     if len(values) == 1:
         return Interval(mean, math.nan, math.nan)
-    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+    # Not `stats.t.interval`, which is NaN where all values are equal.
+    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values))
     return Interval(mean, mean - half, mean + half)
 
 
@@ -44,9 +46,9 @@ class Comparison:
     Args:
         difference: of the metric, in its unit; with the interval of the mean over seeds.
         seeds: how many seeds both have.
-        p: that there is no difference (two-sided paired t-test); NaN where one seed cannot say.
+        p: of no difference (two-sided paired t-test); NaN for a single seed.
         p_adjusted: the same after Holm's correction for the number of routers compared.
-        p_equivalence: that the difference is as large as the margin (two one-sided tests).
+        p_equivalence: of a difference as large as the margin (two one-sided tests).
         margin: in the metric's unit.
         verdict: at the 5 % level.
     """
@@ -65,7 +67,7 @@ def compare(
 ) -> Comparison | None:
     """Compare with the baseline, paired by seed; None without a common seed.
 
-    Pairing takes out what the seed does to both. The verdict is without correction: see `adjusted`.
+    Pairing removes what the seed does to both. The verdict is without correction: see `adjusted`.
 
     Args:
         values: metric by seed.
@@ -80,15 +82,14 @@ def compare(
     width = margin * abs(float(np.mean([baseline[seed] for seed in seeds])))
     mean = interval(differences)
     p = p_equivalence = math.nan
-    if len(seeds) > 1:
-        error = float(np.std(differences, ddof=1)) / math.sqrt(len(seeds))
-        if error == 0.0:  # the same on every seed: there is nothing left to doubt
-            p, p_equivalence = float(mean.mean == 0.0), float(abs(mean.mean) >= width)
-        else:
-            freedom = len(seeds) - 1
-            p = float(2 * stats.t.sf(abs(mean.mean) / error, freedom))
-            p_equivalence = float(stats.t.sf((width - abs(mean.mean)) / error, freedom))
-    comparison = Comparison(mean, len(seeds), p, p, p_equivalence, width, "cannot tell")
+    if len(seeds) > 1 and np.ptp(differences) == 0.0:  # where a t-test divides by zero, there is no doubt
+        p, p_equivalence = float(mean.mean == 0.0), float(abs(mean.mean) >= width)
+    elif len(seeds) > 1:
+        p = float(stats.ttest_1samp(differences, 0.0).pvalue)
+        above = stats.ttest_1samp(differences, -width, alternative="greater").pvalue
+        below = stats.ttest_1samp(differences, width, alternative="less").pvalue
+        p_equivalence = float(max(above, below))
+    comparison = Comparison(mean, len(seeds), p, p, p_equivalence, width, "inconclusive")
     return replace(comparison, verdict=_verdict(comparison, lower_is_better))
 
 
@@ -107,13 +108,7 @@ def _verdict(comparison: Comparison, lower_is_better: bool) -> Verdict:
     level = 1 - LEVEL
     if comparison.p_adjusted < level:
         return "better" if (comparison.difference.mean < 0) == lower_is_better else "worse"
-    return "equivalent" if comparison.p_equivalence < level else "cannot tell"
-
-
-def ranks(values: Mapping[str, float], lower_is_better: bool) -> dict[str, float]:
-    """Return ranks from 1, the best; equal values share the mean of theirs."""
-    signed = [value if lower_is_better else -value for value in values.values()]
-    return dict(zip(values, map(float, stats.rankdata(signed)), strict=True))
+    return "equivalent" if comparison.p_equivalence < level else "inconclusive"
 
 
 def mean_ranks(
@@ -134,25 +129,22 @@ def mean_ranks(
     names = sorted(set.intersection(*(set(table) for table in tables.values()))) if tables else []
     if not names:
         return {}
-    common = {}
+    samples = []
     for task, table in tables.items():
         seeds = sorted(set.intersection(*(set(table[name]) for name in names)))
         if not seeds:
             return {}
-        common[task] = np.array([[table[name][s] for s in seeds] for name in names])
-    generator = np.random.default_rng(seed)
+        sign = 1 if lower_is_better[task] else -1
+        samples.append(sign * np.array([[table[name][s] for s in seeds] for name in names]))
 
-    def once(resample: bool) -> np.ndarray:
-        rows = []
-        for task, values in common.items():
-            places = generator.integers(values.shape[1], size=values.shape[1]) if resample else slice(None)
-            means = values[:, places].mean(1)
-            rows.append(stats.rankdata(means if lower_is_better[task] else -means))
-        return np.asarray(np.mean(rows, axis=0))
+    def ranks(*samples_RS: np.ndarray, axis: int) -> Any:
+        return np.mean([stats.rankdata(sample_RS.mean(axis), axis=0) for sample_RS in samples_RS], axis=0)
 
-    centre = once(False)
-    if any(values.shape[1] < 2 for values in common.values()):
-        return {name: Interval(float(centre[i]), math.nan, math.nan) for i, name in enumerate(names)}
-    drawn = np.stack([once(True) for _ in range(draws)])
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    return {name: Interval(float(centre[i]), float(low[i]), float(high[i])) for i, name in enumerate(names)}
+    center_R = ranks(*samples, axis=-1)
+    if all(sample_RS.shape[1] > 1 for sample_RS in samples):
+        low_R, high_R = stats.bootstrap(
+            samples, ranks, n_resamples=draws, axis=-1, confidence_level=LEVEL, method="percentile", rng=seed
+        ).confidence_interval
+    else:
+        low_R = high_R = np.full(len(names), math.nan)
+    return {name: Interval(*map(float, bounds)) for name, *bounds in zip(names, center_R, low_R, high_R, strict=True)}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from routerzoo.report.statistics import adjusted, compare, interval, mean_ranks, ranks
+from routerzoo.report.statistics import adjusted, compare, interval, mean_ranks
 
 
 def test_intervals_are_students():
@@ -59,7 +59,7 @@ def test_seeds_without_spread_leave_no_doubt(shift, verdict):
 
 def test_one_seed_or_none_tells_nothing():
     single = compare({0: 1.0}, {0: 2.0}, 0.01, True)
-    assert single.verdict == "cannot tell"
+    assert single.verdict == "inconclusive"
     assert math.isnan(single.p)
     assert compare({0: 1.0}, {1: 2.0}, 0.01, True) is None
 
@@ -71,9 +71,9 @@ def test_holm_by_hand():
     assert result["b"].p_adjusted == pytest.approx(0.03)
     assert result["a"].p_adjusted == pytest.approx(0.04)
     assert result["c"].p_adjusted == pytest.approx(0.04)
-    assert [result[name].verdict for name in "abcd"] == ["better", "better", "better", "cannot tell"]
+    assert [result[name].verdict for name in "abcd"] == ["better", "better", "better", "inconclusive"]
     late = adjusted({"a": _with_p(0.04), "b": _with_p(0.03)}, True)
-    assert [late[name].verdict for name in "ab"] == ["cannot tell", "cannot tell"]
+    assert [late[name].verdict for name in "ab"] == ["inconclusive", "inconclusive"]
 
 
 def _with_p(p):
@@ -81,11 +81,6 @@ def _with_p(p):
 
     known = compare({0: 1.0, 1: 1.1}, {0: 2.0, 1: 2.3}, 0.001, True)
     return replace(known, p=p, p_adjusted=p)
-
-
-def test_ranks_share_ties():
-    assert ranks({"a": 1.0, "b": 2.0, "c": 1.0}, True) == {"a": 1.5, "b": 3.0, "c": 1.5}
-    assert ranks({"a": 1.0, "b": 2.0}, False) == {"a": 2.0, "b": 1.0}
 
 
 def test_mean_ranks_over_tasks():
@@ -98,3 +93,23 @@ def test_mean_ranks_over_tasks():
     assert result["a"].mean == 1.5  # first in text, second in images
     assert result["a"].low == result["a"].high == 1.5
     assert mean_ranks({}, {}) == {}
+
+
+def test_equal_means_share_their_ranks():
+    table = {"a": {0: 1.0}, "b": {0: 2.0}, "c": {0: 1.0}}
+    result = mean_ranks({"text": table}, {"text": True})
+    assert {name: middle.mean for name, middle in result.items()} == {"a": 1.5, "b": 3.0, "c": 1.5}
+    assert all(math.isnan(middle.low) and math.isnan(middle.high) for middle in result.values())
+
+
+def test_intervals_of_ranks_are_those_of_all_draws_of_seeds():
+    # Of the four draws of two seeds, (1, 1) alone puts b first: ranks of a are 1, 1, 1 and 2.
+    tables = {
+        "text": {"a": {0: 1.0, 1: 2.0}, "b": {0: 4.0, 1: 1.0}, "c": {0: 9.0, 1: 9.0}},
+        "images": {"a": {0: 0.9, 1: 0.8, 2: 0.7}, "b": {0: 0.4, 1: 0.4, 2: 0.4}, "c": {0: 0.5, 1: 0.5, 2: 0.5}},
+    }
+    assert mean_ranks(tables, {"text": True, "images": False}) == {
+        "a": (1.0, 1.0, 1.5),
+        "b": (2.5, 2.0, 2.5),
+        "c": (2.5, 2.5, 2.5),
+    }
