@@ -1,43 +1,17 @@
-"""Downloads with a checksum: a file is there whole, or not at all."""
+"""Downloads with checksums; a file that is in its place, however it came there, is used as it is."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
-import urllib.request
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+import pooch
 from filelock import FileLock
-from tqdm import tqdm
 
 from routerzoo.errors import UserError
-
-CHUNK_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class Checksum:
-    """A published digest.
-
-    Args:
-        algorithm: its name in `hashlib`.
-        digest: hexadecimal.
-    """
-
-    algorithm: str
-    digest: str
-
-    def of(self, path: Path) -> str:
-        """Return a file's digest, hexadecimal."""
-        digest = hashlib.new(self.algorithm)
-        with path.open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
-        return digest.hexdigest()
 
 
 def default_root() -> Path:
@@ -45,30 +19,15 @@ def default_root() -> Path:
     return Path(os.environ.get("ROUTERZOO_DATA", Path.home() / ".cache" / "routerzoo"))
 
 
-def verify(path: Path, checksum: Checksum) -> None:
-    """Refuse a file with another checksum.
+def download(urls: Sequence[str], path: Path, known_hash: str | None) -> Path:
+    """Download a file unless it exists, and return its path.
 
-    Raises:
-        UserError: it differs.
-    """
-    found = checksum.of(path)
-    if found != checksum.digest:
-        raise UserError(
-            f"{path} is not the published file: its {checksum.algorithm} is {found}, not {checksum.digest}. "
-            "Delete it, and it will be downloaded again"
-        )
-
-
-def download(urls: Sequence[str], path: Path, checksum: Checksum | None) -> Path:
-    """Download a file unless it is there, with a progress bar.
-
-    The file gets its name only once it is whole and its checksum right, so that a broken download is never mistaken for
-    a good one. Processes that want the same file wait for each other.
+    Processes that want the same file wait for each other.
 
     Args:
-        urls: where it can be had; tried in order.
-        path: where it shall lie.
-        checksum: of the whole file, where one is published.
+        urls: tried in order.
+        path: where to put it.
+        known_hash: `md5:` or `sha256:` and the published digest in hexadecimal, where there is one.
 
     Raises:
         UserError: no address gave the file.
@@ -77,61 +36,55 @@ def download(urls: Sequence[str], path: Path, checksum: Checksum | None) -> Path
     with FileLock(f"{path}.lock"):
         if path.exists():
             return path
-        partial = path.with_name(path.name + ".part")
         failures = []
         for url in urls:
             try:
-                _fetch(url, partial)
-                if checksum is not None and (found := checksum.of(partial)) != checksum.digest:
-                    raise OSError(f"wrong {checksum.algorithm} {found}, expected {checksum.digest}")
-            except OSError as error:
-                failures.append(f"{url} ({error})")
-                partial.unlink(missing_ok=True)
+                pooch.retrieve(url, known_hash, path.name, path.parent, progressbar=True)
+            except (OSError, ValueError) as error:  # of the network, and of the checksum
+                reason = str(error).partition(". ")[0]
+                failures.append(f"{url} ({reason})")
             else:
-                partial.replace(path)
+                path.chmod(0o644)  # pooch's temporary files are its user's alone
                 return path
-        raise UserError(
-            f"cannot download {path.name} from {', nor from '.join(failures)}. If you have the file, put it at {path}"
-        )
+    raise UserError(
+        f"cannot download {path.name} from {', nor from '.join(failures)}. If you have the file, put it at {path}"
+    )
 
 
-def _fetch(url: str, path: Path) -> None:
-    request = urllib.request.Request(url, headers={"User-Agent": "routerzoo"})
-    with urllib.request.urlopen(request, timeout=60) as response, path.open("wb") as file:
-        size = int(response.headers.get("Content-Length") or 0)
-        with tqdm(total=size or None, unit="B", unit_scale=True, desc=f"downloading {path.stem}") as bar:
-            while chunk := response.read(CHUNK_BYTES):
-                file.write(chunk)
-                bar.update(len(chunk))
-        if size and file.tell() != size:
-            raise OSError(f"the connection ended after {file.tell()} of {size} bytes")
-
-
-def extract_member(archive: Path, member: str, path: Path, checksum: Checksum | None = None) -> Path:
-    """Extract one file of a zip archive, whole or not at all.
+def extract_member(archive: Path, member: str, path: Path, known_hash: str | None = None) -> Path:
+    """Extract one file of a zip archive atomically, and return its path.
 
     Only this member is read and only `path` is written, so that an archive cannot write elsewhere.
+
+    Args:
+        archive: the zip archive.
+        member: the file's name, in whatever folder of the archive it is.
+        path: where to put it.
+        known_hash: of the file, as in `download`.
 
     Raises:
         UserError: the archive is broken, has no such member, or the member's checksum is wrong.
     """
     partial = path.with_name(path.name + ".part")
+    again = f"delete {archive}, and it will be downloaded again"
     try:
         with zipfile.ZipFile(archive) as zipped:
-            names = [name for name in zipped.namelist() if PurePosixPath(name).name == PurePosixPath(member).name]
+            names = [name for name in zipped.namelist() if PurePosixPath(name).name == member]
             if not names:
-                raise UserError(f"{archive} holds no file {member}")
+                raise UserError(f"{archive} holds no file {member}; {again}")
             with zipped.open(names[0]) as source, partial.open("wb") as target:
-                shutil.copyfileobj(source, target, CHUNK_BYTES)
-        if checksum is not None:
-            verify(partial, checksum)
+                shutil.copyfileobj(source, target)
+        if known_hash is not None:
+            algorithm, digest = known_hash.split(":")
+            if (found := pooch.file_hash(partial, algorithm)) != digest:
+                raise UserError(
+                    f"{member} is not the published file: its {algorithm} is {found}, not {digest}; {again}"
+                )
+        partial.replace(path)
     except UserError:
-        partial.unlink(missing_ok=True)
         raise
     except Exception as error:  # a damaged archive can raise anything
+        raise UserError(f"{archive} is a broken archive ({error}); {again}") from error
+    finally:
         partial.unlink(missing_ok=True)
-        raise UserError(
-            f"{archive} is a broken archive ({error}); delete it, and it will be downloaded again"
-        ) from error
-    partial.replace(path)
     return path

@@ -16,7 +16,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from routerzoo.data.download import Checksum, default_root, download
+from routerzoo.data.download import default_root, download
 from routerzoo.data.loading import TrainingLoader, evaluation_loader
 from routerzoo.errors import UserError
 
@@ -133,7 +133,7 @@ LABELLED_SETS: dict[str, LabelledSet] = {
 }
 
 IMDB_URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
-IMDB_CHECKSUM = Checksum("md5", "7c2ac02c03563afcf9b574c7e56c153a")  # as in torchtext
+IMDB_CHECKSUM = "md5:7c2ac02c03563afcf9b574c7e56c153a"  # as in torchtext
 
 
 @final
@@ -217,7 +217,7 @@ class LabelledText(LightningDataModule):
             found = {}
             for split, name in published.files.items():
                 path = self.root / "language" / published.folder / name
-                download([published.urls[split]], path, Checksum("sha256", published.checksums[split]))
+                download([published.urls[split]], path, f"sha256:{published.checksums[split]}")
                 found[split] = published.read(path)
         elif self.dataset == "imdb":
             found = {split: self._imdb(split) for split in ("train", "test")}

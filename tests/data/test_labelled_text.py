@@ -10,7 +10,6 @@ import torch
 
 from routerzoo import LabelledText
 from routerzoo.data import labelled_text
-from routerzoo.data.download import Checksum
 from routerzoo.data.labelled_text import LABELLED_SETS, Example, collate
 from routerzoo.errors import UserError
 
@@ -54,40 +53,40 @@ def test_texts_are_read_to_their_length(tmp_path):
     assert bytes(batch.ids_BS[0].tolist()) == b"well"
 
 
-def serve(monkeypatch, tmp_path, name, **files):
-    """Let a published set be downloaded from files."""
-    known = LABELLED_SETS[name]
+def serve(monkeypatch, server, name, **files):
+    """Serve files in place of a published set's."""
+    known, (folder, address) = LABELLED_SETS[name], server
     urls, checksums = {}, {}
     for split, text in files.items():
-        source = tmp_path / f"served-{split}"
-        source.write_text(text)
-        urls[split], checksums[split] = source.as_uri(), hashlib.sha256(text.encode()).hexdigest()
+        (folder / split).write_text(text)
+        urls[split], checksums[split] = f"{address}/{split}", hashlib.sha256(text.encode()).hexdigest()
     monkeypatch.setitem(LABELLED_SETS, name, replace(known, urls=urls, checksums=checksums))
 
 
-def test_published_sets_are_downloaded_and_read(monkeypatch, tmp_path):
+def test_published_sets_are_downloaded_and_read(monkeypatch, tmp_path, server):
     lines = {split: f"1 a {split} delight\n0 dull , for {split}\n" for split in ("train", "val", "test")}
-    serve(monkeypatch, tmp_path, "sst-2", **lines)
+    serve(monkeypatch, server, "sst-2", **lines)
     data = LabelledText("sst-2", root=str(tmp_path / "root"))
     assert data.examples("val") == [Example("a val delight", "1"), Example("dull , for val", "0")]
     assert (tmp_path / "root" / "language" / "sst" / "stsa.binary.dev").is_file()
     rows = "text,category\n" + "".join(f"question {i},intent_{i % 3}\n" for i in range(30))
-    serve(monkeypatch, tmp_path, "banking77", train=rows, test="text,category\nwhen?,intent_1\n")
+    serve(monkeypatch, server, "banking77", train=rows, test="text,category\nwhen?,intent_1\n")
     banking = LabelledText("banking77", root=str(tmp_path / "root"))
     assert [len(banking.examples(split)) for split in ("train", "val", "test")] == [27, 3, 1]
     assert banking.num_classes == 3
 
 
-def test_a_file_with_another_checksum_is_refused(monkeypatch, tmp_path):
-    serve(monkeypatch, tmp_path, "sst-2", train="1 a\n", val="1 a\n", test="1 a\n")
+def test_a_file_with_another_checksum_is_refused(monkeypatch, tmp_path, server):
+    serve(monkeypatch, server, "sst-2", train="1 a\n", val="1 a\n", test="1 a\n")
     broken = replace(LABELLED_SETS["sst-2"], checksums=dict.fromkeys(("train", "val", "test"), "0" * 64))
     monkeypatch.setitem(LABELLED_SETS, "sst-2", broken)
-    with pytest.raises(UserError, match="wrong sha256"):
+    with pytest.raises(UserError, match=r"SHA256 hash of .* does not match"):
         LabelledText("sst-2", root=str(tmp_path / "root")).examples("train")
 
 
-def imdb_archive(tmp_path, member="aclImdb/{split}/{label}/{i}_1.txt"):
-    path = tmp_path / "imdb.tar.gz"
+def serve_imdb(monkeypatch, server, member="aclImdb/{split}/{label}/{i}_1.txt"):
+    folder, address = server
+    path = folder / "imdb.tar.gz"
     with tarfile.open(path, "w:gz") as tar:
         for split in ("train", "test"):
             for label in ("neg", "pos"):
@@ -96,22 +95,19 @@ def imdb_archive(tmp_path, member="aclImdb/{split}/{label}/{i}_1.txt"):
                     info = tarfile.TarInfo(member.format(split=split, label=label, i=i))
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
-    return path
+    monkeypatch.setattr(labelled_text, "IMDB_URL", f"{address}/{path.name}")
+    monkeypatch.setattr(labelled_text, "IMDB_CHECKSUM", f"md5:{hashlib.md5(path.read_bytes()).hexdigest()}")
 
 
-def test_imdb_comes_from_its_archive(monkeypatch, tmp_path):
-    path = imdb_archive(tmp_path)
-    monkeypatch.setattr(labelled_text, "IMDB_URL", path.as_uri())
-    monkeypatch.setattr(labelled_text, "IMDB_CHECKSUM", Checksum("md5", Checksum("md5", "").of(path)))
+def test_imdb_comes_from_its_archive(monkeypatch, tmp_path, server):
+    serve_imdb(monkeypatch, server)
     data = LabelledText("imdb", root=str(tmp_path / "root"))
     assert [len(data.examples(split)) for split in ("train", "val", "test")] == [18, 2, 20]
     assert data.examples("test")[0] == Example("neg  0", "neg")
 
 
-def test_an_archive_cannot_write_outside_its_folder(monkeypatch, tmp_path):
-    path = imdb_archive(tmp_path, "../../outside/{split}{label}{i}.txt")
-    monkeypatch.setattr(labelled_text, "IMDB_URL", path.as_uri())
-    monkeypatch.setattr(labelled_text, "IMDB_CHECKSUM", Checksum("md5", Checksum("md5", "").of(path)))
+def test_an_archive_cannot_write_outside_its_folder(monkeypatch, tmp_path, server):
+    serve_imdb(monkeypatch, server, "../../outside/{split}{label}{i}.txt")
     with pytest.raises(UserError, match="is a broken archive"):
         LabelledText("imdb", root=str(tmp_path / "root")).examples("train")
     assert not list(tmp_path.rglob("outside"))
