@@ -29,7 +29,7 @@ from routerzoo.routers.wrapper import RouterWrapper
 from routerzoo.routing import LayerSpec, Routing, RoutingContext
 from routerzoo.tune_cpu import tune_cpu
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # These import Lightning, which takes seconds; they are loaded on first use.
 _LAZY = {
