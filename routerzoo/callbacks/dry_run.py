@@ -30,7 +30,7 @@ def first_validation_batch(trainer: Trainer, module: LightningModule) -> Any:
     with _without_side_effects(trainer, module):
         if trainer.val_dataloaders is None:
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
-        loaders = tree_leaves(trainer.val_dataloaders)
+        loaders = [loader for loader in tree_leaves(trainer.val_dataloaders) if loader is not None]
         if not loaders or not is_overridden("validation_step", module):
             raise UserError(
                 f"there is no validation batch to follow: give {type(module).__name__} a validation_step and the "
