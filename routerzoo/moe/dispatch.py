@@ -84,13 +84,13 @@ def _soft(x_TD: Tensor, routing: Routing, experts: nn.Module, mesh: DeviceMesh |
     assert dispatch_GSEP is not None
     assert combine_GSEP is not None  # `Routing` has one whole form
     groups, tokens, num_experts, slots = dispatch_GSEP.shape
-    x_GSD = x_TD.view(groups, tokens, -1)
+    x_GSD = x_TD.view(groups, tokens, x_TD.shape[1])
     x_EGPD = torch.einsum("gsep,gsd->egpd", dispatch_GSEP, x_GSD)
     rows = groups * slots
     ends_E = torch.arange(1, num_experts + 1, device=x_TD.device, dtype=torch.int32) * rows
-    y_ND = compute(experts, x_EGPD.reshape(num_experts * rows, -1), ends_E, mesh)
-    y_EGPD = y_ND.view(num_experts, groups, slots, -1)
-    return torch.einsum("gsep,egpd->gsd", combine_GSEP.to(y_EGPD.dtype), y_EGPD).reshape(len(x_TD), -1)
+    y_ND = compute(experts, x_EGPD.reshape(num_experts * rows, x_TD.shape[1]), ends_E, mesh)
+    y_EGPD = y_ND.view(num_experts, groups, slots, y_ND.shape[1])
+    return torch.einsum("gsep,egpd->gsd", combine_GSEP.to(y_EGPD.dtype), y_EGPD).flatten(0, 1)
 
 
 def _merged(x_TD: Tensor, routing: Routing, experts: nn.Module, mesh: DeviceMesh | None) -> Tensor:

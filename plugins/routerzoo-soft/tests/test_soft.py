@@ -59,6 +59,14 @@ def test_soft_moe_through_a_layer():
     assert_close(y_TD, routing.combine_GSEP[0, :, :, 0] @ outputs)
 
 
+@pytest.mark.parametrize("router", [SoftMoERouter, SMEARRouter])
+def test_a_batch_of_nothing(router):
+    layer, x = MoE(LayerSpec(4, 3), router), torch.zeros(0, 5, 4, requires_grad=True)
+    y = layer(x, RoutingContext(sequence_ids=torch.zeros(0, dtype=torch.int64)))
+    y.sum().backward()
+    assert y.shape == x.shape
+
+
 def test_soft_moe_leaves_padding_out():
     router = SoftMoERouter(LayerSpec(4, 3), slots=2)
     x_TD, mask = torch.randn(5, 4), torch.tensor([False, False, False, True, True])
