@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from routerzoo.registry import broken_plugins, create_router, list_routers, router_class, router_package
-from routerzoo.router import Router
+from routerzoo.router import LossWeight, Router
 from routerzoo.routing import LayerSpec
 
-EXAMPLE = LayerSpec(d_model=256, num_experts=16, vocab_size=256, num_positions=256, num_tasks=2)
+EXAMPLE = LayerSpec(d_model=256, num_experts=16, layer=0, vocab_size=256, num_positions=256, num_tasks=2)
 
 
 def router_table() -> list[dict[str, str]]:
@@ -25,7 +25,7 @@ def router_table() -> list[dict[str, str]]:
         cls = router_class(name)
         router = create_router(name, EXAMPLE)
         learned = sum(parameter.numel() for parameter in router.parameters())
-        frozen = sum(buffer.numel() for buffer in router.buffers())
+        frozen = sum(buffer.numel() for buffer in router.buffers() if buffer.ndim > 0)  # k is no weight
         rows.append(
             {
                 "router": name if router_package(name) == "routerzoo" else f"{name}\n({router_package(name)})",
@@ -67,28 +67,34 @@ def main(args: Sequence[str]) -> None:
 
 
 def _declared(router: Router) -> str:
+    training, evaluation = router.train().properties, router.eval().properties
     parts = []
     for name in ("causal", "batch_independent"):
-        router.train()
-        training = getattr(router, name)
-        evaluation = getattr(router.eval(), name)
-        told = {(True, True): "", (False, False): "not ", (True, False): "in evaluation not ", (False, True): ""}
-        only = " in evaluation only" if evaluation and not training else ""
-        parts.append(f"{told[training, evaluation]}{name.replace('_', ' ')}{only}")
-    parts.append(f"{'' if router.tokenwise else 'not '}tokenwise")
-    if not router.trainable:
+        words, both = name.replace("_", " "), (getattr(training, name), getattr(evaluation, name))
+        forms = {(True, True): words, (False, False): f"not {words}", (True, False): f"in evaluation not {words}"}
+        parts.append(forms.get(both, f"{words} in evaluation only"))
+    parts.append(f"{'' if evaluation.tokenwise else 'not '}tokenwise")
+    if not training.trainable:
         parts.append("does not learn")
-    elif not router.trains_at_top_1:
+    elif not training.trains_at_top_1:
         parts.append("does not learn at k = 1")
-    if router.normalized:
+    if evaluation.normalized:
         parts.append("weights sum to 1")
-    if not router.nonnegative:
+    if not evaluation.nonnegative:
         parts.append("weights of both signs")
-    if not router.compiles:
+    if not evaluation.compiles:
         parts.append("does not compile")
+    if router.needs_updates:
+        parts.append("updated once per optimizer step")
     if router.requires:
         parts.append(f"requires {', '.join(sorted(router.requires))}")
     if router.default_loss_weights:
-        losses = ", ".join(f"{name} {weight:g}" for name, weight in router.default_loss_weights.items())
-        parts.append(f"losses {losses}")
+        losses = (f"{name} {_coefficient(weight)}" for name, weight in router.default_loss_weights.items())
+        parts.append(f"losses {', '.join(losses)}")
     return "; ".join(parts)
+
+
+def _coefficient(weight: float | LossWeight) -> str:
+    if not isinstance(weight, LossWeight):
+        return f"{weight:g}"
+    return f"{weight.value:g}" + ("" if weight.over_layers == "sum" else f" ({weight.over_layers} over layers)")
