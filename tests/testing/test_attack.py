@@ -9,10 +9,9 @@ import routerzoo
 from routerzoo import LayerSpec, LinearRouter, MoE, Router, Routing, RoutingContext
 from routerzoo.moe.layer import BatchDependenceWarning
 from routerzoo.registry import router_class
-from routerzoo.routing import LayerSpec as Spec
 from routerzoo.testing.attack import cross_batch_attack
 
-SPEC = Spec(8, 8, num_layers=2, vocab_size=13, num_positions=8, hidden_dim=32, num_tasks=3)
+SPEC = LayerSpec(8, 8, layer=0, num_layers=2, vocab_size=13, num_positions=8, hidden_dim=32, num_tasks=3)
 # By the default arguments of these, a step rarely looks at the batch, or the capacity is too large to bind.
 HARSHER = {"SelectiveSinkhornRouter": {"probability": 1.0}, "CapacityRouter": {"capacity_factor": 0.5}}
 
@@ -23,7 +22,7 @@ def test_every_router_keeps_its_word(name, training):
     factory = partial(router_class(name), **HARSHER.get(name, {}))
     attack = cross_batch_attack(factory, training=training)
     router = factory(SPEC).train(training)
-    assert (attack.hidden_TD is None) == router.batch_independent, str(attack)
+    assert (attack.hidden_TD is None) == router.properties.batch_independent, str(attack)
 
 
 class FirstComeFirstServed(Router):
