@@ -1,3 +1,5 @@
+"""Load, confidence and the schedules of k, by hand."""
+
 import numpy as np
 import pytest
 import torch

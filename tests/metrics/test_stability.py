@@ -1,4 +1,4 @@
-"""Metrics of change, worked out by hand."""
+"""Metrics of change, by hand."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Metrics of who is chosen with whom and for what, by hand and against other implementations."""
+"""Co-activation, specialization, collapse and consistency, by hand and against other implementations."""
 
 import numpy as np
 import pytest
