@@ -53,6 +53,10 @@ def main(args: Sequence[str] | None = None) -> None:
         from routerzoo.cli.sweep import main as sweep
 
         sweep(args[1:])
+    elif args[0] == "look":
+        from routerzoo.cli.look import main as look
+
+        look(args[1:])
     elif args[0] == "report":
         from routerzoo.cli.report import main as report
 

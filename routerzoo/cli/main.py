@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from routerzoo.checkpoints.sharded import is_folder
 from routerzoo.checkpoints.single import WholeCheckpoints, read_outline
 from routerzoo.cli.parser_errors import explain
 from routerzoo.errors import UserError
-from routerzoo.look.trainer import LookingTrainer
 from routerzoo.runs import folder as runs
 from routerzoo.runs.atomic import atomic_write
 from routerzoo.runs.checkpoint import TERMINATED, RunCheckpoint
@@ -90,7 +89,6 @@ class RouterZooCLI(LightningCLI):
         super().__init__(
             LightningModule,
             LightningDataModule,
-            trainer_class=LookingTrainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
@@ -100,11 +98,6 @@ class RouterZooCLI(LightningCLI):
             trainer_defaults={"num_sanity_val_steps": -1, "log_every_n_steps": 10, "enable_model_summary": False},
             args=list(args),
         )
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Return the commands, and which of their arguments are not for the command line."""
-        return {**LightningCLI.subcommands(), "look": {"model", "datamodule"}}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the given arguments alone."""
@@ -371,18 +364,19 @@ def _with_saved_config(args: list[str]) -> list[str]:
     return [args[0], "--config", str(config), *args[1:]]
 
 
-def main(args: Sequence[str] | None = None) -> None:
+def main(args: Sequence[str] | None = None, cli: Callable[[list[str]], object] = RouterZooCLI) -> None:
     """Run a command.
 
     Args:
         args: the command and its options; by default the process's.
+        cli: parses them and runs the command.
     """
     registry.load_plugins()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisements)
     # Lightning 2.6 calls what jsonargparse 5 will remove, hence the upper bound of its version.
     warnings.filterwarnings("ignore", message=r"(?s).*(JsonargparseDeprecationWarning|removed in v5)")
     try:
-        RouterZooCLI(_with_saved_config(list(sys.argv[1:] if args is None else args)))
+        cli(_with_saved_config(list(sys.argv[1:] if args is None else args)))
     except SIGTERMException:
         print("stopped by SIGTERM; the same command with --ckpt_path last goes on", file=sys.stderr)
         sys.exit(TERMINATED)

@@ -15,6 +15,7 @@ from matplotlib.patches import Patch
 
 from routerzoo.data.images import ImageBatch
 from routerzoo.look.observe import Observation
+from routerzoo.tasks.base import MoETask
 
 OPACITY = 0.55
 CHARACTERS_A_LINE = 64
@@ -31,6 +32,28 @@ def expert_colours(num_experts: int) -> list[str]:
     return [
         to_hex(tuple(matplotlib.colors.hsv_to_rgb((hue, 0.55 + 0.35 * (i % 2), 0.9)))) for i, hue in enumerate(hues)
     ]
+
+
+def draw(model: MoETask, datamodule: Any, observation: Observation, examples: int = 6) -> Figure:
+    """Draw a batch, images or text, in the colours of its experts."""
+    if isinstance(observation.batch, ImageBatch):
+        net: Any = model.net
+        names = label_names(datamodule)
+        return patches_by_expert(observation, net.grid_size, net.num_prefix_tokens, names, examples)
+    return text_by_expert(observation, pieces(datamodule, observation.batch.ids_BS[0]))
+
+
+def label_names(datamodule: Any) -> list[str]:
+    """Return what the labels of a data module's tokens are called: classes, or pieces of text."""
+    if hasattr(datamodule, "class_names"):
+        return list(datamodule.class_names)
+    return [repr(datamodule.decode([label]))[1:-1] for label in range(datamodule.vocab_size)]
+
+
+def pieces(datamodule: Any, ids_S: Any) -> list[str]:
+    """Return the text of each token; words with the space that follows."""
+    space = " " if getattr(datamodule, "unit", "bytes") == "words" else ""
+    return [datamodule.decode([int(index)]) + space for index in ids_S]
 
 
 def patches_by_expert(

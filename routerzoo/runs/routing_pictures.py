@@ -10,8 +10,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from routerzoo.data.images import ImageBatch
 from routerzoo.data.tokens import TextBatch
+from routerzoo.look.drawings import draw
 from routerzoo.look.observe import observe
-from routerzoo.look.trainer import draw
 from routerzoo.moe.layer import moe_layers
 from routerzoo.tasks.base import MoETask
 

@@ -10,11 +10,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from routerzoo import HashRouter, ImageClassification, ImageData, LanguageModeling, LinearRouter, Routing, TextData
-from routerzoo.cli.main import main
+from routerzoo.__main__ import main
 from routerzoo.data.tokens import TextBatch
 from routerzoo.errors import UserError
 from routerzoo.look import claims, observe
-from routerzoo.look.drawings import expert_colours
+from routerzoo.look.drawings import draw, expert_colours
 from routerzoo.look.observe import expert_weights
 from routerzoo.runs.routing_pictures import RoutingPictures
 
@@ -108,7 +108,8 @@ def test_a_checkpoint_is_looked_at(domain, tmp_path, capsys):
         assert "Sneaker" in page
     with pytest.raises(SystemExit) as ended:
         main(["look", "--ckpt_path", "run/checkpoints/last.ckpt", "--batches", "0"])
-    assert "examples and batches must be at least 1" in str(ended.value.code)
+    assert ended.value.code == 2
+    assert "error: --examples 6 and --batches 0 must be at least 1\n" in capsys.readouterr().err
 
 
 def test_tensorboard_gets_a_picture_now_and_then_and_the_run_is_the_same(tmp_path):
@@ -130,8 +131,6 @@ def test_tensorboard_gets_a_picture_now_and_then_and_the_run_is_the_same(tmp_pat
 
 
 def test_images_are_drawn_with_their_classes():
-    from routerzoo.look.trainer import draw
-
     task = ImageClassification(router=HashRouter, num_classes=10, **IMAGES)
     data = ImageData(batch_size=3)
     data.setup("test")
