@@ -19,7 +19,7 @@ def mask_groups(scores_TE: Tensor, num_groups: int, top_groups: int) -> Tensor:
     """
     if top_groups == num_groups:
         return scores_TE
-    scores_TGM = scores_TE.unflatten(1, (num_groups, -1))
+    scores_TGM = scores_TE.view(-1, num_groups, scores_TE.shape[1] // num_groups)
     groups_TG = scores_TGM.topk(min(2, scores_TGM.shape[2]), dim=-1).values.sum(-1)
     best_TG = torch.zeros_like(groups_TG, dtype=torch.bool)
     best_TG = best_TG.scatter(1, groups_TG.topk(top_groups, dim=-1).indices, True)

@@ -78,11 +78,12 @@ class QuantileBalancingRouter(LogitRouter):
         if context.padding_mask is not None:
             margin_TE = margin_TE.masked_fill(context.padding_mask.unsqueeze(1), -torch.inf)
         margin_TE, _ = rows_of_all_ranks(margin_TE, context.process_group)
-        if len(margin_TE) == 0:
+        num_tokens = margin_TE.shape[0]
+        if num_tokens == 0:
             return nothing
         tokens = (margin_TE[:, 0] != -torch.inf).sum()
         share = (tokens * self.top_k).div(self.spec.num_experts, rounding_mode="floor")
-        place = share.clamp_max(len(margin_TE) - 1).view(1)
+        place = share.clamp_max(num_tokens - 1).view(1)
         beta_E = margin_TE.sort(dim=0, descending=True).values.index_select(0, place)[0]
         # Where all is padding, or a logit is NaN, there is no quantile.
         known = beta_E.isfinite().all()
