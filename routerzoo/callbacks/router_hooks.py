@@ -16,6 +16,9 @@ from routerzoo.moe.attach import RouterUpdates, attach
 from routerzoo.moe.averaging import copy_router_state
 from routerzoo.moe.layer import MoE, inner_router, moe_layers
 
+AVERAGING = (WeightAveraging, StochasticWeightAveraging)
+"""Lightning's callbacks that average weights."""
+
 
 @final
 class RouterHooks(Callback):
@@ -104,7 +107,7 @@ class RouterHooks(Callback):
 def averaged_models(trainer: Trainer | None) -> Iterator[nn.Module]:
     """Yield the averages of the trained model that Lightning's callbacks hold."""
     for callback in () if trainer is None else trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)) and callback._average_model is not None:
+        if isinstance(callback, AVERAGING) and callback._average_model is not None:
             yield callback._average_model
 
 

@@ -46,7 +46,7 @@ class WholeCheckpoints(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a file or a folder; with `weights_only`, whatever is asked for."""
-        return read_checkpoint(Path(path))
+        return _read(Path(path))  # `ddp_spawn` hands its weights back in a file of tensors alone
 
 
 def _reason(error: BaseException) -> str:
@@ -75,6 +75,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UserError: not a checkpoint, broken, or one that needs code to be read.
     """
+    content = _read(path)
+    if "state_dict" not in content:
+        raise UserError(f"{path} is not a checkpoint of a Lightning module: it holds no state_dict")
+    return content
+
+
+def _read(path: Path) -> dict[str, Any]:
     if folders.is_folder(path):
         return folders.read_whole(path)
     if not zipfile.is_zipfile(path):
@@ -89,6 +96,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # a damaged pickle can raise anything
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is not a checkpoint that can be read: {first}") from error
-    if not isinstance(content, dict) or "state_dict" not in content:
-        raise UserError(f"{path} is not a checkpoint of a Lightning module: it holds no state_dict")
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a checkpoint: it holds a {type(content).__name__}")
     return content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -318,9 +319,16 @@ def _named(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Turn a namespace into a dict, and class paths into class names: a class may have several paths."""
+    """Turn what names a class, or a function that builds one, into a dict with the class's name alone.
+
+    A class may have several paths.
+    """
     if hasattr(value, "as_dict"):
         value = value.as_dict()
+    if isinstance(value, functools.partial):  # in a checkpoint that was made in Python
+        value = {"class_path": value.func.__name__, "init_args": value.keywords}
+    elif isinstance(value, type):
+        value = {"class_path": value.__name__}
     if isinstance(value, dict):
         return {k: str(v).rpartition(".")[2] if k == "class_path" else v for k, v in value.items()}
     return list(value) if isinstance(value, tuple) else value
@@ -330,6 +338,10 @@ def _quiet_needless_warnings(datamodule: Any) -> None:
     """Silence what Lightning says of its own code, or against the facts; nothing else."""
     # Lightning's own use of torch (https://github.com/Lightning-AI/pytorch-lightning/issues/21326).
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`", category=FutureWarning)
+    # It is not sharded: tasks refuse to average what is.
+    warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback with a model")
+    # The saved config of a run that was averaged names the callback, which an evaluation of its checkpoint needs not.
+    warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback, but (load|sav)ing")
     # Ours returns keys and values that are views, and changes nothing in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     published = getattr(datamodule, "published", None)
@@ -380,5 +392,5 @@ def main(args: Sequence[str] | None = None, cli: Callable[[list[str]], object] =
     except SIGTERMException:
         print("stopped by SIGTERM; the same command with --ckpt_path last goes on", file=sys.stderr)
         sys.exit(TERMINATED)
-    except UserError as error:
+    except (UserError, MisconfigurationException) as error:
         sys.exit(f"error: {error}")

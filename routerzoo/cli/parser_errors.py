@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from jsonargparse import ArgumentParser
 from lightning import LightningDataModule, LightningModule
 
 from routerzoo import registry
@@ -78,4 +79,6 @@ def _unknown_option(message: str, option: str) -> str:
 def _arguments(class_path: str) -> list[str]:
     module, _, name = class_path.rpartition(".")
     cls: Any = getattr(__import__(module, fromlist=[name]), name)
-    return [p.name for p in inspect.signature(cls).parameters.values() if p.name != "spec"]
+    # As the command line knows them: a class's `**kwargs` are the arguments of what it hands them to.
+    found = ArgumentParser().add_class_arguments(cls, skip={"spec"}, fail_untyped=False, instantiate=False)
+    return [argument for argument in found if "." not in argument]

@@ -25,14 +25,18 @@ class Reinitializable(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw parameters and buffers as the constructor did, on the device where they are."""
+        """Draw parameters and buffers as the constructor did, on the device where they are.
+
+        What transformers marks as loaded from a checkpoint stays as it is.
+        """
         args, kwargs = self._built_with
         own = _tensors(self)
         device = next((tensor.device for tensor in own.values()), torch.device("cpu"))
         with torch.device(device):
             fresh = type(self)(*args, **kwargs)
         for name, tensor in _tensors(fresh).items():
-            own[name].copy_(tensor)
+            if not getattr(own[name], "_is_hf_initialized", False):  # transformers has loaded this one
+                own[name].copy_(tensor)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from routerzoo.models.blocks import MoEBlocks, moe_block_indices
+from routerzoo.models.missing_weights import initialize_missing_weights
 from routerzoo.moe.experts import ACTIVATIONS, Activation, MLPExperts, SwiGLUExperts, gate_up_down
 from routerzoo.moe.grouped_linear import Backend
 from routerzoo.moe.layer import ExpertsFactory, MoE, RouterFactory, moe_layers
@@ -114,6 +115,7 @@ def sparsify(
         setattr(
             model.get_submodule(parent), name, moe.to(device=weight.device, dtype=weight.dtype).train(dense.training)
         )
+    initialize_missing_weights(model)
     return model
 
 

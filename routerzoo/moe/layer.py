@@ -137,6 +137,12 @@ class MoE(nn.Module):
                 )
         return self
 
+    def reset_parameters(self) -> None:
+        """Initialize router, experts and shared experts as the constructor did, on the device where they are."""
+        for part in (self.router, self.experts, self.shared_experts):
+            if part is not None:
+                part.reset_parameters()
+
     def __getstate__(self) -> dict[str, object]:
         # Observers, and the context of a pass, belong to this layer, not to its copy.
         alone: dict[str, object] = {"_provided_context": None, "_routing_hooks": {}, "_hook_numbers": itertools.count()}

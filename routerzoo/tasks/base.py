@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
-from routerzoo.callbacks.router_hooks import RouterHooks, averaged_models
+from routerzoo.callbacks.router_hooks import AVERAGING, RouterHooks, averaged_models
 from routerzoo.callbacks.steps import planned_steps
 from routerzoo.costs import Costs, count_costs
 from routerzoo.distributed.collectives import all_ranks
@@ -135,6 +135,10 @@ class MoETask(LightningModule, ABC):
         mesh = self._device_mesh
         if mesh is None or self.is_sharded:
             return
+        if any(isinstance(callback, AVERAGING) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            raise UserError(
+                "averaged weights cannot be sharded: leave the averaging callback out, or choose the strategy ddp"
+            )
         from routerzoo.distributed.fsdp import shard_model  # takes a second to import
 
         if mesh["tensor_parallel"].size() > 1:

@@ -1,0 +1,36 @@
+"""Initialization of MoE layers in models of transformers, where a checkpoint lacks their weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from routerzoo.functional.initialization import Reinitializable
+
+
+def initialize_missing_weights(model: nn.Module) -> None:
+    """Let `from_pretrained` initialize routers and experts that the checkpoint lacks, such as a dense one's.
+
+    transformers builds a model on the meta device, and gives what the checkpoint lacks to the model's `_init_weights`,
+    module by module. Those of the library know torch's layers and leave ours uninitialized.
+
+    Args:
+        model: where it is one of transformers', or holds some, their `_init_weights` is extended, in place.
+    """
+    for module in model.modules():
+        if hasattr(module, "_initialize_missing_keys") and not isinstance(module._init_weights, _InitWeights):
+            module._init_weights = _InitWeights(module)  # type: ignore[assignment]
+
+
+class _InitWeights:
+    """The `_init_weights` of a model, extended. No closure, so that the model can be copied and pickled."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, module: nn.Module) -> None:
+        if isinstance(module, Reinitializable):
+            module.reset_parameters()
+        else:
+            type(self.model)._init_weights(self.model, module)
