@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import routerzoo
-from routerzoo import TextClassification, moe_layers
+from routerzoo import TextClassification, attach, moe_layers
 from routerzoo.data.labelled_text import LabelledBatch
 from tests.conftest import router_factory
 from tests.distributed.data_parallel import LENGTH, SEQUENCES, VOCABULARY, Model
@@ -61,7 +61,7 @@ TASKS = {
 def test_each_task_compiles_with_each_router(router_name, name):
     build, part_of, inputs = TASKS[name]
     task = build(router_name).eval()
-    if not all(layer.router.compiles for layer in moe_layers(task)):
+    if not all(layer.router.properties.compiles for layer in moe_layers(task)):
         pytest.skip(f"{router_name} does not declare that it compiles")
     given = inputs()
     expected = part_of(task)(*given)
@@ -94,22 +94,16 @@ def batches(number):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_every_router_trains_in_16_bits(name, dtype, device):
-    model = Model(name).train()
-    for layer in model.layers:
-        layer.router.fit_token_counts(torch.arange(VOCABULARY) + 1)
-    model.to(device)
+    model = Model(name).train().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    updates = attach(model, optimizer, 20, token_counts=torch.arange(VOCABULARY) + 1)
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16, init_scale=2.0**10)
     losses = []
-    for step in range(20):
-        for layer in model.layers:
-            layer.router.on_step_start(step % 4, 4)
+    for _ in range(20):
         with torch.autocast(device, dtype):
             loss = model(batches(0).to(device), 0, 0)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
-        for layer in model.layers:
-            layer.router.before_optimizer_step()
         scaler.step(optimizer)
         scaler.update()
         losses.append(float(loss.detach()))
@@ -117,6 +111,7 @@ def test_every_router_trains_in_16_bits(name, dtype, device):
     assert sum(losses[-3:]) < sum(losses[:3])
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert scaler.get_scale() >= 2.0**10 or dtype == torch.bfloat16
+    assert updates.step == 20
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -125,7 +120,7 @@ def test_accumulated_gradients_are_those_of_a_larger_batch(name):
     model = Model(name, auxiliary=0.0).double().train()
     for layer in model.layers:
         layer.router.fit_token_counts(torch.arange(VOCABULARY) + 1)
-    if not all(layer.router.batch_independent for layer in model.layers):
+    if not all(layer.router.properties.batch_independent for layer in model.layers):
         pytest.skip(f"{name} routes a token by the others of its micro-batch")
     ids_BS = batches(1)
 

@@ -66,7 +66,7 @@ def test_hash_without_a_vocabulary_is_refused():
 
 
 def test_hash_without_the_number_of_its_layer_is_refused():
-    with pytest.raises(UnmetRequirementError, match="HashRouter requires layer, .*: number the MoE layers"):
+    with pytest.raises(UnmetRequirementError, match=r"HashRouter requires layer, .*: number the MoE layers"):
         HashRouter(LayerSpec(16, 8, vocab_size=40))
 
 
