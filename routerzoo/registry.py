@@ -74,6 +74,9 @@ def register_router(cls: R) -> R:
             f"a router called {cls.__name__} exists already: {known.__module__}.{known.__qualname__}. Names are "
             "unique, since configs use them; rename the new one"
         )
+    if known is not None:
+        known.is_registered = False
+    cls.is_registered = True
     _registry.routers[cls.__name__] = cls
     return cls
 
@@ -150,11 +153,6 @@ def create_router(name: str, spec: LayerSpec | None = None, **arguments: Any) ->
             meant = did_you_mean(key, [*known, *sizes])
             raise TypeError(f"{name} has no argument {key!r}{meant} It takes: {', '.join(known)}.")
     return cls(spec, **arguments)
-
-
-def is_shadowed(cls: type[Router]) -> bool:
-    """Whether another class is registered under this one's name."""
-    return _registry.routers.get(cls.__name__, cls) is not cls
 
 
 def router_arguments(cls: type[Router]) -> list[str]:

@@ -149,6 +149,9 @@ class Router(Reinitializable, ABC):
     default_loss_weights: Mapping[str, float | LossWeight] = {}
     """The published coefficient of each auxiliary loss, used where none are given; a number is summed over layers."""
 
+    is_registered: bool = False
+    """The registry knows this class by its name. A subclass is not, though it inherits this."""
+
     k: Tensor
 
     def __init__(self, spec: LayerSpec, *, top_k: int = 2, max_top_k: int | None = None) -> None:
@@ -198,9 +201,8 @@ class Router(Reinitializable, ABC):
         Configs name classes by their short names, which jsonargparse looks up here. A package that happens to define a
         second LinearRouter would otherwise make the name ambiguous in everybody's configs.
         """
-        from routerzoo.registry import is_shadowed
-
-        return [subclass for subclass in type.__subclasses__(cls) if not is_shadowed(subclass)]
+        registered = {known.__name__: known for known in _subclasses(Router) if known.__dict__.get("is_registered")}
+        return [known for known in type.__subclasses__(cls) if registered.get(known.__name__, known) is known]
 
     @property
     def properties(self) -> Properties:
@@ -358,12 +360,13 @@ class Router(Reinitializable, ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} does not select experts by logits alone")
 
-    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor, *, may_drop: bool = True) -> Tensor:
         """Weight experts as the router would, had it selected them, with gradients. Optional, like `select_experts`.
 
         Args:
             logits_TE: of the kind that this router's routings hold.
             experts_TK: int64, different experts for each token; -1 for none.
+            may_drop: False promises that no expert is -1, which saves the masking.
 
         Returns:
             Weights `[tokens, k]`; 0 for none.
@@ -545,7 +548,7 @@ class LogitRouter(Router):
             clean_TE = logits_TE
             logits_TE = clean_TE + torch.randn_like(clean_TE) * std
         experts_TK = self.select_experts(logits_TE)
-        weights_TK = self._weights(logits_TE, experts_TK, may_drop=False)
+        weights_TK = self.combine_weights(logits_TE, experts_TK, may_drop=False)
         read = self.training and context.compute_aux_losses
         return Routing(
             experts_TK,
@@ -563,11 +566,8 @@ class LogitRouter(Router):
         """Return the experts of the k largest logits, int64 `[tokens, k]`, best first."""
         return topk_indices(logits_TE, self.top_k)
 
-    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor, *, may_drop: bool = True) -> Tensor:
         """Return the weights of given experts, `[tokens, k]`; 0 for none (-1)."""
-        return self._weights(logits_TE, experts_TK, may_drop=True)
-
-    def _weights(self, logits_TE: Tensor, experts_TK: Tensor, *, may_drop: bool) -> Tensor:
         if self.score_fn == "softmax" and self.renormalize:
             weights_TK = softmax_at(logits_TE, experts_TK, may_drop=may_drop)
         else:
@@ -595,6 +595,12 @@ class _Route(nn.Module):
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         return self.router.route(x_TD, context)
+
+
+def _subclasses(cls: type) -> Iterator[type]:
+    for subclass in type.__subclasses__(cls):
+        yield subclass
+        yield from _subclasses(subclass)
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
