@@ -64,20 +64,21 @@ def _without_side_effects(trainer: Trainer, module: LightningModule) -> Iterator
         for name, child in parent.named_children()
         if isinstance(child, Metric)
     ]
-    # Steps collect their outputs in such attributes, for the end of the epoch.
-    containers = {name: value for name, value in vars(module).items() if name[0] != "_" and type(value) in (list, dict)}
+    # Steps collect their outputs in lists and dicts, for the end of the epoch; `log` may be set on the instance.
+    attributes = vars(module).items()
+    kept = {n: value for n, value in attributes if n == "log" or (n[0] != "_" and type(value) in (list, dict))}
     try:
         trainer.state.stage = RunningStage.VALIDATING
         module.eval()
         for parent, name, metric in metrics:
             setattr(parent, name, _fresh(metric))
-        vars(module).update({name: copy.copy(value) for name, value in containers.items()})
+        vars(module).update({name: copy.copy(value) for name, value in kept.items()})
         vars(module)["log"] = lambda *args, **kwargs: None
         with isolate_rng(), torch.no_grad():
             yield
     finally:
         vars(module).pop("log", None)
-        vars(module).update(containers)
+        vars(module).update(kept)
         for parent, name, metric in metrics:
             setattr(parent, name, metric)
         for child, training in modes:

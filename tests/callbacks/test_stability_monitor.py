@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning import Trainer
 
-from routerzoo import KSchedule, StabilityMonitor
+from routerzoo import KSchedule, LabelledText, StabilityMonitor, TextClassification
 from routerzoo.errors import UserError
 from tests.callbacks.plain import PADDING, TOKENS, Plain, loader
 from tests.callbacks.plain import QUIET as PLAIN
@@ -63,6 +63,19 @@ def test_padding_is_not_followed_and_every_call_is():
     real = TOKENS - PADDING
     assert [list(first.shape), list(second.shape)] == [[real, 2], [2 * real, 2]]
     assert (first >= 0).all()
+
+
+def test_texts_of_different_lengths_are_followed_without_their_padding(tmp_path):
+    rows = [f"{'yes ' * (i % 9 + 1)},{i % 2}" for i in range(40)]
+    (tmp_path / "texts.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    data = LabelledText(str(tmp_path / "texts.csv"), batch_size=8)
+    task = TextClassification(d_model=16, num_blocks=1, num_heads=2, num_experts=4)
+    monitor = StabilityMonitor(every_n_steps=2, picture=None)
+    Trainer(**QUIET, max_steps=2, enable_checkpointing=False, callbacks=[monitor]).fit(task, data)
+    mask_BS = next(iter(data.val_dataloader())).padding_mask_BS
+    (records,) = monitor.state_dict()["experts"]
+    assert 0 < len(records[0]) == int((~mask_BS).sum()) < mask_BS.numel()
+    assert (records >= 0).all()
 
 
 def test_the_experts_are_those_of_the_validation_batch():
