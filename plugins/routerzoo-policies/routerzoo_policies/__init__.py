@@ -1,7 +1,8 @@
-"""Policies around any router: a capacity for each expert, replay of recorded choices, steering of logits."""
+"""Wrappers around any router: a capacity for each expert, replay of recorded choices, steering of logits."""
 
 from routerzoo_policies.capacity import CapacityRouter
-from routerzoo_policies.replay import Recording, ReplayRouter, record, replay
+from routerzoo_policies.recording import Recording, record
+from routerzoo_policies.replay import ReplayRouter, replay
 from routerzoo_policies.steering import SteeredRouter, steer
 
 __all__ = ["CapacityRouter", "Recording", "ReplayRouter", "SteeredRouter", "record", "replay", "steer"]

@@ -6,26 +6,26 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
-from routerzoo import LayerSpec, Router, RouterWrapper, Routing, RoutingContext, moe_layers, register_router
+from routerzoo import LayerSpec, MoE, Router, RouterWrapper, Routing, RoutingContext, register_router
+from routerzoo_policies.swapping import wrapped_routers
 
 
 @register_router
 @final
 class SteeredRouter(RouterWrapper):
-    """Adds an offset for each expert to the logits of any router that chooses by logits, before it chooses.
+    """Adds an offset for each expert to the logits of any router that selects by logits, before it selects.
 
     A positive offset makes tokens prefer an expert, minus infinity rules it out. Used on trained models: to bring
     tokens to the experts of another language (arXiv:2510.04694, inspired by: its strengths could not be read), or, with
     `learn`, to tune the offsets on a prompt while all else stays ("rewiring" at test time).
 
-    An offset of zero leaves the inner router's answer as it is. Otherwise experts and weights follow from the steered
-    logits as in evaluation, without the noise that a router may draw in training; losses stay the inner router's.
+    An offset of zero leaves the inner router's routing as it is. Otherwise experts and weights follow from the steered
+    logits as in evaluation. Losses and statistics are of what the inner router selected.
 
     Args:
         spec: sizes of the layer the router sits in.
@@ -36,7 +36,7 @@ class SteeredRouter(RouterWrapper):
 
     Raises:
         ValueError: no such expert or layer.
-        NotImplementedError: in use, a router that does not choose by logits.
+        NotImplementedError: in use, a router that does not select by logits.
     """
 
     paper = "Bandarkar et al. 2025, arXiv:2510.04694"
@@ -60,7 +60,7 @@ class SteeredRouter(RouterWrapper):
             if not 0 <= layer < spec.num_layers:
                 raise ValueError(f"layers names MoE layer {layer}; there are 0 to {spec.num_layers - 1}")
         offset_E = torch.zeros(spec.num_experts)
-        if layers is None or spec.layer in layers:
+        if layers is None or self.required_layer() in layers:
             for expert, offset in (offsets or {}).items():
                 offset_E[expert] = offset
         self.learn = learn
@@ -68,25 +68,19 @@ class SteeredRouter(RouterWrapper):
             self.offset_E = nn.Parameter(offset_E)
         else:
             self.register_buffer("offset_E", offset_E)
-
-    @property
-    def trainable(self) -> bool:  # type: ignore[override]
-        """Whether the offsets or the inner router learn."""
-        return self.learn or self.router.trainable
-
-    @property
-    def compiles(self) -> bool:  # type: ignore[override]
-        """Not where the offset must be looked at, to see whether there is any."""
-        return self.learn and super().compiles
+        if learn:
+            self.trainable = True
+        else:
+            self.compiles = False  # the offset is looked at, to see whether there is any
 
     def select_experts(self, logits_TE: Tensor) -> Tensor:
-        """Choose as the inner router does, and no expert that is ruled out, even where there are too few others."""
+        """Select as the inner router does, and no expert that is ruled out, even where there are too few others."""
         experts_TK = super().select_experts(logits_TE)
         ruled_out_TK = logits_TE.gather(1, experts_TK.clamp_min(0)) == -torch.inf
         return experts_TK.masked_fill(ruled_out_TK, -1)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
-        """Choose by the steered logits."""
+        """Select by the steered logits."""
         routing = self.router.route(x_TD, context)
         if not self.learn and not self.offset_E.any():
             return routing
@@ -95,37 +89,36 @@ class SteeredRouter(RouterWrapper):
         logits_TE = routing.logits_TE + self.offset_E
         experts_TK = self.select_experts(logits_TE)
         weights_TK = self.combine_weights(logits_TE, experts_TK)
-        return Routing(experts_TK, weights_TK, logits_TE, routing.losses, routing.balance_probs_TE)
+        return Routing(
+            experts_TK,
+            weights_TK,
+            logits_TE,
+            routing.losses,
+            score_fn=routing.score_fn,
+            selected=routing.for_losses,
+        )
 
 
 @contextmanager
-def steer(model: nn.Module, offsets: Mapping[int, Tensor]) -> Iterator[None]:
+def steer(model: nn.Module, offsets: Mapping[int | MoE, Tensor]) -> Iterator[None]:
     """Steer the routers of a model for a while.
 
     Args:
         model: a model with MoE layers.
-        offsets: by index of the MoE layer, an offset `[num_experts]`; the other layers stay as they are.
+        offsets: an offset `[num_experts]` by the layer, or by its index among `routerzoo.moe_layers(model)`; the other
+            layers stay as they are.
 
     Raises:
         ValueError: no such layer, or an offset of another size.
     """
-    layers = {layer.spec.layer: layer for layer in moe_layers(model)}
-    if unknown := sorted(set(offsets) - set(layers)):
-        raise ValueError(f"the model has no MoE layer {unknown[0]}; it has {', '.join(map(str, layers))}")
-    before = {index: layers[index].router for index in offsets}
-    try:
-        for index, offset_E in offsets.items():
-            spec, inner = layers[index].spec, before[index]
-            if offset_E.shape != (spec.num_experts,):
-                raise ValueError(
-                    f"the offset of MoE layer {index} has shape {list(offset_E.shape)}; it must be [{spec.num_experts}]"
-                )
-            # A wrapper is told the layer's own context fields: it requires nothing that the inner router does not.
-            steered = SteeredRouter(replace(spec, provides=spec.provides | inner.requires), router=lambda _, r=inner: r)
-            where = next(itertools.chain(inner.parameters(), inner.buffers()), offset_E).device
-            steered.offset_E = offset_E.to(where, steered.offset_E.dtype)
-            layers[index].router = steered.train(inner.training)
+    with wrapped_routers(model, offsets, _steered):
         yield
-    finally:
-        for index, inner in before.items():
-            layers[index].router = inner
+
+
+def _steered(spec: LayerSpec, router: Callable[[LayerSpec], Router], offset_E: Tensor) -> SteeredRouter:
+    if offset_E.shape != (spec.num_experts,):
+        raise ValueError(f"an offset has shape {list(offset_E.shape)}; it must be [{spec.num_experts}]")
+    steered = SteeredRouter(spec, router=router)
+    where = next(itertools.chain(steered.router.parameters(), steered.router.buffers()), offset_E).device
+    steered.offset_E = offset_E.to(where, steered.offset_E.dtype)
+    return steered
