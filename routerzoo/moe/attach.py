@@ -94,6 +94,7 @@ class RouterUpdates:
         for layer in layers:
             router = inner_router(layer)
             if router.needs_updates:
+                _widen(router)
                 self._handles.append(layer.register_routing_hook(self._observe))
             layer.is_driven = True
             if step == 0 and router.wants_token_counts and not router.is_frozen:
@@ -181,6 +182,15 @@ class RouterUpdates:
 
 def _is_trained(layer: MoE) -> bool:
     return any(parameter.requires_grad for parameter in layer.parameters())
+
+
+def _widen(router: Router) -> None:
+    """Bring buffers that updates move, loaded in 16 bits, to float32: small steps would round away."""
+    for name in router.trained_buffers:
+        owner = router.get_submodule(name.rpartition(".")[0])
+        buffer = router.get_buffer(name)
+        if buffer.is_floating_point() and buffer.element_size() < 4:
+            setattr(owner, name.rpartition(".")[2], buffer.float())
 
 
 def _was_skipped(optimizer: Optimizer) -> bool:

@@ -153,7 +153,7 @@ class StableMoERouter(LogitRouter):
             experts_TK = topk_indices(logits_TE, self.top_k)
         else:
             experts_TK = topk_indices(self._distilled_logits(token_ids), self.top_k)
-        gates_TK = self._weights(logits_TE, experts_TK, may_drop=False)
+        gates_TK = self.combine_weights(logits_TE, experts_TK, may_drop=False)
         losses = {}
         if distill:
             # What the frozen router is taught is the policy alone: neither the gate nor the model gets its gradient.

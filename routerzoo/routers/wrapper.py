@@ -57,9 +57,9 @@ class RouterWrapper(Router):
         """Select as the inner router does."""
         return self.router.select_experts(logits_TE)
 
-    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor, *, may_drop: bool = True) -> Tensor:
         """Weight as the inner router does."""
-        return self.router.combine_weights(logits_TE, experts_TK)
+        return self.router.combine_weights(logits_TE, experts_TK, may_drop=may_drop)
 
     def feedback(self, routing: Routing, context: RoutingContext, token_losses_T: Tensor) -> Mapping[str, Tensor]:
         """Return the inner router's."""

@@ -253,3 +253,12 @@ def test_token_counts():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attach(layer, optimizer, step=7)  # the table is the checkpoint's
+
+
+def test_a_bias_that_was_loaded_in_16_bits_still_takes_small_steps():
+    layer, _ = make()
+    narrow = {n: v.bfloat16() if v.is_floating_point() else v for n, v in layer.state_dict().items()}
+    narrow["router.selection_bias"].fill_(64.0)  # whose neighbors in bfloat16 are 0.25 away and more
+    layer.load_state_dict(narrow, assign=True)
+    attach(layer, torch.optim.SGD(layer.parameters(), lr=0.0))
+    assert layer.router.selection_bias.dtype == torch.float32

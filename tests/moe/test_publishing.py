@@ -152,7 +152,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence():
     with pytest.raises(ValueError, match="unknown experts 'SwigluExperts'; did you mean 'SwiGLUExperts'"):
         layer(experts="SwigluExperts")
     assert type(layer(experts="SwiGLUExperts").experts).__name__ == "SwiGLUExperts"
-    with pytest.raises(TypeError, match="returned None; it must return routerzoo.Router"):
+    with pytest.raises(TypeError, match=r"returned None; it must return routerzoo\.Router"):
         layer(router=lambda spec: None)
     with pytest.raises(TypeError, match="the context of a MoE layer is a RoutingContext, got dict"):
         layer()(torch.randn(2, 8), {"token_ids": 1})

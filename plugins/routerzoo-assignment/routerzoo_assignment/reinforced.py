@@ -69,12 +69,14 @@ class RLRouter(LogitRouter):
             # The baseline looks at the model, and does not change it.
             x_TD = x_TD.detach().to(logits_TE.dtype)
             context.carry.setdefault(self, []).append(self.baseline(x_TD).squeeze(-1))
-        return Routing(experts_TK, self.combine_weights(logits_TE, experts_TK), logits_TE, may_drop=False)
+        return Routing(
+            experts_TK, self.combine_weights(logits_TE, experts_TK, may_drop=False), logits_TE, may_drop=False
+        )
 
-    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor, *, may_drop: bool = True) -> Tensor:
         """Return the same weight for each expert, 0 for none (-1); NaN where a logit is."""
         ones_TE = torch.ones_like(logits_TE).masked_fill(logits_TE.isnan(), torch.nan)
-        return gather_weights(ones_TE, experts_TK, renormalize=True)
+        return gather_weights(ones_TE, experts_TK, renormalize=True, may_drop=may_drop)
 
     def feedback(self, routing: Routing, context: RoutingContext, token_losses_T: Tensor) -> Mapping[str, Tensor]:
         """Reward the experts that were drawn."""

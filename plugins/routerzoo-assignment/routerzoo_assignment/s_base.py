@@ -82,6 +82,7 @@ class SBaseRouter(LogitRouter):
         experts_TK = topk_indices(scores_TE, self.top_k)
         return Routing(experts_TK, self.combine_weights(logits_TE, experts_TK), logits_TE, may_drop=False)
 
-    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor, *, may_drop: bool = True) -> Tensor:
         """Return the sigmoid of the one expert's logit, or the softmax at several experts; 0 for none (-1)."""
-        return gather_weights(logits_TE.sigmoid() if self.top_k == 1 else logits_TE.softmax(-1), experts_TK)
+        scores_TE = logits_TE.sigmoid() if self.top_k == 1 else logits_TE.softmax(-1)
+        return gather_weights(scores_TE, experts_TK, may_drop=may_drop)

@@ -42,7 +42,8 @@ class MaskRouter(LogitRouter):
         nan_T1 = logits_TE.isnan().any(1, keepdim=True)
         return torch.where(torch.where(nan_T1, experts_E == 0, self.mask(logits_TE)), experts_E, -1)
 
-    def _weights(self, logits_TE: Tensor, experts_TK: Tensor, *, may_drop: bool) -> Tensor:
+    def combine_weights(self, logits_TE: Tensor, experts_TK: Tensor, *, may_drop: bool = True) -> Tensor:
+        """Return the scores of given experts, `[tokens, k]`; 0 for none (-1)."""
         return gather_weights(self.scores(logits_TE), experts_TK)
 
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
