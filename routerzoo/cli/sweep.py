@@ -143,9 +143,7 @@ def _enter(
     if commands:
         with console.status(f"reading {len(commands)} configs"):
             answers = dict(zip(unknown, engine.resolve(commands), strict=True))
-        for source, (text, reason) in answers.items():
-            if not reason:
-                ledger.remember(source, text)
+        ledger.remember({source: text for source, (text, reason) in answers.items() if not reason})
     rows: dict[str, dict[str, Any]] = {}
     refused: dict[str, str] = {}
     for cell, source in zip(cells, sources, strict=True):

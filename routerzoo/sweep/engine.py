@@ -1,4 +1,7 @@
-"""Engines: who does the runs. Local processes here; a Ray cluster in `ray_engine`."""
+"""Engines: who does the runs. Local processes here; a Ray cluster in `ray_engine`.
+
+`LocalEngine` is ours because a `ProcessPoolExecutor` loses all of its workers when the system kills one.
+"""
 
 from __future__ import annotations
 

@@ -1,13 +1,17 @@
-"""`Ledger`: what a sweep has done, in an SQLite file that survives a kill at any moment."""
+"""`Ledger`: the state of a sweep's runs, in an SQLite file that survives a kill at any moment.
+
+It is ours because Optuna's studies neither let a grid grow nor identify a run by its resolved config.
+"""
 
 from __future__ import annotations
 
+import atexit
 import json
-import os
 import shutil
 import socket
 import sqlite3
 import time
+import uuid
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,15 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from routerzoo.errors import UserError
 
 FILE = "sweep.db"
 LEASE_SECONDS = 120.0
-"""A running run whose sweep has not been heard of for so long is taken over."""
+"""A running run of another machine is taken over after this long without a heartbeat."""
 THEN = ", then "
 """Between the versions of code that have had a part in one run."""
 
-_SCHEMA = """
+_TABLES = (
+    """
 CREATE TABLE IF NOT EXISTS runs (
     key TEXT PRIMARY KEY,        -- of the resolved config
     place INTEGER NOT NULL,      -- in the grid
@@ -36,11 +43,11 @@ CREATE TABLE IF NOT EXISTS runs (
     started REAL, seconds REAL, attempts INTEGER NOT NULL DEFAULT 0,
     code TEXT NOT NULL DEFAULT '',   -- that has had a part in it, in its order
     host TEXT NOT NULL DEFAULT '',
-    results TEXT NOT NULL DEFAULT '{}',
-    seal INTEGER NOT NULL DEFAULT 0  -- checksum of what came of it
-);
-CREATE TABLE IF NOT EXISTS resolved (source TEXT PRIMARY KEY, config TEXT NOT NULL);
-"""
+    results TEXT NOT NULL DEFAULT '{}'
+)
+""",
+    "CREATE TABLE IF NOT EXISTS resolved (source TEXT PRIMARY KEY, config TEXT NOT NULL)",
+)
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,8 @@ class Run:
 class Ledger:
     """The runs of one folder. Several sweeps may use it at once; each run belongs to one of them.
 
+    What a ledger has claimed is its own until it is finished or the object is deleted, with its process if need be.
+
     Args:
         folder: of the sweep.
 
@@ -89,18 +98,18 @@ class Ledger:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
-        self.owner = f"{socket.gethostname()}:{os.getpid()}:{_started(os.getpid())}"
+        self.owner = f"{socket.gethostname()}:{uuid.uuid4().hex}"
+        self._alive = FileLock(self._lock_of(self.owner), timeout=0)
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with self._open() as database:
-                # A write-ahead log lets readers and one writer work at once, and is whole after any kill.
-                database.execute("PRAGMA journal_mode = WAL")
-                database.executescript(_SCHEMA)
-                (state,) = database.execute("PRAGMA quick_check(1)").fetchone()
+        with self._open() as database:
+            # A write-ahead log lets readers and one writer work at once, and is consistent after any kill.
+            database.execute("PRAGMA journal_mode = WAL")
+            (state,) = database.execute("PRAGMA quick_check(1)").fetchone()
             if state != "ok":
                 raise sqlite3.DatabaseError(state)
-        except sqlite3.DatabaseError as error:
-            raise UserError(f"{self.path} is not a sweep's ledger, or a damaged one: {error}") from error
+        with self._transaction() as database:
+            for table in _TABLES:
+                database.execute(table)
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
@@ -112,19 +121,21 @@ class Ledger:
             # SQLite may call a full disk an I/O error.
             full = shutil.disk_usage(self.path.parent).free < 2**20
             raise UserError(f"cannot use {self.path}: {error}{'; its disk is full' if full else ''}") from error
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter of a message that quotes the damage
+            raise UserError(f"{self.path} is not a sweep's ledger, or a damaged one: {error}") from error
         finally:
-            database.close()
+            database.close()  # and rolls back what is not committed
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """Change the content, and with it the checksum, which SQLite keeps for us as the file's `user_version`."""
         with self._open() as database:
             database.execute("BEGIN IMMEDIATE")
-            try:
-                yield database
-            except BaseException:
-                if database.in_transaction:  # SQLite itself has ended it where the disk is full
-                    database.execute("ROLLBACK")
-                raise
+            (expected,) = database.execute("PRAGMA user_version").fetchone()
+            if _checksum(database) != expected:
+                raise sqlite3.DatabaseError("its content does not match its checksum")
+            yield database
+            database.execute(f"PRAGMA user_version = {_checksum(database)}")
             database.execute("COMMIT")
 
     def resolved(self, source: str) -> str | None:
@@ -133,10 +144,10 @@ class Ledger:
             row = database.execute("SELECT config FROM resolved WHERE source = ?", (source,)).fetchone()
         return None if row is None else str(row["config"])
 
-    def remember(self, source: str, config: str) -> None:
-        """Keep what a config resolves to."""
-        with self._open() as database:
-            database.execute("INSERT OR REPLACE INTO resolved VALUES (?, ?)", (source, config))
+    def remember(self, configs: Mapping[str, str]) -> None:
+        """Keep what configs resolve to."""
+        with self._transaction() as database:
+            database.executemany("INSERT OR REPLACE INTO resolved VALUES (?, ?)", configs.items())
 
     def plan(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Make these the planned runs; what is known of them stays, and what else there was is kept, unplanned."""
@@ -153,26 +164,22 @@ class Ledger:
 
     def runs(self) -> list[Run]:
         """Return all runs, in the order of the grid."""
-        with self._told_of_damage(), self._open() as database:
+        with self._open() as database:
             return [_run(r) for r in database.execute("SELECT * FROM runs ORDER BY planned DESC, place").fetchall()]
-
-    @contextmanager
-    def _told_of_damage(self) -> Iterator[None]:
-        try:
-            yield
-        except (sqlite3.DatabaseError, ValueError, TypeError) as error:
-            raise UserError(f"{self.path} is damaged: {error}") from error
 
     def claim(
         self, code: str, besides: Collection[str] = (), goes_on: Callable[[Path], bool] = lambda folder: False
     ) -> Run | None:
-        """Take the next run that nobody is at, or None.
+        """Claim the next unclaimed run; None if there is none.
 
         Args:
             code: that will make it, or what is left of it.
             besides: keys of runs to leave alone.
             goes_on: whether a run's folder holds something that it goes on from.
         """
+        if not self._alive.is_locked:
+            self._alive.acquire()
+            atexit.register(self._lock_of(self.owner).unlink, missing_ok=True)
         with self._transaction() as database:
             now = time.time()
             for row in database.execute(
@@ -193,35 +200,38 @@ class Ledger:
                 return _run(database.execute("SELECT * FROM runs WHERE key = ?", (row["key"],)).fetchone())
         return None
 
+    def _lock_of(self, owner: str) -> Path:
+        return self.path.with_name(f"sweep-{owner.rpartition(':')[2]}.lock")
+
     def _is_abandoned(self, owner: str, heartbeat: float, now: float) -> bool:
-        if owner == self.owner:
+        if owner.rpartition(":")[0] != socket.gethostname():
+            return now - heartbeat > LEASE_SECONDS
+        try:
+            with FileLock(lock := self._lock_of(owner), timeout=0):
+                lock.unlink()  # nobody will ask for it again
+        except Timeout:
             return False
-        host, _, process = owner.partition(":")
-        if host == socket.gethostname():
-            pid, _, started = process.partition(":")
-            return not pid.isdigit() or _started(int(pid)) != started
-        return now - heartbeat > LEASE_SECONDS
+        return True
 
     def beat(self) -> None:
-        """Say that this sweep is alive."""
-        with self._open() as database:
+        """Renew the lease of this sweep's runs."""
+        with self._transaction() as database:
             database.execute(
                 "UPDATE runs SET heartbeat = ? WHERE owner = ? AND status = 'running'", (time.time(), self.owner)
             )
 
     def finish(self, key: str, status: str, reason: str = "", results: Mapping[str, Any] | None = None) -> None:
-        """Write down what came of a run: finished, failed, or waiting where it was interrupted."""
-        told = json.dumps(results or {})
-        with self._open() as database:
+        """Record how a run ended: finished, failed, or waiting where it was interrupted."""
+        with self._transaction() as database:
             database.execute(
-                "UPDATE runs SET status = ?, reason = ?, results = ?, seal = ?, seconds = ? - started, owner = '' "
+                "UPDATE runs SET status = ?, reason = ?, results = ?, seconds = ? - started, owner = '' "
                 "WHERE key = ? AND owner = ?",
-                (status, reason, told, _seal(key, status, reason, told), time.time(), key, self.owner),
+                (status, reason, json.dumps(results or {}), time.time(), key, self.owner),
             )
 
     def retry_failed(self) -> int:
-        """Let planned runs that failed go on from what they left; return how many."""
-        with self._open() as database:
+        """Let planned runs that failed resume from what they left; return how many."""
+        with self._transaction() as database:
             return database.execute(
                 "UPDATE runs SET status = 'waiting' WHERE planned = 1 AND status = 'failed'"
             ).rowcount
@@ -233,7 +243,7 @@ class Ledger:
             code: the code that may stay.
             set_aside: takes away what a run has left, so that it does not go on from there.
         """
-        with self._told_of_damage(), self._transaction() as database:
+        with self._transaction() as database:
             now = time.time()
             rows = database.execute("SELECT * FROM runs WHERE planned = 1 AND code NOT IN ('', ?)", (code,)).fetchall()
             old = [
@@ -251,16 +261,14 @@ def _also(codes: str, code: str) -> str:
     return codes + THEN + code if codes and codes.split(THEN)[-1] != code else codes or code
 
 
-def _seal(key: str, status: str, reason: str, results: str) -> int:
-    return zlib.crc32(json.dumps([key, status, reason, results]).encode())
+def _checksum(database: sqlite3.Connection) -> int:
+    """Return 31 bits over all tables; 0 without any, as `user_version` is in a new file."""
+    _, *statements, _ = database.iterdump()  # between BEGIN and COMMIT
+    return zlib.crc32("".join(statements).encode()) & 0x7FFFFFFF
 
 
 def _run(row: sqlite3.Row) -> Run:
     values = dict(row)
-    seal = values.pop("seal")
-    told = [values[name] for name in ("key", "status", "reason", "results")]
-    if values["status"] in ("finished", "failed") and seal != _seal(*told):
-        raise ValueError(f"what it says of {values['folder']} has changed since it was written")
     return Run(
         **{
             **values,
@@ -269,21 +277,3 @@ def _run(row: sqlite3.Row) -> Run:
             "results": json.loads(values["results"]),
         }
     )
-
-
-def _started(pid: int) -> str:
-    """Return when a process started, as the system counts; empty if there is no such process."""
-    try:
-        # A process number is given anew; with its start it is unique. Fields follow the name, which is in parentheses.
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        pass
-    if Path("/proc/self").exists():
-        return ""
-    try:  # without /proc: whether it lives must do
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return ""
-    except OSError:
-        pass
-    return "alive"

@@ -1,9 +1,11 @@
-"""One run, in a process of its own: train, test, and leave word of how it ended."""
+"""One run, in a process of its own: train, test, and record the exit status.
+
+It is ours because it resumes and tests through the command line, in the run folders that `report` reads.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import json
 import os
@@ -11,12 +13,12 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from routerzoo.runs.atomic import BACKUP, atomic_write, recover
 
@@ -26,6 +28,7 @@ PROGRESS = "progress.json"
 LAST = "checkpoints/last.ckpt"
 BEST = "checkpoints/best.ckpt"
 CELL = "cell.yaml"
+LOCK = "lock"
 TAKEN = "another process is at this run"
 
 
@@ -85,12 +88,12 @@ def run(folder: str, test: list[str], threads: int, sweep: Connection | None = N
     with contextlib.suppress(OSError):
         os.setsid()  # an interrupt of the terminal is the sweep's to handle
     place = Path(folder)
-    with _lock(place) as mine:
-        if not mine:
-            atomic_write(place / OUTCOME, json.dumps({"status": "waiting", "reason": TAKEN}))
-            return
-        _log_into(place / LOG)
-        atomic_write(place / OUTCOME, json.dumps(_outcome(place, test, threads)))
+    try:
+        with FileLock(place / LOCK, timeout=0):  # a second process would overwrite checkpoints
+            _log_into(place / LOG)
+            atomic_write(place / OUTCOME, json.dumps(_outcome(place, test, threads)))
+    except Timeout:
+        atomic_write(place / OUTCOME, json.dumps({"status": "waiting", "reason": TAKEN}))
 
 
 def _outcome(folder: Path, test: list[str], threads: int) -> dict[str, Any]:
@@ -172,18 +175,6 @@ def _log_into(path: Path) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[bool]:
-    """Keep others from the folder while this process lives."""
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
 
 
 def _die_with(sweep: Connection | None) -> None:

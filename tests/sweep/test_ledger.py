@@ -102,7 +102,8 @@ def test_what_the_system_refuses_is_said(tmp_path, monkeypatch):
 
 
 def _claim_and_wait(folder, ready):
-    Ledger(folder).claim("code")
+    ledger = Ledger(folder)
+    ledger.claim("code")
     ready.set()
     time.sleep(60)
 
@@ -121,11 +122,21 @@ def test_the_runs_of_a_killed_sweep_are_taken_over_at_once(tmp_path):
     assert (again.key, again.attempts) == ("a", 2)
 
 
+def test_claims_end_with_their_ledger_and_leave_no_locks(tmp_path):
+    one, other = Ledger(tmp_path), Ledger(tmp_path)
+    one.plan([row("a")])
+    assert one.claim("code").key == "a"
+    assert one.claim("code") is other.claim("code") is None
+    del one
+    assert other.claim("code").key == "a"
+    assert [str(path) for path in tmp_path.glob("*.lock")] == [other._alive.lock_file]
+
+
 def test_the_runs_of_another_machine_are_taken_over_when_it_is_silent(tmp_path):
     ledger = Ledger(tmp_path)
     ledger.plan([row("a")])
     for age, expected in ((LEASE_SECONDS - 60, None), (LEASE_SECONDS + 1, "a")):
-        with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as database, database:
+        with ledger._transaction() as database:
             database.execute(
                 "UPDATE runs SET status = 'running', owner = 'elsewhere:1:2', heartbeat = ?", (time.time() - age,)
             )
@@ -174,3 +185,17 @@ def test_a_broken_file_is_named(tmp_path, damage):
     path.write_text(damage or "x" * 5000)
     with pytest.raises(UserError, match=rf"{FILE} is not a sweep's ledger, or a damaged one"):
         Ledger(tmp_path)
+
+
+@pytest.mark.parametrize("table", ["runs", "resolved"])
+def test_a_changed_row_is_reported_at_every_later_use(tmp_path, table):
+    ledger = Ledger(tmp_path)
+    ledger.plan([row("a")])
+    ledger.remember({"source": "config"})
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as database, database:
+        database.execute(f"UPDATE {table} SET config = 'another'")
+    for use in (lambda: Ledger(tmp_path), lambda: ledger.claim("code"), lambda: ledger.finish("a", "finished")):
+        with pytest.raises(
+            UserError, match=rf"{FILE} is not a sweep's ledger.*its content does not match its checksum"
+        ):
+            use()

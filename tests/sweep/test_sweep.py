@@ -1,13 +1,10 @@
 """Sweeps as a user runs them: processes, kills, failures, and the same numbers by hand."""
 
-import contextlib
 import csv
-import fcntl
 import json
 import os
 import shlex
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -16,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock, Timeout
 
 from routerzoo.report.collect import read_sweep
 from routerzoo.sweep import work
 from routerzoo.sweep.engine import LocalEngine
-from routerzoo.sweep.ledger import FILE, Ledger
+from routerzoo.sweep.ledger import Ledger
 
 BASE = {
     "model": {
@@ -195,11 +193,11 @@ def _alive(folder):
     """Return the locks of runs that a process holds."""
     held = []
     for path in (folder / "out" / "runs").glob("*/lock"):
-        with path.open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                held.append(path)
+        try:
+            with FileLock(path, timeout=0):
+                pass
+        except Timeout:
+            held.append(path)
     return held
 
 
@@ -228,7 +226,7 @@ def test_old_runs_are_made_anew_when_asked(write, tmp_path):
     command = write(routers=["LinearRouter"], seeds=[0], set={"trainer.max_steps": 5})
     run(tmp_path, command)
     (made,) = runs(tmp_path).values()
-    with contextlib.closing(sqlite3.connect(tmp_path / "out" / FILE)) as database, database:
+    with Ledger(tmp_path / "out")._transaction() as database:
         database.execute("UPDATE runs SET code = 'older'")
     assert "1 finished runs were made by other code (older" in run(tmp_path, command)
     run(tmp_path, [*command, "--redo-old"])
