@@ -23,7 +23,7 @@ def runs(tmp_path):
     told = {"step": 30, "total_steps": 120, "metric": 2.5}
     (tmp_path / running.folder / work.PROGRESS).write_text(json.dumps(told))
     return [
-        replace(done, status="finished", results={"test": {"loss": 1.9, "bpb": 2.75}}),
+        replace(done, status="finished", results={"test": {"headline_metric": "bpb", "loss": 1.9, "bpb": 2.75}}),
         replace(running, status="running"),
         replace(failed, status="failed", reason="the loss is nan at step 7"),
         waiting,
@@ -59,4 +59,4 @@ def test_what_is_not_there_yet_is_no_error(tmp_path):
     (tmp_path / work.PROGRESS).write_text("{")
     assert progress_of(tmp_path) == "starting"
     assert headline({}) == "done"
-    assert headline({"test": {"accuracy": 0.5, "loss": 2.0}}) == "accuracy 0.5000"
+    assert headline({"test": {"headline_metric": "accuracy", "accuracy": 0.5, "loss": 2.0}}) == "accuracy 0.5000"
