@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from routerzoo.moe.layer import MoE, moe_layers
@@ -57,7 +56,7 @@ def count_costs(model: nn.Module, run: Callable[[], int]) -> Costs:
     router_flops = 0
     chosen = dict.fromkeys(layers, 0.0)
 
-    with _plain(model, layers):
+    with _evaluation(model):
         run()  # what is computed once and kept, such as a generated gate, is no cost of a token
         with FlopCounterMode(display=False) as counter:
             started: dict[nn.Module, int] = {}
@@ -96,20 +95,13 @@ def _counting(chosen: dict[MoE, float], layer: MoE) -> Any:
 
 
 @contextmanager
-def _plain(model: nn.Module, layers: list[MoE]) -> Iterator[None]:
-    """Run everything by operations that torch can count."""
+def _evaluation(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
-    banks = [bank for layer in layers for bank in (layer.experts, layer.shared_experts) if bank is not None]
-    backends = [bank.backend for bank in banks]
     model.eval()
-    for bank in banks:
-        bank.backend = "reference"
     try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.no_grad():
             yield
     finally:
-        for bank, backend in zip(banks, backends, strict=True):
-            bank.backend = backend
         for module, training in modes:
             module.training = training
 

@@ -29,7 +29,6 @@ def test_counting_leaves_everything_as_it_was():
     task.costs()
     assert [module.training for module in task.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
-    assert {layer.experts.backend for layer in moe_layers(task)} == {"auto"}
     assert not any(layer.router._forward_hooks or layer.router._forward_pre_hooks for layer in moe_layers(task))
 
 

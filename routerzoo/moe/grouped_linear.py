@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 from torch.library import custom_op
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from routerzoo.moe.cpu_upcast import FEWEST_ROWS_PER_EXPERT, Widening, widens
 
@@ -216,6 +217,41 @@ def _weight_grad_backward(ctx, grad_EOI: Tensor):  # type: ignore[no-untyped-def
 
 _matmul.register_autograd(_matmul_backward, setup_context=_save_inputs)
 _weight_grad.register_autograd(_weight_grad_backward, setup_context=_save_inputs)
+
+# FLOPs of the grouped products, two per multiply-add, for `torch.utils.flop_counter.FlopCounterMode`.
+
+
+def _num_rows(ends_E: Tensor, rows: int) -> int:
+    """Return how many rows belong to an expert; all rows where a tensor without values cannot tell."""
+    return int(ends_E[-1]) if type(ends_E) is Tensor and not ends_E.is_meta else rows
+
+
+@register_flop_formula(torch.ops.routerzoo.grouped_matmul, get_raw=True)
+def _matmul_flops(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor, **kwargs: Any) -> int:
+    return 2 * _num_rows(ends_E, len(x_NI)) * weight_EOI.shape[1] * weight_EOI.shape[2]
+
+
+@register_flop_formula(torch.ops.routerzoo.grouped_weight_grad, get_raw=True)
+def _weight_grad_flops(grad_NO: Tensor, x_NI: Tensor, ends_E: Tensor, **kwargs: Any) -> int:
+    return 2 * _num_rows(ends_E, len(x_NI)) * grad_NO.shape[1] * x_NI.shape[1]
+
+
+def _grouped_mm_flops(a: Tensor, b: Tensor, offs: Tensor | None = None, *args: Any, **kwargs: Any) -> int:
+    m, k, n = *a.shape[-2:], b.shape[-1]
+    if offs is None:
+        return 2 * len(a) * m * k * n
+    # The groups divide the dimension that one operand has no batch for: rows, columns, or for two matrices the sum.
+    if b.ndim == 3:
+        m = _num_rows(offs, m)
+    elif a.ndim == 3:
+        n = _num_rows(offs, n)
+    else:
+        k = _num_rows(offs, k)
+    return 2 * m * k * n
+
+
+if torch.ops.aten._grouped_mm not in flop_registry:  # torch 2.15 has no formula for it
+    register_flop_formula(torch.ops.aten._grouped_mm, get_raw=True)(_grouped_mm_flops)
 
 _FUNCTIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "grouped": _grouped,

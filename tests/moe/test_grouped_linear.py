@@ -1,6 +1,8 @@
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 from routerzoo import grouped_linear
 from routerzoo.moe import experts
@@ -91,6 +93,26 @@ def test_autocast_reaches_the_grouped_product():
 )
 def test_the_backend_is_chosen_by_shape_and_dtype(rows, experts, dtype, chosen):
     assert grouped._choose(torch.empty(rows, 16, dtype=dtype), torch.empty(experts, 32, 16, dtype=dtype)) == chosen
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_flops_are_those_of_rows_that_belong_to_an_expert(backend):
+    x = torch.randn(20, 16, requires_grad=True)
+    weight = torch.randn(4, 24, 16, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        y = grouped_linear(x, weight, ends([1, 9, 0, 6]), backend=backend)
+        forward = counter.get_total_flops()
+        (y[:16] * torch.randn(16, 24)).sum().backward()
+    assert forward == 2 * 16 * 16 * 24
+    assert counter.get_total_flops() == 3 * forward
+
+
+@pytest.mark.parametrize("place", [FakeTensorMode, lambda: torch.device("meta")], ids=["fake", "meta"])
+def test_flops_without_values_are_those_of_all_rows(place):
+    with place(), FlopCounterMode(display=False) as counter:
+        x, weight, offsets = torch.empty(20, 16), torch.empty(4, 24, 16), torch.empty(4, dtype=torch.int32)
+        torch.ops.routerzoo.grouped_matmul(x, weight, offsets)
+    assert counter.get_total_flops() == 2 * 20 * 16 * 24
 
 
 def test_gated_activation_is_what_its_parts_are():
