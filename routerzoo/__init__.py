@@ -5,7 +5,7 @@ into a model that exists. Tasks and data modules for Lightning are loaded on fir
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from routerzoo.models.sparsify import sparsify
 from routerzoo.moe.attach import attach
@@ -33,20 +33,34 @@ __version__ = "0.2.0"
 
 # These import Lightning, which takes seconds; they are loaded on first use.
 _LAZY = {
+    "ExpertSpecialization": "routerzoo.callbacks",
     "FineTune": "routerzoo.callbacks",
     "ImageClassification": "routerzoo.tasks",
     "ImageData": "routerzoo.data",
     "KSchedule": "routerzoo.callbacks",
-    "RouterHooks": "routerzoo.callbacks",
     "LabelledText": "routerzoo.data",
     "LanguageModeling": "routerzoo.tasks",
-    "ExpertSpecialization": "routerzoo.callbacks",
+    "RouterHooks": "routerzoo.callbacks",
     "RoutingMonitor": "routerzoo.callbacks",
     "ShardedStrategy": "routerzoo.distributed.strategy",
     "StabilityMonitor": "routerzoo.callbacks",
     "TextClassification": "routerzoo.tasks",
     "TextData": "routerzoo.data",
 }
+if TYPE_CHECKING:
+    from routerzoo.callbacks import ExpertSpecialization as ExpertSpecialization
+    from routerzoo.callbacks import FineTune as FineTune
+    from routerzoo.callbacks import KSchedule as KSchedule
+    from routerzoo.callbacks import RouterHooks as RouterHooks
+    from routerzoo.callbacks import RoutingMonitor as RoutingMonitor
+    from routerzoo.callbacks import StabilityMonitor as StabilityMonitor
+    from routerzoo.data import ImageData as ImageData
+    from routerzoo.data import LabelledText as LabelledText
+    from routerzoo.data import TextData as TextData
+    from routerzoo.distributed.strategy import ShardedStrategy as ShardedStrategy
+    from routerzoo.tasks import ImageClassification as ImageClassification
+    from routerzoo.tasks import LanguageModeling as LanguageModeling
+    from routerzoo.tasks import TextClassification as TextClassification
 
 __all__ = [
     "ByMode",
@@ -86,3 +100,7 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'routerzoo' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

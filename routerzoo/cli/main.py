@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from jsonargparse.typing import register_type
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -37,6 +39,9 @@ from routerzoo.runs.progress_file import ProgressFile
 from routerzoo.runs.report import RunReport
 from routerzoo.runs.routing_pictures import RoutingPictures
 from routerzoo.tasks.base import MoETask
+
+# Callbacks have devices as defaults, which a run's config has to name.
+register_type(torch.device, fail_already_registered=False)
 
 PROGRESS_VARIABLE = "ROUTERZOO_PROGRESS_FILE"
 """A run whose environment has this writes how far it is into that file."""

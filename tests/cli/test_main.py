@@ -1,7 +1,9 @@
 """The command line, and every trap that it closes."""
 
+import copy
 import csv
 import json
+import pickle
 import shutil
 import warnings
 from pathlib import Path
@@ -10,10 +12,11 @@ import pytest
 import torch
 import yaml
 
-from routerzoo import __main__, registry
+from routerzoo import LossWeight, __main__, registry
 from routerzoo.checkpoints.single import read_checkpoint
 from routerzoo.cli import main as cli
 from routerzoo.errors import UserError
+from routerzoo.moe.auxiliary_loss import loss_of
 
 CONFIG = """
 model:
@@ -305,3 +308,64 @@ def test_read_checkpoint_gives_what_was_saved(run):
     with pytest.raises(UserError):
         read_checkpoint(run / "config.yaml")
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["class_path"].endswith("LanguageModeling")
+
+
+def built(*options):
+    """Return the task that a command builds."""
+    registry.load_plugins()
+    return cli.RouterZooCLI(["fit", *options, "--trainer.fast_dev_run", "true"]).model
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda task: pickle.loads(pickle.dumps(task))])
+def test_a_task_built_by_the_command_line_can_be_copied(config, copied):
+    optimizer = ["--model.optimizer", "SGD", "--model.optimizer.lr", "0.5"]
+    task = built("--config", config, "--model.experts", "SwiGLUExperts", *optimizer)
+    twin = copied(task)
+    assert (twin.optimizer.func, twin.optimizer.keywords["lr"]) == (torch.optim.SGD, 0.5)
+    for name, value in task.state_dict().items():
+        assert torch.equal(twin.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    "weights", ["{balance: 0.5, z: 0.1}", "{balance: {value: 0.5, over_layers: mean}, z: {value: 0.1}}"]
+)
+def test_loss_weights_are_numbers_or_say_how_layers_are_reduced(config, weights):
+    task = built("--config", config, "--model.loss_weights", weights)
+    mean = "mean" in weights
+    assert task.loss_weights["balance"] == (LossWeight(0.5, "mean") if mean else 0.5)
+    assert task.loss_weights["z"] == (LossWeight(0.1) if mean else 0.1)
+    _, context = task.train().net(torch.arange(16).unsqueeze(0))
+    raw = [loss_of("balance", published.routing, context) for published in context.routings]
+    expected = 0.5 * sum(raw) / (len(raw) if mean else 1)
+    torch.testing.assert_close(task.auxiliary_losses(context)["balance"], expected)
+
+
+AVERAGING = {
+    "exponential": ["EMAWeightAveraging", "--trainer.callbacks.decay", "0.9"],
+    "stochastic": [
+        *("StochasticWeightAveraging", "--trainer.callbacks.swa_lrs", "0.001"),
+        *("--trainer.callbacks.swa_epoch_start", "1", "--trainer.callbacks.annealing_epochs", "1"),
+        *("--trainer.max_steps", "-1", "--trainer.max_epochs", "2", "--trainer.limit_train_batches", "4"),
+    ],
+}
+
+
+@pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch")
+@pytest.mark.parametrize("kind", AVERAGING)
+def test_averaged_weights_are_trained_and_evaluated(config, kind, capsys):
+    grown = ["--trainer.callbacks+", "KSchedule", "--trainer.callbacks.start", "1", "--trainer.callbacks.end", "4"]
+    options = ["--config", config, "--run_dir", "run", *grown, "--trainer.callbacks+", *AVERAGING[kind]]
+    cli.main(["fit", *options])
+    saved = read_checkpoint(Path("run/checkpoints/last.ckpt"))["state_dict"]
+    ks = {int(value) for name, value in saved.items() if name.endswith("router.k")}
+    assert ks == {3 if kind == "exponential" else 4}  # round(1 + 3 * step / steps) of steps 3 of 4, and 7 of 8
+    cli.main(["validate", "--ckpt_path", "run/checkpoints/last.ckpt"])
+    results = json.loads(Path("run/results.json").read_text())
+    if kind == "exponential":  # the run's own validation had the averaged weights too
+        assert results["val"]["bpb"] == pytest.approx(results["fit"]["bpb"], rel=1e-5)
+
+
+def test_what_a_callback_refuses_is_a_sentence(config):
+    swa = ["--trainer.callbacks+", "StochasticWeightAveraging", "--trainer.callbacks.swa_lrs", "0.001"]
+    message = fails("fit", "--config", config, *swa)
+    assert message.startswith("error: SWA with `swa_epoch_start` as a float is not supported when `max_epochs=-1`")

@@ -6,9 +6,11 @@ import sys
 
 import pytest
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.testing import assert_close
 
+import routerzoo
 from routerzoo import ImageClassification, ImageData, LanguageModeling, TextData, moe_layers
 from routerzoo.callbacks import KSchedule
 from routerzoo.errors import UserError
@@ -321,3 +323,46 @@ def test_results_name_the_k_that_they_were_evaluated_with(tmp_path):
     assert results["k"] == 1
     assert [row["k"] for row in results["by k"]] == [1, 4]
     assert results["active parameters"] == results["by k"][0]["active parameters"]
+
+
+def test_a_model_can_be_evaluated_before_it_is_trained():
+    task, data = language("LinearRouter"), text_data()
+    trainer = Trainer(**QUIET, max_steps=2, limit_val_batches=2, limit_test_batches=2, enable_checkpointing=False)
+    (before,) = trainer.validate(task, data, verbose=False)
+    trainer.test(task, data, verbose=False)
+    trainer.fit(task, data)
+    (after,) = trainer.validate(task, data, verbose=False)
+    assert after["val/loss"] != before["val/loss"]
+
+
+def test_checkpoints_made_in_python_name_the_defaults():
+    task = language("LinearRouter")
+    assert (task.hparams["num_heads"], task.hparams["d_model"]) == (2, 16)
+    assert (task.hparams["rotary_base"], task.hparams["consistency"], task.hparams["top_p"]) == (10_000.0, 0.0, 0.95)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'd_mode'"):
+        language("LinearRouter", d_mode=3)
+
+
+def test_what_is_loaded_on_first_use_is_listed():
+    assert {"LanguageModeling", "RouterHooks", "TextData", "MoE"} <= set(dir(routerzoo))
+    assert routerzoo.LanguageModeling is LanguageModeling
+
+
+def test_the_number_of_steps_is_planned_once():
+    task, steps = language("LinearRouter"), []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            steps.append(module.total_steps)
+
+    schedule = GradientAccumulationScheduler({0: 1, 1: 4})
+    limits = {"max_epochs": 3, "limit_train_batches": 8, "limit_val_batches": 0}
+    Trainer(**QUIET, **limits, enable_checkpointing=False, callbacks=[Watch(), schedule]).fit(task, text_data())
+    assert steps == [8 + 2 + 2] * 24
+
+
+def test_a_sharded_model_does_not_generate():
+    task = language("LinearRouter")
+    task._costs_before_sharding = []  # as `configure_model` leaves it
+    with pytest.raises(UserError, match=r"a sharded model cannot generate: predict with trainer\.devices 1"):
+        Trainer(**QUIET).predict(task, [torch.zeros(1, 4).long()])
