@@ -1,4 +1,4 @@
-"""Optimiser and learning-rate schedule of the tasks."""
+"""Optimizer and learning-rate schedule of the tasks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class WarmupCosine(LambdaLR):
 
     Args:
         optimizer: whose learning rate it sets.
-        total_steps: optimiser steps of the run.
+        total_steps: optimizer steps of the run.
         warmup_steps: steps of the rise; below 1, a share of `total_steps`.
         final_share: learning rate at the end, as a share of the highest.
 
@@ -43,13 +43,13 @@ class WarmupCosine(LambdaLR):
 
 
 EXECUTION = ("foreach", "fused")
-"""Options of an optimiser that say how it computes. They are no part of its state: a run that goes on sets its own."""
+"""Options of an optimizer that say how it computes. They are no part of its state: a resumed run sets its own."""
 # Where torch has fused kernels, and they are known to work here.
 FUSED_DEVICES = ("cpu", "cuda")
 
 
 def use_fused_kernel(optimizer: Optimizer) -> None:
-    """Let an optimiser update each parameter in one pass over memory, if torch can and the user has not chosen.
+    """Let an optimizer update each parameter in one pass over memory, if torch can and the user has not chosen.
 
     With many experts most parameters are theirs, and all of them are updated in every step, whatever was chosen: AdamW
     over 17 million parameters takes 30 ms instead of 109 ms on one CPU core. torch does this only when asked.
@@ -74,7 +74,7 @@ def _fuse(optimizer: Optimizer) -> None:
         for parameter in parameters:
             step = optimizer.state[parameter].get("step") if parameter in optimizer.state else None
             if isinstance(step, torch.Tensor):
-                # An optimiser that is not fused keeps this number on the CPU.
+                # An optimizer that is not fused keeps this number on the CPU.
                 optimizer.state[parameter]["step"] = step.to(device=parameter.device, dtype=torch.float32)
 
 

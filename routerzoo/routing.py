@@ -371,7 +371,7 @@ class Routing:
         return torch.cat([self.merge_GE, nothing_1E]).index_select(0, self.group_T.remainder(len(self.merge_GE) + 1))
 
     def expert_load(self, num_experts: int) -> Tensor:
-        """Return how many assignments each expert gets, float32 `[num_experts]`, without a host synchronisation.
+        """Return how many assignments each expert gets, float32 `[num_experts]`, without a host synchronization.
 
         An expert's load in a soft routing is the number of its slots, in a merged one the sum of its weights over
         tokens.

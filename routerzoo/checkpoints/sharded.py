@@ -1,6 +1,6 @@
 """Checkpoints of models that are spread over ranks: a folder into which each rank writes its part.
 
-The folder holds `meta.pt`, everything that is no tensor of the model or the optimiser, and torch's distributed
+The folder holds `meta.pt`, everything that is no tensor of the model or the optimizer, and torch's distributed
 checkpoint of the tensors: `state_dict.<name>` and `optimizer.<parameter>.<state>`. Any number of ranks can read what
 any other has written, one process too.
 """
@@ -164,7 +164,7 @@ def sizes(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 def read_whole(path: Path) -> dict[str, Any]:
     """Read a folder into one process, as the checkpoint that one process would have written.
 
-    The optimiser's state is by name of parameter; see `by_number`.
+    The optimizer's state is by name of parameter; see `by_number`.
 
     Raises:
         UserError: it is broken, or needs code to be read.
@@ -190,7 +190,7 @@ def read_whole(path: Path) -> dict[str, Any]:
 
 
 def named_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
-    """Return an optimiser's state by name of parameter, so that it can be read into one with other groups."""
+    """Return an optimizer's state by name of parameter, so that it can be read into one with other groups."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     state = {names[parameter]: dict(values) for parameter, values in optimizer.state.items() if values}
     groups = [{**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
@@ -201,7 +201,7 @@ def named(state: dict[str, Any], groups: list[dict[str, Any]], model: nn.Module)
     """Turn a state by number, as one process saves it, into one by name.
 
     Args:
-        state: of an optimiser with the parameters of `groups`, in their order.
+        state: of an optimizer with the parameters of `groups`, in their order.
         groups: see `parameter_groups`.
         model: that they are of.
     """
@@ -214,7 +214,7 @@ def named(state: dict[str, Any], groups: list[dict[str, Any]], model: nn.Module)
 
 
 def by_number(state: dict[str, Any], groups: list[dict[str, Any]], model: nn.Module) -> dict[str, Any]:
-    """Turn a state by name into that of an optimiser with the parameters of `groups`, in their order."""
+    """Turn a state by name into that of an optimizer with the parameters of `groups`, in their order."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     options = {name: group for group in state["param_groups"] for name in group["params"]}
     order = [names[parameter] for group in groups for parameter in group["params"]]

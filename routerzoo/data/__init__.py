@@ -1,4 +1,4 @@
-"""Lightning data modules: text for language modelling, images and labelled texts for classification."""
+"""Lightning data modules: text for language modeling, images and labeled texts for classification."""
 
 from routerzoo.data.images import ImageData
 from routerzoo.data.labelled_text import LabelledText

@@ -31,7 +31,7 @@ class ImageSet:
 
     Args:
         image_size: height and width, pixels.
-        channels: 1 for grey, 3 for colour.
+        channels: 1 for grey, 3 for color.
         mean: of each channel over the training split, of pixels from 0 to 1.
         std: standard deviation of each channel.
         flip: whether a mirrored image is as good an example.
@@ -73,7 +73,7 @@ VALIDATION_SHARE = 0.1
 
 
 class ImageBatch(NamedTuple):
-    """`images_BCHW` normalised float32; `labels_B` int64."""
+    """`images_BCHW` normalized float32; `labels_B` int64."""
 
     images_BCHW: Tensor
     labels_B: Tensor

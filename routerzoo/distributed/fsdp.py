@@ -20,7 +20,7 @@ from routerzoo.moe.layer import moe_layers
 def shard_model(model: nn.Module, mesh: DeviceMesh, expert_parallel: int = 1) -> None:
     """Spread a model over all ranks of a mesh, each of which trains on data of its own.
 
-    With `expert_parallel = n`, n neighbouring ranks share the experts of each MoE layer and exchange tokens; ranks that
+    With `expert_parallel = n`, n neighboring ranks share the experts of each MoE layer and exchange tokens; ranks that
     hold the same experts shard these among themselves, and all ranks shard everything else. Routers are small, and
     their hooks look at whole parameters: each rank keeps all of them, and `average_gradients` does what FSDP2 would.
 

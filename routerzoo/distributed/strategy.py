@@ -21,10 +21,10 @@ from routerzoo.optim import parameter_groups
 
 @final
 class ShardedStrategy(ModelParallelStrategy):
-    """Every process trains on data of its own, and holds a part of the weights and of the optimiser's state.
+    """Every process trains on data of its own, and holds a part of the weights and of the optimizer's state.
 
     The rest is Lightning's `ModelParallelStrategy`, without tensor parallelism. Checkpoints are folders that any number
-    of processes can read, whole or not at all; checkpoints of one process can be read too.
+    of processes can read, written atomically; checkpoints of one process can be read too.
 
     Args:
         expert_parallel: so many processes share the experts of each MoE layer, and exchange tokens.
@@ -53,7 +53,7 @@ class ShardedStrategy(ModelParallelStrategy):
         return dict(self.lightning_module.state_dict())
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return this process's part of the optimiser's state, by name of parameter."""
+        """Return this process's part of the optimizer's state, by name of parameter."""
         assert self.lightning_module is not None
         return sharded.named_state(getattr(optimizer, "_optimizer", optimizer), self.lightning_module)
 
@@ -74,7 +74,7 @@ class ShardedStrategy(ModelParallelStrategy):
         sharded.save(path, meta, tensors)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a folder, or a file of one process, into the model and the optimiser."""
+        """Read a folder, or a file of one process, into the model and the optimizer."""
         path = Path(self.broadcast(checkpoint_path))
         model, module = self.model, self.lightning_module
         assert model is not None
@@ -101,7 +101,7 @@ class ShardedStrategy(ModelParallelStrategy):
         return meta
 
     def _optimizer_tensors(self, path: Path) -> dict[str, dict[str, Tensor]]:
-        """Read the optimiser's state, spread as the parameters are."""
+        """Read the optimizer's state, sharded as the parameters are."""
         assert self.lightning_module is not None
         parameters = dict(self.lightning_module.named_parameters())
         wanted: dict[str, Tensor] = {}

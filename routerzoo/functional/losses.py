@@ -1,4 +1,4 @@
-"""Auxiliary losses of routing: one normalisation of each, in one place.
+"""Auxiliary losses of routing: one normalization of each, in one place.
 
 Each is a raw scalar that does not grow with the number of tokens. The task multiplies it with its coefficient. Losses
 that count or average experts take a `scope`: over all tokens of the micro-batch, on all processes where the context
@@ -83,7 +83,7 @@ def balance_loss(
     DeepSeek-V3's sequence-wise loss.
 
     Args:
-        probs_TE: scores of each token; each row is normalised to sum to 1 here, as sigmoid scores need.
+        probs_TE: scores of each token; each row is normalized to sum to 1 here, as sigmoid scores need.
         experts_TK: chosen experts, -1 for none.
         weighted: let `f_e` be the mean over tokens of an expert's score where it is chosen (DynMoLE, Li et al. 2025),
             which has a gradient too.

@@ -284,8 +284,8 @@ class Decoder(nn.Module):
             ids_BS: token ids.
             padding_mask_BS: True where a token is padding; experts skip it.
             task_ids_B: the task of each sequence; by default the first one's.
-            step: optimiser steps taken, where known.
-            total_steps: optimiser steps that the run will take, where known.
+            step: optimizer steps taken, where known.
+            total_steps: optimizer steps that the run will take, where known.
             process_group: processes that train on parts of this batch; see `RoutingContext`.
         """
         progress = (step, total_steps, process_group)

@@ -145,9 +145,9 @@ class ViTMoE(nn.Module):
         """Return class logits `[B, L]`, and the context with the routing of every MoE layer.
 
         Args:
-            images_BCHW: normalised images.
-            step: optimiser steps taken, where known.
-            total_steps: optimiser steps that the run will take, where known.
+            images_BCHW: normalized images.
+            step: optimizer steps taken, where known.
+            total_steps: optimizer steps that the run will take, where known.
             process_group: processes that train on parts of this batch; see `RoutingContext`.
         """
         batch, _, height, width = images_BCHW.shape

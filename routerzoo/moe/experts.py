@@ -28,8 +28,8 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 class Experts(Reinitializable, ABC):
     """E feed-forward networks of the same shape.
 
-    Weights are stacked, `[num_experts, ...]`: a step with an idle expert still gives every parameter a gradient, the
-    optimiser sees a handful of tensors, and sharding over experts is sharding over dimension 0. A class of your own
+    Weights are stacked, `[num_experts, ...]`: a step with a dead expert still gives every parameter a gradient, the
+    optimizer sees a handful of tensors, and sharding over experts is sharding over dimension 0. A class of your own
     implements `forward` with `routerzoo.grouped_linear` and takes `(spec, *, its own keyword arguments)`. It reads the
     number of experts off its weights, not the spec: a router that merges experts calls it with as many as it merged.
 

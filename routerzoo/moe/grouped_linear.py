@@ -30,7 +30,7 @@ def grouped_linear(
         bias_EO: added to each row, where given.
         backend: `auto` chooses by device, dtype and shape.
 
-            - `grouped`: `torch.nn.functional.grouped_mm`, no host synchronisation.
+            - `grouped`: `torch.nn.functional.grouped_mm`, no host synchronization.
             - `loop`: one product per expert that has rows, into preallocated memory; any device and dtype. Products of
               16 bits are computed in float32 where the CPU has no instructions for them (`routerzoo.moe.cpu_upcast`).
             - `reference`: indexes the weights in a loop under plain autograd. Slow (its backward allocates the whole

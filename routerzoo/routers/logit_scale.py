@@ -1,7 +1,7 @@
-"""Matching the scale of routers' initial logits, so that a comparison is not one of initialisations.
+"""Matching the scale of routers' initial logits, so that a comparison is not one of initializations.
 
 A router whose logits start larger starts more certain: at width 256 and 16 experts HyperRouter's have a standard
-deviation of 1.2 and a normalised entropy of 0.79, a frozen N(0, 0.02) gate's 0.32 and 0.98, before any training.
+deviation of 1.2 and a normalized entropy of 0.79, a frozen N(0, 0.02) gate's 0.32 and 0.98, before any training.
 """
 # Shape suffixes: T tokens, D model width, E experts.
 
@@ -18,7 +18,7 @@ PROBE_TOKENS = 4096
 def initial_logit_std(router: Router) -> float | None:
     """Return the standard deviation of a router's logits over the experts of a token, where hidden states are N(0, 1).
 
-    As they are behind a normalisation layer. A shift of all logits of a token does not count: no softmax sees it. None
+    As they are behind a normalization layer. A shift of all logits of a token does not count: no softmax sees it. None
     where the router has no logits. The random state is left alone.
     """
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""StableMoERouter: learn to route, distil it into a token table, freeze it (Dai et al., ACL 2022, https://arxiv.org/abs/2204.08396)."""
+"""StableMoERouter: learn to route, distill it into a token table, freeze it (Dai et al., ACL 2022, https://arxiv.org/abs/2204.08396)."""
 # Shape suffixes: T tokens, D model width, E experts, K choices per token, V token ids, R routing dimension.
 
 from __future__ import annotations
