@@ -1,4 +1,4 @@
-"""What can be seen on a GPU alone. `tests/test_moe.py` tests what it can of it with tensors that have no values."""
+"""What only a GPU shows. `tests/moe/test_layer.py` tests what it can of it with tensors that have no values."""
 # Shape suffixes: T tokens, D model width.
 
 import copy
@@ -8,18 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from routerzoo import MLPExperts, MoE, RoutingContext, SwiGLUExperts
+from routerzoo import MLPExperts, MoE, SwiGLUExperts
 from routerzoo.cli.main import main
 from tests.conftest import SPEC, router_factory
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.full]
 TOKENS = 256
 ROOT = Path(__file__).parents[1]
-
-
-def moved(context, device):
-    fields = {n: v.to(device) if isinstance(v := getattr(context, n), torch.Tensor) else v for n in vars(context)}
-    return RoutingContext(**fields)
 
 
 def with_bfloat16_experts(router):
@@ -44,7 +39,7 @@ def test_a_layer_computes_what_it_does_on_a_cpu(router_name, experts, make_conte
     layer = MoE(SPEC, router_factory(router_name, top_k=2), experts, num_shared_experts=1).eval()
     x_TD, context = torch.randn(TOKENS, SPEC.d_model), make_context(TOKENS)
     expected = outputs(layer, x_TD, context)
-    found = outputs(copy.deepcopy(layer).cuda(), x_TD.cuda(), moved(context, "cuda"))
+    found = outputs(copy.deepcopy(layer).cuda(), x_TD.cuda(), context.to("cuda"))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 
@@ -55,7 +50,7 @@ def test_backends_agree_in_bfloat16(make_context):
     found = {}
     for backend in ("grouped", "loop", "reference"):
         layer.experts.backend = backend
-        found[backend] = outputs(layer, x_TD, moved(context, "cuda"))
+        found[backend] = outputs(layer, x_TD, context.to("cuda"))
     for backend in ("grouped", "loop"):
         for one, other in zip(found[backend], found["reference"], strict=True):
             torch.testing.assert_close(one, other, atol=2e-2, rtol=5e-2)
@@ -64,21 +59,20 @@ def test_backends_agree_in_bfloat16(make_context):
 def test_a_step_waits_for_nothing(router_name, make_context):
     layer = with_bfloat16_experts(router_name).train()
     x_TD = torch.randn(TOKENS, SPEC.d_model, device="cuda", dtype=torch.bfloat16)
-    context = moved(make_context(TOKENS), "cuda")
+    context = make_context(TOKENS).to("cuda")
     layer(x_TD, context).float().sum().backward()  # what is set up once may wait
     torch.cuda.set_sync_debug_mode("error")
     try:
-        layer(x_TD, moved(context, "cuda")).float().sum().backward()
+        layer(x_TD, context.to("cuda")).float().sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_layer_is_compiled_into_one_graph(router_name, make_context):
     layer = with_bfloat16_experts(router_name).eval()
-    if not layer.router.compiles:
-        pytest.skip(f"{router_name} does not declare that it compiles")
+    assert layer.router.properties.compiles
     x_TD = torch.randn(TOKENS, SPEC.d_model, device="cuda", dtype=torch.bfloat16)
-    context = moved(make_context(TOKENS), "cuda")
+    context = make_context(TOKENS).to("cuda")
     torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True)
     torch.testing.assert_close(compiled(x_TD, context), layer(x_TD, context), atol=2e-2, rtol=5e-2)

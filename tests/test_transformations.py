@@ -6,13 +6,22 @@ import pytest
 import torch
 
 import routerzoo
-from routerzoo import TextClassification, attach, moe_layers
+from routerzoo import LayerSpec, MoE, RoutingContext, TextClassification, attach, auxiliary_loss, create_router
 from routerzoo.data.labelled_text import LabelledBatch
-from tests.conftest import router_factory
+from tests.conftest import BUILT_IN, router_factory
 from tests.distributed.data_parallel import LENGTH, SEQUENCES, VOCABULARY, Model
 from tests.tasks.test_tasks import language, vision
 
 ALL = routerzoo.list_routers()
+SPEC = LayerSpec(16, 8, layer=0, num_layers=2, vocab_size=40, num_positions=8, hidden_dim=32, num_tasks=2)
+
+
+def declaring(name, training):
+    """Return the routers that declare a property, by name."""
+    return [router for router in ALL if getattr(create_router(router, SPEC).train(training).properties, name)]
+
+
+COMPILING = declaring("compiles", training=False)
 
 
 class Logits(torch.nn.Module):
@@ -57,12 +66,12 @@ TASKS = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("router_name", [name for name in BUILT_IN if name in COMPILING])
 def test_each_task_compiles_with_each_router(router_name, name):
     build, part_of, inputs = TASKS[name]
     task = build(router_name).eval()
-    if not all(layer.router.properties.compiles for layer in moe_layers(task)):
-        pytest.skip(f"{router_name} does not declare that it compiles")
     given = inputs()
     expected = part_of(task)(*given)
     torch.compiler.reset()  # the same code was compiled for other routers before, of which there is a limit
@@ -73,6 +82,45 @@ def test_each_task_compiles_with_each_router(router_name, name):
     torch.testing.assert_close(compiled, expected, atol=1e-5, rtol=1e-5)
 
 
+def full_context(num_tokens):
+    tokens = torch.arange(num_tokens)
+    return RoutingContext(
+        token_ids=torch.randint(40, (num_tokens,)),
+        positions=tokens % 8,
+        sequence_ids=tokens // 8,
+        padding_mask=tokens % 8 == 7,
+        task_ids=tokens // 8 % 2,
+        attention=torch.rand(num_tokens, 2, 8).softmax(-1),
+        step=1,
+        total_steps=10,
+    )
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("router_name", declaring("compiles", training=True))
+def test_a_layer_trains_in_one_graph_with_its_context(router_name):
+    layer, x_TD, context = MoE(SPEC, router_factory(router_name)), torch.randn(32, 16), full_context(32)
+    torch.compiler.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own compiler
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+
+        def gradients(run):
+            torch.manual_seed(0)
+            layer.zero_grad()
+            own = context.new_pass()
+            y_TD = run(x_TD, own)
+            assert [(entry.layer, entry.call) for entry in own.routings] == [(layer, 0)]
+            (y_TD.square().mean() + auxiliary_loss(layer, own, token_losses=torch.ones(32))).backward()
+            return {"y": y_TD.detach(), **{n: p.grad for n, p in layer.named_parameters() if p.grad is not None}}
+
+        expected, found = gradients(layer), gradients(compiled)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("name", TASKS)
 def test_each_task_is_exported_with_each_router(router_name, name):
     build, part_of, inputs = TASKS[name]
@@ -90,6 +138,7 @@ def batches(number):
     return torch.randint(VOCABULARY, (SEQUENCES, LENGTH), generator=generator)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -114,14 +163,13 @@ def test_every_router_trains_in_16_bits(name, dtype, device):
     assert updates.step == 20
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.full
+@pytest.mark.parametrize("name", declaring("batch_independent", training=True))
 def test_accumulated_gradients_are_those_of_a_larger_batch(name):
     """Auxiliary losses aside, which are of a micro-batch where they are of a batch."""
     model = Model(name, auxiliary=0.0).double().train()
     for layer in model.layers:
         layer.router.fit_token_counts(torch.arange(VOCABULARY) + 1)
-    if not all(layer.router.properties.batch_independent for layer in model.layers):
-        pytest.skip(f"{name} routes a token by the others of its micro-batch")
     ids_BS = batches(1)
 
     def gradients(parts):
