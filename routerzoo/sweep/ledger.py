@@ -133,7 +133,8 @@ class Ledger:
             database.execute("BEGIN IMMEDIATE")
             (expected,) = database.execute("PRAGMA user_version").fetchone()
             if _checksum(database) != expected:
-                raise sqlite3.DatabaseError("its content does not match its checksum")
+                told = "does not match its checksum" if expected else "has no checksum, as in routerzoo 0.1"
+                raise sqlite3.DatabaseError(f"its content {told}")
             yield database
             database.execute(f"PRAGMA user_version = {_checksum(database)}")
             database.execute("COMMIT")

@@ -199,3 +199,10 @@ def test_a_changed_row_is_reported_at_every_later_use(tmp_path, table):
             UserError, match=rf"{FILE} is not a sweep's ledger.*its content does not match its checksum"
         ):
             use()
+
+
+def test_a_ledger_of_an_older_version_is_refused(tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as database, database:
+        database.execute("CREATE TABLE runs (key TEXT PRIMARY KEY, seal INTEGER)")
+    with pytest.raises(UserError, match=r"its content has no checksum, as in routerzoo 0\.1"):
+        Ledger(tmp_path)
