@@ -9,6 +9,8 @@ import torch
 
 from tests.conftest import BUILT_IN
 
+pytestmark = pytest.mark.full
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 

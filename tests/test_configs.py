@@ -30,6 +30,7 @@ def test_whole_configs_resolve(domain, name, capsys):
 
 
 @pytest.mark.parametrize("name", SIX)
+@pytest.mark.full
 def test_a_whole_config_is_what_its_parts_make(name, capsys):
     whole = resolved(capsys, f"language/{name}.yaml")
     parts = resolved(capsys, "tasks/language.yaml", f"routers/{name}.yaml", "experts/mlp.yaml")
@@ -38,6 +39,7 @@ def test_a_whole_config_is_what_its_parts_make(name, capsys):
 
 @pytest.mark.parametrize("trainer", ["cpu", "gpu", "ddp", "sharded", "expert-parallel"])
 @pytest.mark.parametrize("experts", ["mlp", "swiglu", "shared"])
+@pytest.mark.full
 def test_parts_compose(trainer, experts, capsys):
     config = resolved(
         capsys,
@@ -54,6 +56,7 @@ def test_parts_compose(trainer, experts, capsys):
 @pytest.mark.parametrize("domain", ["language", "vision"])
 @pytest.mark.parametrize("comparison", ["fixed-k", "grown-k"])
 @pytest.mark.parametrize("name", SIX)
+@pytest.mark.full
 def test_every_router_is_crossed_with_fixed_and_grown_k(domain, comparison, name, capsys):
     config = resolved(capsys, f"{domain}/{name}.yaml", f"comparison/{comparison}.yaml")
     arguments = config["model"]["init_args"]

@@ -11,6 +11,8 @@ import yaml
 import routerzoo
 from routerzoo.cli import main as cli
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).parents[1]
 PLUGINS = sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))
 

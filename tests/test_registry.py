@@ -41,6 +41,16 @@ def test_registering_refuses_what_is_no_concrete_router(monkeypatch):
         routerzoo.register_router(type("LinearRouter", (Router,), {"route": lambda self, x, context: None}))
 
 
+def test_an_unregistered_class_does_not_take_a_name_in_configs():
+    class LinearRouter(Router):
+        def route(self, x_TD, context):
+            raise NotImplementedError
+
+    # jsonargparse finds the classes that a short name may mean so.
+    assert LinearRouter not in Router.__subclasses__()
+    assert routerzoo.LinearRouter in routerzoo.LogitRouter.__subclasses__()
+
+
 def test_a_router_cannot_require_what_no_context_has():
     with pytest.raises(TypeError, match="requires names colour"):
         type("Colourful", (Router,), {"requires": frozenset({"colour"})})
@@ -127,6 +137,7 @@ def test_installed_plugins_are_found_and_broken_ones_reported(plugins):
     assert done.stderr.count("routerzoo ignores the plugin") == 4
 
 
+@pytest.mark.full
 def test_a_package_may_have_several_routers_in_submodules(plugins):
     package = plugins / "pair_plugin"
     package.mkdir()
@@ -145,6 +156,7 @@ def test_a_package_may_have_several_routers_in_submodules(plugins):
         assert done.stdout == "['pair', 'pair'] 4\n", done.stderr
 
 
+@pytest.mark.full
 def test_a_plugin_trains_from_the_command_line_and_in_yaml(plugins, tmp_path):
     config = tmp_path / "tiny.yaml"
     config.write_text(
@@ -167,6 +179,7 @@ def test_a_plugin_trains_from_the_command_line_and_in_yaml(plugins, tmp_path):
     assert "TinyRouter · 1 MoE layers of 4 MLPExperts, top 3" in done.stdout
 
 
+@pytest.mark.full
 def test_plugins_can_be_left_out(plugins, monkeypatch):
     monkeypatch.setenv("ROUTERZOO_DISABLE_PLUGINS", "1")
     done = python("import routerzoo; print(routerzoo.list_routers())", plugins)

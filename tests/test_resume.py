@@ -7,6 +7,8 @@ import torch
 
 from routerzoo.cli.main import main
 
+pytestmark = pytest.mark.full
+
 LANGUAGE = """
 model:
   class_path: LanguageModeling

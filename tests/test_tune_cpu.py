@@ -3,6 +3,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.full
+
 # In a process of its own: the settings are the process's.
 TUNE = "import routerzoo, torch; print({}, torch.tensor([1e-40]).mul(1.0).item() == 0)"
 

@@ -82,6 +82,7 @@ def test_numbers_that_do_not_divide_are_refused():
         plan(language(LinearRouter), 4, 4, expert_parallel=2)
 
 
+@pytest.mark.full
 def test_a_model_that_no_laptop_holds(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text(CONFIG)
     large = ["--model.d_model=4096", "--model.num_heads=32", "--model.num_experts=64"]
@@ -104,6 +105,7 @@ def peak(config, options, answers):
         answers.put(json.load(file)["fit"]["peak memory, bytes"])
 
 
+@pytest.mark.full
 def test_memory_is_what_a_run_takes(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text(CONFIG)
     large = ["--model.d_model=384", "--data.batch_size=16", "--data.sequence_length=256"]

@@ -7,6 +7,8 @@ import pytest
 
 from tests.cli.test_main import CONFIG
 
+pytestmark = pytest.mark.full
+
 
 # One whose parameters stop learning on the way, and one with frozen buffers; each takes half a minute to start.
 @pytest.mark.parametrize("router_name", ["StableMoERouter", "HyperRouter"])

@@ -11,6 +11,8 @@ import pytest
 from routerzoo.cli.main import main
 from tests.test_resume import stop_after
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).parents[2]
 CONFIG = """
 model:

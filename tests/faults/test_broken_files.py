@@ -22,6 +22,8 @@ from routerzoo.errors import UserError
 from routerzoo.sweep.ledger import Ledger
 from tests.faults.test_kills import assert_same
 
+pytestmark = pytest.mark.full
+
 CORRUPTIONS = 150
 
 

@@ -9,6 +9,8 @@ import torch
 
 from tests.faults.lives import start, wait_for
 
+pytestmark = pytest.mark.full
+
 LANGUAGE = """
 model:
   class_path: LanguageModeling

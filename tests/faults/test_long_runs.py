@@ -8,6 +8,8 @@ from lightning import Callback
 
 from tests.faults.lives import start
 
+pytestmark = pytest.mark.full
+
 CONFIG = """
 model:
   class_path: LanguageModeling
