@@ -1,4 +1,4 @@
-"""Checkpoints of models that are spread over ranks: a folder into which each rank writes its part.
+"""Checkpoints of sharded models: a folder into which each rank writes its part.
 
 The folder holds `meta.pt`, everything that is no tensor of the model or the optimizer, and torch's distributed
 checkpoint of the tensors: `state_dict.<name>` and `optimizer.<parameter>.<state>`. Any number of ranks can read what
@@ -53,7 +53,7 @@ def read_meta(path: Path) -> dict[str, Any]:
     except Exception as error:  # a damaged pickle can raise anything
         raise UserError(f"{path} is not a checkpoint that can be read: {_first_line(error)}") from error
     if not isinstance(meta, dict) or STATE not in meta or CHECKSUMS not in meta:
-        raise UserError(f"{path} is not a checkpoint of a model that was spread over processes: {META} lacks a {STATE}")
+        raise UserError(f"{path} is not a checkpoint of a sharded model: {META} lacks a {STATE}")
     return meta
 
 
@@ -99,7 +99,7 @@ class _Writer(FileSystemWriter):
 
 
 def save(path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write a folder, on all ranks together. One that is there is replaced once the new one is whole."""
+    """Write a folder, on all ranks together. One that exists is replaced once the new one is complete."""
     part = path.with_name(path.name + TEMPORARY)
     first = dist.get_rank() == 0
     if first:
@@ -134,13 +134,13 @@ def verify(path: Path, checksums: dict[str, int], rank: int = 0, ranks: int = 1)
     for name in sorted(checksums)[rank::ranks]:
         file = path / Path(name).name
         if not file.is_file():
-            raise UserError(f"the checkpoint {path} is not whole: {name} is missing")
+            raise UserError(f"the checkpoint {path} is incomplete: {name} is missing")
         if _checksum(file) != checksums[name]:
             raise UserError(f"the checkpoint {path} is damaged: {name} has changed since it was written")
 
 
 def load(path: Path, tensors: dict[str, Any]) -> None:
-    """Read tensors into memory that is there, on all ranks together, each its part.
+    """Read tensors into given memory, on all ranks together, each its part.
 
     Raises:
         UserError: one is missing, of another shape, or cannot be read.
@@ -174,7 +174,7 @@ def read_whole(path: Path) -> dict[str, Any]:
     try:
         tensors: dict[str, Any] = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in sizes(path).items()}
         with warnings.catch_warnings():
-            # That one process reads is what is wanted here.
+            # One process reads on purpose.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
             load_tensors(tensors, storage_reader=FileSystemReader(path), no_dist=True)
     except Exception as error:

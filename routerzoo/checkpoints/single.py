@@ -1,4 +1,4 @@
-"""Checkpoint files: written whole or not at all, and read without letting them run code."""
+"""Checkpoint files: written atomically, and read without running code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from routerzoo.runs.atomic import TEMPORARY, atomic_replace
 
 @final
 class WholeCheckpoints(TorchCheckpointIO):
-    """Writes checkpoint files whole or not at all, and reads them, and folders of several processes, without code.
+    """Writes checkpoint files atomically, and reads them, and folders of sharded models, without running code.
 
     Lightning writes into the system's temporary folder and moves the file, which is a copy where that is another file
     system: a run that is killed meanwhile leaves a torn checkpoint. Here the file is written beside its place, handed

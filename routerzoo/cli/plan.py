@@ -1,4 +1,4 @@
-"""`python -m routerzoo plan`: what a run will need on so many processes, without them and without the weights."""
+"""`python -m routerzoo plan`: the memory, FLOPs and traffic of a run, without its processes and its weights."""
 # Shape suffixes: T tokens, D model width, N rows (token-expert pairs).
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from routerzoo.routing import Routing, RoutingContext
 from routerzoo.tasks.base import MoETask
 
 SAMPLE_TOKENS = 256
-# Tensors of more elements than this get no memory: no router has one, and every large model's weights are such.
+# Tensors of more elements than this are made on the meta device: large experts are, routers are not.
 LARGE = 2**22
 WEIGHT_BYTES = 4
 
@@ -46,18 +46,18 @@ class Needs:
     Args:
         parameters: in all, frozen ones and floating-point buffers included.
         trainable: those that learn.
-        active: those that a token meets.
+        active: those active per token.
         flops: of a token's forward pass, two per multiply-add; training takes about three times as many.
         router_flops: the routers' part.
         tokens: of a process's batch.
         weights: bytes of the weights that a process holds.
-        gathered: bytes of the largest part that sharding puts together for its computation, with its gradient.
+        gathered: bytes of the largest part that is gathered at a time, with its gradient.
         gradients: bytes of gradients.
-        optimizer: bytes of the optimiser's state, of AdamW: two numbers a parameter.
+        optimizer: bytes of the optimizer's state, of AdamW: two numbers a parameter.
         activations: bytes kept for the backward pass.
         gradient_traffic: bytes that a process sends in each step to average gradients.
-        weight_traffic: bytes that it sends to put sharded weights together, forward and backward.
-        token_traffic: bytes that it sends to exchange tokens between experts, if tokens spread evenly.
+        weight_traffic: bytes that it sends to gather sharded weights, forward and backward.
+        token_traffic: bytes that it sends to exchange tokens between experts, if experts have equal loads.
     """
 
     parameters: int
@@ -85,10 +85,10 @@ def plan(task: MoETask, examples: int, processes: int = 1, *, sharded: bool = Fa
     """Say what a run needs.
 
     Args:
-        task: its large weights may be without memory (`without_memory`). It is spoilt for any other use.
+        task: its large weights may be on the meta device (`without_memory`). It cannot be used afterwards.
         examples: sequences or images in a process's batch.
         processes: of the run.
-        sharded: weights are spread over processes (`ShardedStrategy`), or else each has all (DDP).
+        sharded: weights are sharded over processes (`ShardedStrategy`), or else each has all (DDP).
         expert_parallel: processes that share experts.
 
     Raises:
@@ -107,9 +107,7 @@ def plan(task: MoETask, examples: int, processes: int = 1, *, sharded: bool = Fa
     frozen += sum(b.numel() for b in task.net.buffers() if b.is_floating_point())
     routers_of_layers = [copy.deepcopy(layer.router) for layer in layers]
     rest = _rest(task, layers)
-    parts = [
-        _MoEPart.of(layer, router, rest.tokens) for layer, router in zip(layers, routers_of_layers, strict=True)
-    ]
+    parts = [_MoEPart.of(layer, router, rest.tokens) for layer, router in zip(layers, routers_of_layers, strict=True)]
     tokens = examples * rest.tokens
     idle = sum(part.idle for part in parts)
     router_flops = sum(part.router_flops for part in parts)
@@ -142,7 +140,7 @@ def plan(task: MoETask, examples: int, processes: int = 1, *, sharded: bool = Fa
         gradients=round(held * WEIGHT_BYTES),
         optimizer=round(2 * held * WEIGHT_BYTES),
         activations=round(examples * rest.saved + tokens * sum(saved_by_layers)),
-        # A ring sends each gradient twice, once to add up and once to tell; sharding only adds up.
+        # A ring all-reduce sends each gradient twice; a reduce-scatter sends it once.
         gradient_traffic=round((spread + 2 * routers * share if sharded else 2 * trainable * share) * WEIGHT_BYTES),
         weight_traffic=round(2 * spread * WEIGHT_BYTES if sharded else 0),
         # To the experts and back, forward and backward.
@@ -168,9 +166,9 @@ class _MoEPart:
         """Measure a layer.
 
         Args:
-            layer: its large weights may be without memory.
+            layer: its large weights may be on the meta device.
             router: a copy of its router that is not.
-            tokens: of one example, over which the costs of a pass are spread.
+            tokens: of one example, which share the costs of a pass.
         """
         spec = layer.spec
         x_TD = torch.randn(tokens, spec.d_model, generator=torch.Generator().manual_seed(0))
@@ -227,7 +225,7 @@ class _Rest:
 
 
 def _rest(task: MoETask, layers: list[MoE]) -> _Rest:
-    """Measure what is no MoE layer, without computing anything, on one example."""
+    """Measure everything but the MoE layers, on one example, without computing anything."""
     task.to("meta")
     for layer in layers:
         layer.forward = lambda x, context=None: x * 1  # type: ignore[method-assign]
@@ -286,12 +284,12 @@ def _saved(module: nn.Module) -> Iterator[_Kept]:
 
 
 class without_memory(TorchFunctionMode):
-    """Give large new tensors no memory."""
+    """Puts large new tensors on the meta device."""
 
     _MAKERS = frozenset({torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand})
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Make it on the device that has none."""
+        """Call the function, on the meta device where it makes a large tensor."""
         kwargs = dict(kwargs or {})
         if func in self._MAKERS and args:
             shape = args[0] if isinstance(args[0], (tuple, list, torch.Size)) else args
@@ -358,7 +356,7 @@ def show(needs: Needs, processes: int) -> None:
         },
     )
     memory = {"weights": needs.weights, "gathered": needs.gathered, "gradients": needs.gradients}
-    memory |= {"optimiser": needs.optimizer, "activations": needs.activations, "in all": needs.memory}
+    memory |= {"optimizer": needs.optimizer, "activations": needs.activations, "in all": needs.memory}
     _table(console, "memory of each process", {name: _bytes(value) for name, value in memory.items()})
     if processes > 1:
         traffic = {"gradients": needs.gradient_traffic, "weights": needs.weight_traffic, "tokens": needs.token_traffic}

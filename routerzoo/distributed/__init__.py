@@ -1,1 +1,1 @@
-"""Beyond one process: what processes tell each other, and how a model is spread over them."""
+"""More than one process: collectives, FSDP2 and expert parallelism."""

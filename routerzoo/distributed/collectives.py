@@ -1,4 +1,4 @@
-"""What processes tell each other: sums over all of them, rows of all of them, and rows from each to each."""
+"""Collectives with gradients: all-reduce, all-gather, broadcast and all-to-all."""
 # Shape suffixes: N rows sent, M rows received, D width, R ranks (processes of a group).
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def all_ranks() -> dist.ProcessGroup | None:
 
 
 def sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Add up a tensor over the ranks of a group, with gradients.
+    """All-reduce a tensor over the ranks of a group, with gradients.
 
     A loss that every rank computes from the sum counts once for each rank in the gradient; averaging gradients over
     ranks, as data parallelism does, makes that one again.
@@ -37,7 +37,7 @@ def sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 @torch.no_grad()
 def rows_of_all_ranks(x_ND: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, slice]:
-    """Return the rows of all ranks, in their order, and where those of this rank are. Without gradients.
+    """All-gather rows, and return them in the order of the ranks with the place of this rank's. Without gradients.
 
     Args:
         x_ND: rows; ranks may have different numbers of them.
@@ -60,14 +60,14 @@ def rows_of_all_ranks(x_ND: Tensor, group: dist.ProcessGroup | None) -> tuple[Te
 
 @torch.no_grad()
 def of_first_rank(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return the first rank's tensor on every rank, so that all decide alike."""
+    """Broadcast the first rank's tensor, so that all ranks decide alike."""
     x = x.clone()
     dist.broadcast(x, group=group, group_src=0)
     return x
 
 
 def counts_from_ranks(counts_R: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Tell each rank a row of numbers, and return what each has told this one.
+    """All-to-all: send row r to rank r, and return the rows received.
 
     Args:
         counts_R: int64 `[R, ...]`, a row for each rank.
@@ -79,12 +79,12 @@ def counts_from_ranks(counts_R: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def exchange_rows(x_ND: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Send rows to each rank and return those that came, with gradients, which go back the same way.
+    """All-to-all of rows, with gradients, which go back the same way.
 
     Args:
         x_ND: rows in the order of the ranks that they are for.
-        sent: how many rows each rank gets.
-        received: how many rows each rank sends.
+        sent: rows for each rank.
+        received: rows from each rank.
         group: of the ranks.
 
     Returns:

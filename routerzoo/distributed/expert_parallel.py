@@ -1,4 +1,4 @@
-"""Expert parallelism: experts lie on different ranks, and tokens travel to them."""
+"""Expert parallelism: experts are sharded over ranks, and tokens are sent to them by all-to-all."""
 # Shape suffixes: N rows sorted by expert, M rows that came from all ranks, E experts, L experts of a rank, R ranks,
 # D model width.
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def shard_experts(layer: MoE, mesh: DeviceMesh) -> None:
-    """Keep on each rank its share of a layer's experts; from now on, tokens are exchanged between ranks.
+    """Shard a layer's experts over ranks, which exchange tokens from then on.
 
     Every rank must call the layer at the same time, with as many tokens as it likes, also none. Gradients of experts
     are those of the mean of the ranks' losses, as everywhere in data parallelism. The weights become DTensors, sharded
@@ -41,7 +41,7 @@ def shard_experts(layer: MoE, mesh: DeviceMesh) -> None:
     for name, parameter in list(experts.named_parameters()):
         if parameter.shape[0] != num_experts:
             raise UserError(
-                f"experts are spread along the first dimension of their parameters; that of {name} is "
+                f"experts are sharded along the first dimension of their parameters; that of {name} is "
                 f"{parameter.shape[0]}, not {num_experts}: {type(experts).__name__} cannot be expert-parallel"
             )
         owner = experts.get_submodule(name.rpartition(".")[0])
@@ -84,7 +84,7 @@ def _local(parameter: Any, ranks: int) -> Tensor:
 
 
 class _ShareGradient(torch.autograd.Function):
-    """Divides the gradient of an expert, which the losses of all ranks have added to, by their number."""
+    """Divides an expert's gradient, to which the losses of all ranks add, by the number of ranks."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, ranks: int) -> Tensor:

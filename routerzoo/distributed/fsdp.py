@@ -1,4 +1,4 @@
-"""Spread a model over ranks: weights by FSDP2, experts by expert parallelism, routers whole on each rank."""
+"""Shard a model over ranks: weights by FSDP2, experts by expert parallelism; routers are replicated."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from routerzoo.moe.layer import moe_layers
 
 
 def shard_model(model: nn.Module, mesh: DeviceMesh, expert_parallel: int = 1) -> None:
-    """Spread a model over all ranks of a mesh, each of which trains on data of its own.
+    """Shard a model over all ranks of a mesh, each of which trains on its own data.
 
     With `expert_parallel = n`, n neighboring ranks share the experts of each MoE layer and exchange tokens; ranks that
     hold the same experts shard these among themselves, and all ranks shard everything else. Routers are small, and
-    their hooks look at whole parameters: each rank keeps all of them, and `average_gradients` does what FSDP2 would.
+    their updates read whole parameters: they are replicated, and `average_gradients` does what FSDP2 would.
 
     Args:
         model: with the same weights on each rank. Its blocks (the members of its first list of modules) are sharded one
-            by one, so that one at a time is put together for its computation.
+            by one, so that one at a time is gathered.
         mesh: of one dimension.
         expert_parallel: ranks that share the experts.
 
@@ -57,7 +57,7 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, expert_parallel: int = 1) ->
         if not isinstance(block, FSDPModule):  # a MoE layer that is a block is already
             fully_shard(block, mesh=mesh, ignored_params=ignored)
     fully_shard(model, mesh=mesh, ignored_params=ignored)
-    for method in ("hidden", "generate"):
+    for method in ("hidden",):
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)
 
@@ -86,7 +86,7 @@ def _blocks(model: nn.Module) -> Iterator[nn.Module]:
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Average over all ranks the gradients of parameters that are whole on each, in one message."""
+    """All-reduce the mean gradients of parameters that are replicated, in one message."""
     whole = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
     if not whole:
         return
@@ -106,7 +106,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 def clip_gradients(parameters: Iterable[nn.Parameter], largest_norm: float) -> Tensor:
     """Scale gradients so that their norm, over all ranks and shards, is at most `largest_norm`; return what it was.
 
-    As `torch.nn.utils.clip_grad_norm_`, which takes no parameters that are spread in different ways.
+    As `torch.nn.utils.clip_grad_norm_`, which takes no parameters that are sharded in different ways.
     """
     groups = list(_by_mesh([p for p in parameters if p.grad is not None]))
     total: Any = 0.0

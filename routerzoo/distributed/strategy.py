@@ -21,10 +21,10 @@ from routerzoo.optim import parameter_groups
 
 @final
 class ShardedStrategy(ModelParallelStrategy):
-    """Every process trains on data of its own, and holds a part of the weights and of the optimizer's state.
+    """Shards the weights and the optimizer's state over processes, each of which trains on its own data.
 
-    The rest is Lightning's `ModelParallelStrategy`, without tensor parallelism. Checkpoints are folders that any number
-    of processes can read, written atomically; checkpoints of one process can be read too.
+    The rest is Lightning's `ModelParallelStrategy`, without tensor parallelism. Checkpoints are folders, written
+    atomically, that any number of processes can read; checkpoints of one process can be read too.
 
     Args:
         expert_parallel: so many processes share the experts of each MoE layer, and exchange tokens.
@@ -60,7 +60,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write a folder, on all processes together."""
         if len(checkpoint.get("optimizer_states", [])) > 1:
-            raise UserError("a checkpoint of a model that is spread over processes takes one optimiser, not several")
+            raise UserError("a checkpoint of a sharded model takes one optimizer, not several")
         path = Path(self.broadcast(filepath))
         state = checkpoint[sharded.STATE]
         tensors = {f"{sharded.STATE}.{name}": value for name, value in state.items() if isinstance(value, Tensor)}
@@ -81,7 +81,7 @@ class ShardedStrategy(ModelParallelStrategy):
         assert module is not None
         if not sharded.is_folder(path):
             checkpoint = read_checkpoint(path)
-            model.load_state_dict(_spread(checkpoint.pop(sharded.STATE), model.state_dict()))
+            model.load_state_dict(_shard(checkpoint.pop(sharded.STATE), model.state_dict()))
             if self.optimizers and checkpoint.get("optimizer_states"):
                 saved = sharded.named(checkpoint["optimizer_states"][0], parameter_groups(module), module)
                 self._load_optimizer(saved)
@@ -123,26 +123,26 @@ class ShardedStrategy(ModelParallelStrategy):
         optimizer, module = self.optimizers[0], self.lightning_module
         assert module is not None
         parameters = dict(module.named_parameters())
-        spread = {}
+        shards = {}
         for name, values in saved["state"].items():
             like = parameters[name]
-            spread[name] = _spread(values, {key: like for key, value in values.items() if value.shape == like.shape})
-        optimizer.load_state_dict(sharded.by_number({**saved, "state": spread}, optimizer.param_groups, module))
+            shards[name] = _shard(values, {key: like for key, value in values.items() if value.shape == like.shape})
+        optimizer.load_state_dict(sharded.by_number({**saved, "state": shards}, optimizer.param_groups, module))
 
 
 # Its name, for `--trainer.strategy sharded`.
 StrategyRegistry.register("sharded", ShardedStrategy, description="FSDP2, optionally with expert parallelism")
 
 
-def _spread(whole: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
-    """Take this process's part of what is whole, where its counterpart is spread."""
-    spread = {}
+def _shard(whole: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """Take this process's part of whole tensors whose counterparts are sharded."""
+    shards = {}
     for name, value in whole.items():
         model = like.get(name)
         if isinstance(model, DTensor) and not isinstance(value, DTensor):
             value = distribute_tensor(value.to(model.device), model.device_mesh, model.placements, src_data_rank=None)
-        spread[name] = value
-    return spread
+        shards[name] = value
+    return shards
 
 
 def _tensor(value: Any) -> Tensor:
