@@ -8,8 +8,9 @@ import torch
 from lightning import Trainer
 from torch.testing import assert_close
 
-from routerzoo import LabelledText, LanguageModeling, LinearRouter, TextClassification, TextData, cli
+from routerzoo import LabelledText, LanguageModeling, LinearRouter, TextClassification, TextData
 from routerzoo.callbacks import FineTune
+from routerzoo.cli import main as cli
 from routerzoo.data.labelled_text import LabelledBatch
 from routerzoo.errors import UserError
 from routerzoo.moe.layer import moe_layers
