@@ -29,7 +29,7 @@ from routerzoo.models.decoder import Decoder
 from routerzoo.moe.auxiliary_loss import loss_of
 from routerzoo.moe.layer import NonCausalRouterError
 from routerzoo.router import LoadedTopKWarning
-from routerzoo.testing import CHECKS, check_router
+from routerzoo.testing import check_router
 from routerzoo.testing.attack import cross_batch_attack
 
 TIGHT = partial(CapacityRouter, capacity_factor=0.5)
@@ -61,10 +61,18 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("check", CHECKS)
+QUICK = ("capacity", "next, by choice", "both rectifications", "learned offsets", "replay")
+
+
+@pytest.mark.parametrize("variant", QUICK)
+def test_what_they_declare(variant):
+    check_router(VARIANTS[variant])
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_variant(variant, check):
-    check_router(VARIANTS[variant], only=[check])
+def test_what_they_declare_in_every_variant(variant):
+    check_router(VARIANTS[variant], examples=20)
 
 
 def gate(policy, logits, num_experts=2, **options):
