@@ -6,7 +6,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -92,6 +92,10 @@ class LossWeight:
 
     value: float
     over_layers: Literal["sum", "mean", "pooled"] = "sum"
+
+    def __post_init__(self) -> None:
+        if self.over_layers not in ("sum", "mean", "pooled"):
+            raise ValueError(f"over_layers must be sum, mean or pooled, got {self.over_layers!r}")
 
 
 class Router(Reinitializable, ABC):
@@ -191,7 +195,8 @@ class Router(Reinitializable, ABC):
         torch.serialization.add_safe_globals([cls])
         if unknown := frozenset(cls.requires) - CONTEXT_FIELDS:
             raise TypeError(
-                f"{cls.__name__}.requires names {', '.join(sorted(unknown))}; a context has {CONTEXT_FIELDS}"
+                f"{cls.__name__}.requires names {', '.join(sorted(unknown))}; a context has "
+                f"{', '.join(sorted(CONTEXT_FIELDS))}"
             )
 
     @classmethod
@@ -261,7 +266,7 @@ class Router(Reinitializable, ABC):
         """Return what `store_int` keeps."""
         return self._stored_ints[name]
 
-    def _read_stored_ints(self) -> None:
+    def read_stored_ints(self) -> None:
         """Take the integers from their tensors, after these were written by something else."""
         for name in self._stored_ints:
             tensor = self._buffers[name]
@@ -269,9 +274,14 @@ class Router(Reinitializable, ABC):
                 self._stored_ints[name] = int(tensor)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, Tensor) and name in self.__dict__.get("_stored_ints", ()):  # transformers loads buffers so
+            if name == "k" and not value.is_meta:
+                self._checked_top_k(int(value))
+                self._announce_top_k(int(value))
+            super().__setattr__(name, value)
+            self.read_stored_ints()
+            return
         super().__setattr__(name, value)
-        if isinstance(value, Tensor) and name in self.__dict__.get("_stored_ints", ()):
-            self._read_stored_ints()  # transformers loads buffers so
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         errors: list[str] = args[-1]
@@ -281,19 +291,22 @@ class Router(Reinitializable, ABC):
                 "read: train again, or load it with routerzoo 0.1"
             )
             return
-        built = self._stored_ints.get("k")
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self._read_stored_ints()
-        loaded = self._stored_ints.get("k")
-        if built is not None and loaded is not None and loaded != built:
-            if not 1 <= loaded <= self.max_top_k:
-                errors.append(f"{prefix}k is {loaded}; it must be between 1 and {self.max_top_k}")
+        loaded = state_dict.get(f"{prefix}k")
+        if "k" in self._stored_ints and isinstance(loaded, Tensor) and not loaded.is_meta:
+            if not 1 <= int(loaded) <= self.max_top_k:
+                errors.append(f"{prefix}k is {int(loaded)}; it must be between 1 and {self.max_top_k}")
                 return
+            self._announce_top_k(int(loaded))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.read_stored_ints()
+
+    def _announce_top_k(self, loaded: int) -> None:
+        if loaded != self._stored_ints["k"]:
             warnings.warn(
-                f"{type(self).__name__} was built with top_k = {built} and routes with the checkpoint's, {loaded}: set "
-                "top_k after loading to change it",
+                f"{type(self).__name__} was built with top_k = {self._stored_ints['k']} and routes with the "
+                f"checkpoint's, {loaded}: set top_k after loading to change it",
                 LoadedTopKWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
 
     @abstractmethod
@@ -326,20 +339,21 @@ class Router(Reinitializable, ABC):
             raise ValueError(
                 f"{type(self).__name__} takes hidden states [tokens, {self.spec.d_model}], got {list(x_TD.shape)}"
             )
-        for name in self.requires:
+        for name in {*self.requires, "padding_mask"}:
             value = getattr(context, name)
+            if value is None and name not in self.requires:
+                continue
             if value is None:
                 raise ValueError(f"{type(self).__name__} requires {name}; pass RoutingContext({name}=...)")
             # One entry a token; attention alone has more dimensions, behind that one.
             found = value.shape[:1] if name == "attention" else getattr(value, "shape", None)
             if isinstance(value, Tensor) and found != x_TD.shape[:1]:
                 raise ValueError(f"{name} has shape {list(value.shape)}, the hidden states are {list(x_TD.shape)}")
-        with torch.autocast(x_TD.device.type, enabled=False):
+        # Autocast does not know the meta device.
+        with nullcontext() if x_TD.is_meta else torch.autocast(x_TD.device.type, enabled=False):
             narrow = {name: value.float() for name, value in _tensors(self) if _is_narrow(value)}
-            if narrow:
-                whole = _Route(self)
-                renamed = {f"router.{name}": value for name, value in narrow.items()}
-                routing = torch.func.functional_call(whole, renamed, (x_TD, context))
+            if narrow:  # weights that were loaded in 16 bits: the same once more, with float32 in their place
+                routing: Routing = torch.func.functional_call(self, narrow, (x_TD, context))
             else:
                 routing = self.route(x_TD, context)
         return _with_weights_like(x_TD, routing)
@@ -451,7 +465,7 @@ class Router(Reinitializable, ABC):
         super().reset_parameters()
         for module in self.modules():
             if isinstance(module, Router):
-                module._read_stored_ints()
+                module.read_stored_ints()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # A gate rounded to 16 bits decides near-ties at random, so `.half()`, `.bfloat16()` and 16-bit trainers
@@ -556,7 +570,7 @@ class LogitRouter(Router):
             logits_TE,
             losses=self.own_losses(x_TD, logits_TE, context) if read else {},
             score_fn=self.score_fn,
-            balance_probs_TE=self.balance_probs(logits_TE) if read else None,
+            balance_probs_TE=self.balance_probs(logits_TE) if context.compute_aux_losses else None,
             clean_logits_TE=clean_TE,
             noise_std=std,
             may_drop=False,
@@ -586,15 +600,10 @@ class LoadedTopKWarning(UserWarning):
     """A checkpoint's k is another than the one that the router was built with."""
 
 
-class _Route(nn.Module):
-    """`Router.route` as a module's forward, for `torch.func.functional_call`."""
-
-    def __init__(self, router: Router) -> None:
-        super().__init__()
-        self.router = router
-
-    def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
-        return self.router.route(x_TD, context)
+def _subclasses(cls: type) -> Iterator[type]:
+    for subclass in type.__subclasses__(cls):
+        yield subclass
+        yield from _subclasses(subclass)
 
 
 def _subclasses(cls: type) -> Iterator[type]:

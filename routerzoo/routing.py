@@ -155,10 +155,11 @@ class RoutingContext:
         fields = {name: value for name, value in vars(self).items() if name != "_pass"}
         return RoutingContext(**{**fields, **changes})
 
-    def to(self, *args: Any, **kwargs: Any) -> RoutingContext:
-        """Return it with its tensors moved, as `Tensor.to`; what was published stays where it is."""
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> RoutingContext:
+        """Return it with its tensors on a device; what was published stays where it is."""
         tensors = {name: getattr(self, name) for name in TOKEN_FIELDS}
-        return self.replace(**{n: None if t is None else t.to(*args, **kwargs) for n, t in tensors.items()})
+        moved = {n: t.to(device, non_blocking=non_blocking) for n, t in tensors.items() if t is not None}
+        return self.replace(**moved)
 
 
 class _Pass:
@@ -219,9 +220,9 @@ class LayerRouting:
     def __init__(self, layer: nn.Module, call: int, routing: Routing) -> None:
         self.layer, self.call, self.routing = layer, call, routing
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Return it with the routing's tensors moved; the layer stays where it is."""
-        return type(self)(self.layer, self.call, self.routing.to(*args, **kwargs))
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """Return it with the routing's tensors on a device; the layer stays where it is."""
+        return type(self)(self.layer, self.call, self.routing.to(device, non_blocking))
 
     def __repr__(self) -> str:
         return f"LayerRouting(call={self.call}, routing={self.routing})"
@@ -311,13 +312,12 @@ class Routing:
         """Whether the routing mixes, tokens into slots or experts into one, instead of assigning tokens to experts."""
         return self.dispatch_GSEP is not None or self.merge_GE is not None
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Return it with its tensors moved, as `Tensor.to`; indices and scores alike."""
-        moved: dict[str, Any] = {
-            name: value.to(*args, **kwargs) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        losses = {name: loss.to(*args, **kwargs) for name, loss in self.losses.items()}
-        selected = None if self.selected is None else self.selected.to(*args, **kwargs)
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """Return it with its tensors on a device."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {n: t.to(device, non_blocking=non_blocking) for n, t in tensors.items()}
+        losses = {name: loss.to(device, non_blocking=non_blocking) for name, loss in self.losses.items()}
+        selected = None if self.selected is None else self.selected.to(device, non_blocking)
         return replace(self, **moved, losses=losses, selected=selected)
 
     def detach(self) -> Self:

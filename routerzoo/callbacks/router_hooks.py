@@ -113,6 +113,8 @@ def averaged_models(trainer: Trainer | None) -> Iterator[nn.Module]:
 
 def _layers_by_optimizer(module: LightningModule, optimizers: list[Optimizer]) -> Iterator[tuple[Optimizer, list[MoE]]]:
     """Yield each optimizer with the MoE layers that it trains; the first one also with those that none does."""
+    if not optimizers:
+        return
     owner: dict[int, int] = {}
     for number, optimizer in enumerate(optimizers):
         for group in optimizer.param_groups:

@@ -36,7 +36,16 @@ class Reinitializable(nn.Module):
             fresh = type(self)(*args, **kwargs)
         for name, tensor in _tensors(fresh).items():
             if not getattr(own[name], "_is_hf_initialized", False):  # transformers has loaded this one
-                own[name].copy_(tensor)
+                own[name].copy_(_placed_as(own[name], tensor))
+
+
+def _placed_as(own: Tensor, fresh: Tensor) -> Tensor:
+    """Shard what was drawn as the module's own tensor is sharded; the values are those of the first process."""
+    if not hasattr(own, "device_mesh"):
+        return fresh
+    from torch.distributed.tensor import distribute_tensor  # takes a second to import
+
+    return distribute_tensor(fresh, own.device_mesh, own.placements)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

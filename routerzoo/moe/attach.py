@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -25,6 +26,7 @@ def attach(
     *,
     step: int = 0,
     token_counts: Tensor | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> RouterUpdates:
     """Update the routers of a model once per step of an optimizer, through the optimizer's own hooks.
 
@@ -41,6 +43,9 @@ def attach(
         step: steps taken so far, where the run resumes.
         token_counts: int64 `[vocab_size]`, how often each token id occurs in the training split, for routers that are
             fitted to it.
+
+        process_group: processes that train copies of the same layers on other data, whose counts are added up; by
+            default all of them.
 
     Returns:
         A handle: `step` counts the steps, `remove` ends the updates.
@@ -59,7 +64,7 @@ def attach(
         (2, 2)
     """
     layers = list(moe_layers(model)) if isinstance(model, nn.Module) else list(model)
-    return RouterUpdates(layers, optimizer, total_steps, step, token_counts)
+    return RouterUpdates(layers, optimizer, total_steps, step, token_counts, process_group)
 
 
 class RouterUpdates:
@@ -71,6 +76,7 @@ class RouterUpdates:
         total_steps: see `attach`; likewise the arguments that follow.
         step: see `attach`.
         token_counts: see `attach`.
+        process_group: see `attach`.
 
     Attributes:
         step: optimizer steps taken, without those that were skipped.
@@ -83,8 +89,19 @@ class RouterUpdates:
         total_steps: int | None,
         step: int,
         token_counts: Tensor | None,
+        process_group: dist.ProcessGroup | None,
     ) -> None:
+        if driven := next((layer for layer in layers if layer.is_driven), None):
+            raise ValueError(
+                f"{type(inner_router(driven)).__name__} is updated already, by RouterHooks or an earlier attach: keep "
+                "one of them, or call remove() on the earlier handle"
+            )
         self.step, self.total_steps = step, total_steps
+        self._process_group = process_group
+        self._passes = itertools.count()
+        self._counted: dict[MoE, set[int]] = {layer: set() for layer in layers}
+        # FSDP2 replaces parameters in the forward pass; gradients are accumulated in those of now.
+        self._parameters = {layer: [*(inner_router(layer).parameters())] or [*layer.parameters()] for layer in layers}
         self._layers = layers
         self._trained = {layer for layer in layers if _is_trained(layer)}
         self._statistics: dict[MoE, dict[str, Tensor]] = {layer: {} for layer in layers}
@@ -93,6 +110,9 @@ class RouterUpdates:
         self._handles: list[Any] = [optimizer.register_step_post_hook(self._after_step)]
         for layer in layers:
             router = inner_router(layer)
+            for part in router.modules():
+                if isinstance(part, Router):
+                    part.read_stored_ints()  # DistributedDataParallel writes buffers in place
             if router.needs_updates:
                 _widen(router)
                 self._handles.append(layer.register_routing_hook(self._observe))
@@ -142,8 +162,9 @@ class RouterUpdates:
         differentiable.register_hook(self._on_gradient(layer, router, sums))  # type: ignore[no-untyped-call]
 
     def _on_gradient(self, layer: MoE, router: Router, sums: Mapping[str, Tensor]) -> Callable[[Tensor], None]:
-        references = [p for p in router.parameters() if p.requires_grad]
-        references = references or [p for p in layer.parameters() if p.requires_grad]
+        now = [*router.parameters()] or [*layer.parameters()]
+        references = [p for p in (*self._parameters[layer], *now) if p.requires_grad]
+        number = next(self._passes)
 
         @torch.no_grad()
         def add(gradient: Tensor) -> None:
@@ -152,6 +173,10 @@ class RouterUpdates:
                 if references and all(p.grad is None for p in references):
                     # The first backward pass of a step: what was counted before belongs to one that was skipped.
                     self._statistics[layer] = {}
+                    self._counted[layer].clear()
+            if number in self._counted[layer]:
+                return  # a second backward pass through the same forward pass
+            self._counted[layer].add(number)
             sound = gradient.isfinite().all()
             self._add(layer, {name: torch.where(sound, value, 0.0) for name, value in sums.items()})
 
@@ -170,12 +195,16 @@ class RouterUpdates:
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         observed, self._statistics = self._statistics, {layer: {} for layer in self._layers}
         self._backward.clear()
+        for counted in self._counted.values():
+            counted.clear()
         if _was_skipped(optimizer):
             return
         for layer in self._layers:
             router = inner_router(layer)
             if router.needs_updates and not router.is_frozen:
-                router.update(_over_processes(observed[layer] or self._no_statistics(layer, router)))
+                sums = observed[layer] or self._no_statistics(layer, router)
+                self._zeros.setdefault(layer, {name: torch.zeros_like(value) for name, value in sums.items()})
+                router.update(_over_processes(sums, self._process_group))
         self.step += 1
         self._begin_step()
 
@@ -222,10 +251,10 @@ def _zeros(layer: MoE, router: Router) -> dict[str, Tensor]:
     return {name: torch.zeros_like(value) for name, value in router.statistics(routing, nothing).items()}
 
 
-def _over_processes(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+def _over_processes(sums: dict[str, Tensor], process_group: dist.ProcessGroup | None) -> dict[str, Tensor]:
     if not (sums and dist.is_available() and dist.is_initialized()):
         return sums
     flat = torch.cat([value.flatten().double() for value in sums.values()])  # counts of any size are exact
-    dist.all_reduce(flat)
+    dist.all_reduce(flat, group=process_group)
     parts = torch.split(flat, [value.numel() for value in sums.values()])
     return {n: part.view_as(value).to(value.dtype) for (n, value), part in zip(sums.items(), parts, strict=True)}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -70,6 +71,12 @@ def auxiliary_losses(
             "no MoE layer of the model was called with this context: hand it to the layers, or call the model inside "
             "`with provide_context(model, context)`"
         )
+    if (missing := len(layers) - len({entry.layer for entry in published})) > 0 and published:
+        warnings.warn(
+            f"{missing} of {len(layers)} MoE layers were not called with this context, so that their auxiliary losses "
+            "are missing: hand it to all of them",
+            stacklevel=3,
+        )
     groups: dict[tuple[str, LossWeight], list[LayerRouting]] = {}
     for entry in published:
         given = inner_router(entry.layer).default_loss_weights if weights is None else weights  # type: ignore[arg-type]
@@ -119,7 +126,7 @@ def _own_or_generic(name: str, entry: LayerRouting, context: RoutingContext, tok
     if router.wants_feedback and name not in entry.routing.losses and name not in ROUTING_LOSSES:
         if token_losses is None:
             raise ValueError(f"learns {name!r} from the task's loss of each token: give token_losses")
-        told = router.feedback(entry.routing, context, token_losses.detach().flatten())
+        told = router.feedback(entry.routing.for_losses, context, token_losses.detach().flatten())
         entry.routing = replace(entry.routing, losses={**entry.routing.losses, **told})
     return loss_of(name, entry.routing, context)
 
@@ -140,10 +147,16 @@ def _pooled(routings: list[Routing], context: RoutingContext) -> tuple[Routing, 
     scores = ("logits_TE", "clean_logits_TE", "balance_probs_TE")
     for name in (*scores, "weights_TK", "experts_TK", "weight_N", "expert_N"):
         values = [getattr(routing, name) for routing in routings]
-        if values[0] is not None:
+        if all(value is not None for value in values):
             fields[name] = torch.cat(values)
     if first.token_N is not None:
         fields["token_N"] = torch.cat([r.assignments().token_N + i * num_tokens for i, r in enumerate(routings)])
+    if len({(r.score_fn, r.balance_probs_TE is None) for r in routings}) > 1:
+        fields["balance_probs_TE"] = torch.cat([routing.balance_scores() for routing in routings])
+    if len({type(routing.noise_std) for routing in routings}) > 1:
+        raise ValueError(
+            "has layers with and without noise, whose losses cannot be pooled: sum them"
+        )
     if isinstance(first.noise_std, Tensor):
         fields["noise_std"] = torch.cat([r.noise_std for r in routings if isinstance(r.noise_std, Tensor)])
     repeated = {

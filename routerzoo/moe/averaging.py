@@ -31,7 +31,7 @@ def copy_router_state(source: nn.Module, target: nn.Module) -> None:
             "average a copy of the trained model"
         )
     for trained, averaged in zip(sources, targets, strict=True):
-        for name, value in trained.named_buffers(recurse=False):
+        for name, value in trained.named_buffers():
             if not value.is_floating_point():
                 averaged.get_buffer(name).copy_(value)
         averaged._stored_ints.update(trained._stored_ints)

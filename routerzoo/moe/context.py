@@ -66,6 +66,9 @@ class ContextHook:
             model.register_forward_hook(self._end, always_call=True),
         ]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "context": RoutingContext()}  # a copy of the model has had no pass
+
     def remove(self) -> None:
         """Build contexts no more."""
         for handle in self._handles:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self, TypeVar, final
 
+import torch
 from torch import Tensor, is_grad_enabled, nn
 
 from routerzoo.functional.recomputation import in_backward
@@ -91,6 +92,8 @@ class MoE(nn.Module):
         num_experts: int | None = None,
     ) -> None:
         super().__init__()
+        if spec is not None and not (d_model is None and num_experts is None):
+            raise ValueError("a MoE layer takes a spec, or d_model and num_experts, not both")
         if spec is None:
             if d_model is None or num_experts is None:
                 raise ValueError("a MoE layer needs a spec, or d_model and num_experts")
@@ -115,7 +118,7 @@ class MoE(nn.Module):
         """Whether `routerzoo.attach` updates the router once per optimizer step."""
         self.warns_of_batch_dependence = True
         """Evaluation is taken for serving, until a trainer that only validates sets this to False."""
-        self._warns_of_missing_updates = True
+        self._warns_of_missing_updates = self._warns_of_reentrance = True
         self._provided_context: RoutingContext | None = None
         self._routing_hooks: dict[int, RoutingHook] = {}
         self._hook_numbers = itertools.count()
@@ -139,13 +142,19 @@ class MoE(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialize router, experts and shared experts as the constructor did, on the device where they are."""
-        for part in (self.router, self.experts, self.shared_experts):
+        for part in (inner_router(self), self.experts, self.shared_experts):
             if part is not None:
                 part.reset_parameters()
 
     def __getstate__(self) -> dict[str, object]:
         # Observers, and the context of a pass, belong to this layer, not to its copy.
-        alone: dict[str, object] = {"_provided_context": None, "_routing_hooks": {}, "_hook_numbers": itertools.count()}
+        alone: dict[str, object] = {
+            "is_driven": False,
+            "_warns_of_missing_updates": True,
+            "_provided_context": None,
+            "_routing_hooks": {},
+            "_hook_numbers": itertools.count(),
+        }
         return {**self.__dict__, **alone}
 
     def register_routing_hook(self, hook: RoutingHook) -> RoutingHookHandle:
@@ -181,6 +190,8 @@ class MoE(nn.Module):
         routing = without_padding(self.router(x_TD, told), told)
         if not in_backward():
             self._publish(routing, told)
+            if self.training and not torch.compiler.is_compiling():
+                self._warn_of_what_training_lacks(x_TD)
         y_TD = apply_experts(x_TD, routing, self.experts, self.num_experts, self.mesh)
         if self.shared_experts is not None:
             y_TD = y_TD + dense_forward(self.shared_experts, x_TD, self.num_shared_experts)
@@ -197,7 +208,17 @@ class MoE(nn.Module):
         context.routings.append(published)
         for hook in tuple(self._routing_hooks.values()):
             hook(published, context)
-        if self.training and not self.is_driven and self._warns_of_missing_updates and is_grad_enabled():
+
+    def _warn_of_what_training_lacks(self, x_TD: Tensor) -> None:
+        if self._warns_of_reentrance and x_TD.requires_grad and not is_grad_enabled():
+            self._warns_of_reentrance = False
+            warnings.warn(
+                "a MoE layer in training routes hidden states that require a gradient while gradients are off: under "
+                "reentrant activation checkpointing auxiliary losses have no gradient, and updates of routers see "
+                "nothing; set use_reentrant=False",
+                stacklevel=2,
+            )
+        if self._warns_of_missing_updates and not self.is_driven and is_grad_enabled():
             router = inner_router(self)
             if router.needs_updates and not router.is_frozen:
                 self._warns_of_missing_updates = False

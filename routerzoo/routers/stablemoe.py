@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 import torch.nn.functional as F
@@ -128,6 +128,10 @@ class StableMoERouter(LogitRouter):
         """Undo what momentum and weight decay did to the frozen parameters."""
         for value, frozen in zip((self.routing_embedding, self.distilled_centroids), self._frozen, strict=False):
             value.copy_(frozen)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._frozen = []  # of the weights that were there before
 
     def logits(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
         """Return the gate's `E_c h`."""

@@ -88,14 +88,13 @@ class LanguageModeling(DecoderTask):
             return None
         return "unigram", float(reported(torch.tensor(datamodule.unigram_baseline("val")), self.metric))
 
-    def setup(self, stage: str) -> None:
+    def on_predict_start(self) -> None:
         """Refuse to generate where no process has the whole model.
 
         Raises:
             UserError: a sharded model.
         """
-        super().setup(stage)
-        if stage == "predict" and self.is_sharded:
+        if self.is_sharded:
             raise UserError(
                 "a sharded model cannot generate: predict with trainer.devices 1 and trainer.strategy auto, which read "
                 "the same checkpoint"

@@ -1,5 +1,6 @@
 """Routers that training moves outside the optimizer, in loops of one's own."""
 
+import copy
 import warnings
 
 import pytest
@@ -215,7 +216,7 @@ def test_stages_resume_at_their_step():
     assert whole.router.stage == 1
     resumed, other = build()
     resumed.load_state_dict(saved[0])
-    other.load_state_dict(__import__("copy").deepcopy(saved[1]))
+    other.load_state_dict(copy.deepcopy(saved[1]))
     steps(whole, optimizer, range(2, 6))
     attach(resumed, other, total_steps=6, step=2)
     steps(resumed, other, range(2, 6))
@@ -249,7 +250,7 @@ def test_token_counts():
     assert sorted(layer.router.table[:, 0].tolist()) == [0, 1, 2, 3]
     layer, optimizer = build()
     with pytest.warns(UserWarning, match="HashRouter fits the frequencies of token ids, which are not known"):
-        attach(layer, optimizer)
+        attach(layer, optimizer).remove()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attach(layer, optimizer, step=7)  # the table is the checkpoint's
@@ -262,3 +263,46 @@ def test_a_bias_that_was_loaded_in_16_bits_still_takes_small_steps():
     layer.load_state_dict(narrow, assign=True)
     attach(layer, torch.optim.SGD(layer.parameters(), lr=0.0))
     assert layer.router.selection_bias.dtype == torch.float32
+
+
+def test_two_backward_passes_through_one_forward_pass_count_it_once():
+    layer, optimizer = make()
+    attach(layer, optimizer)
+    y = layer(tokens(0, 1))
+    y.sum().backward(retain_graph=True)
+    y.square().sum().backward()
+    optimizer.step()
+    assert layer.router.seen == [[1, 1, 0, 0]]
+
+
+def test_a_gradient_penalty_counts_its_pass_once():
+    layer, optimizer = make()
+    attach(layer, optimizer)
+    x = tokens(0, 2).requires_grad_()
+    (penalty,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+    penalty.square().sum().backward()
+    optimizer.step()
+    assert layer.router.seen == [[1, 0, 1, 0]]
+
+
+def test_a_layer_is_driven_once():
+    layer, optimizer = make()
+    updates = attach(layer, optimizer)
+    with pytest.raises(ValueError, match="BiasRouter is updated already, by RouterHooks or an earlier attach"):
+        attach(layer, optimizer)
+    updates.remove()
+    attach(layer, optimizer)
+
+
+def test_a_copy_of_a_driven_layer_is_not_driven():
+    layer, optimizer = make()
+    attach(layer, optimizer)
+    twin = copy.deepcopy(layer)
+    with pytest.warns(UserWarning, match="BiasRouter must be updated once per optimizer step"):
+        step(twin, torch.optim.SGD(twin.parameters(), lr=0.1), tokens(0))
+
+
+def test_reentrant_checkpointing_is_announced():
+    layer, _ = make()
+    with pytest.warns(UserWarning, match="reentrant activation checkpointing auxiliary losses have no gradient"):
+        torch.utils.checkpoint.checkpoint(layer, tokens(0).requires_grad_(), use_reentrant=True)

@@ -83,7 +83,7 @@ class RLRouter(LogitRouter):
         assert routing.logits_TE is not None
         assert routing.experts_TK is not None
         # A layer that is called several times has a baseline of each call.
-        call = next((published.call for published in context.routings if published.routing is routing), -1)
+        call = next((p.call for p in context.routings if p.routing.for_losses is routing), -1)
         value_T = context.carry[self][call]
         log_TE = routing.logits_TE.log_softmax(-1)
         selected_T = gather_weights(log_TE, routing.experts_TK).sum(-1)
