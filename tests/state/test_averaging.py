@@ -30,9 +30,12 @@ from routerzoo import (
 from routerzoo.moe.layer import NonCausalRouterError, inner_router
 from routerzoo.registry import router_class
 from routerzoo.router import UnmetRequirementError
+from tests.conftest import BUILT_IN
 from tests.state.models import PROVIDED, SPEC, context_of
 
 STEPS = 40
+# Those of plugins take minutes.
+ROUTERS = [name if name in BUILT_IN else pytest.param(name, marks=pytest.mark.full) for name in list_routers()]
 TOKENS = 5  # of an image: the class token and 4 patches
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
 
@@ -80,7 +83,7 @@ def assert_same_indices(trained, averaged):
 REFUSED = {"TaskRouter": "TaskRouter requires num_tasks, which this model does not provide"}
 
 
-@pytest.mark.parametrize("name", list_routers())
+@pytest.mark.parametrize("name", ROUTERS)
 def test_averages_of_a_vision_transformer(name, tmp_path):
     if name in REFUSED:
         with pytest.raises(UnmetRequirementError, match=REFUSED[name]):
@@ -192,7 +195,7 @@ def averaging(names):
     return mark
 
 
-@averaging(list_routers())
+@averaging(ROUTERS)
 def test_an_exponential_average_of_a_language_model(name, corpora):
     task, watch = language_of_any(name), Validations()
     average = EMAWeightAveraging(decay=0.9)
@@ -225,7 +228,7 @@ def test_an_exponential_average_of_a_language_model(name, corpora):
     assert_same_indices(trained["model"], fresh.net)
 
 
-@averaging(list_routers())
+@averaging(ROUTERS)
 def test_a_stochastic_average_of_a_language_model(name, corpora):
     task = language_of_any(name)
     average = StochasticWeightAveraging(0.01, swa_epoch_start=1, annealing_epochs=1)

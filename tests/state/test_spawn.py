@@ -3,9 +3,11 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
 
+@pytest.mark.full
 def test_the_command_line_trains_in_spawned_processes(tmp_path):
     sizes = {"d_model": 16, "num_blocks": 1, "num_heads": 2, "num_experts": 4, "router": "XMoERouter"}
     trainer = {"max_steps": 2, "devices": 2, "accelerator": "cpu", "strategy": "ddp_spawn", "limit_val_batches": 1}
