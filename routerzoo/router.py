@@ -601,12 +601,7 @@ class LoadedTopKWarning(UserWarning):
 
 
 def _subclasses(cls: type) -> Iterator[type]:
-    for subclass in type.__subclasses__(cls):
-        yield subclass
-        yield from _subclasses(subclass)
-
-
-def _subclasses(cls: type) -> Iterator[type]:
+    subclass: type
     for subclass in type.__subclasses__(cls):
         yield subclass
         yield from _subclasses(subclass)

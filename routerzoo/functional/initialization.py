@@ -39,7 +39,7 @@ class Reinitializable(nn.Module):
                 own[name].copy_(_placed_as(own[name], tensor))
 
 
-def _placed_as(own: Tensor, fresh: Tensor) -> Tensor:
+def _placed_as(own: Any, fresh: Tensor) -> Tensor:
     """Shard what was drawn as the module's own tensor is sharded; the values are those of the first process."""
     if not hasattr(own, "device_mesh"):
         return fresh
