@@ -154,9 +154,7 @@ def _pooled(routings: list[Routing], context: RoutingContext) -> tuple[Routing, 
     if len({(r.score_fn, r.balance_probs_TE is None) for r in routings}) > 1:
         fields["balance_probs_TE"] = torch.cat([routing.balance_scores() for routing in routings])
     if len({type(routing.noise_std) for routing in routings}) > 1:
-        raise ValueError(
-            "has layers with and without noise, whose losses cannot be pooled: sum them"
-        )
+        raise ValueError("has layers with and without noise, whose losses cannot be pooled: sum them")
     if isinstance(first.noise_std, Tensor):
         fields["noise_std"] = torch.cat([r.noise_std for r in routings if isinstance(r.noise_std, Tensor)])
     repeated = {
