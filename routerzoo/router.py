@@ -274,14 +274,14 @@ class Router(Reinitializable, ABC):
                 self._stored_ints[name] = int(tensor)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, Tensor) and name in self.__dict__.get("_stored_ints", ()):  # transformers loads buffers so
-            if name == "k" and not value.is_meta:
+        super().__setattr__(name, value)
+        # transformers loads buffers so, and marks what a checkpoint holds; what it lacks is memory that nobody has
+        # written yet, until `reset_parameters`.
+        if name in self.__dict__.get("_stored_ints", ()) and getattr(value, "_is_hf_initialized", False):
+            if name == "k":
                 self._checked_top_k(int(value))
                 self._announce_top_k(int(value))
-            super().__setattr__(name, value)
-            self.read_stored_ints()
-            return
-        super().__setattr__(name, value)
+            self._stored_ints[name] = int(value)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         errors: list[str] = args[-1]
