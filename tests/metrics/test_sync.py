@@ -10,6 +10,8 @@ from torch.testing import assert_close
 
 from routerzoo import Routing, metrics
 
+pytestmark = pytest.mark.full  # several processes
+
 
 def tokens(seed=0):
     generator = torch.Generator().manual_seed(seed)
