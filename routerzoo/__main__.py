@@ -20,7 +20,7 @@ commands:
   sweep      run a grid, and go on with it:      python -m routerzoo sweep --config configs/sweeps/quick.yaml
   report     say what came of a sweep:           python -m routerzoo report sweeps/quick
   plan       memory, FLOPs, traffic of a run:    python -m routerzoo plan --config ... --processes 64 --strategy sharded
-  check      prove what routers declare:         python -m routerzoo check HyperRouter
+  check      check what routers declare:         python -m routerzoo check HyperRouter
 
 python -m routerzoo COMMAND --help lists a command's options;
 python -m routerzoo fit --model LanguageModeling --model.router.help HyperRouter explains a router's.

@@ -10,18 +10,23 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from routerzoo.registry import UnknownRouterError, list_routers, router_class
-from routerzoo.testing import CHECKS, RouterCheckError, run_checks
+from routerzoo.testing import CHECKS, QUICK_EXAMPLES, RouterCheckError, run_checks
 
 
 def main(args: Sequence[str]) -> None:
     """Check routers, show what holds, and exit with 1 where anything does not."""
     parser = argparse.ArgumentParser(
         prog="python -m routerzoo check",
-        description="Prove that routers keep the contract and have the properties that they declare.",
+        description="Check that routers keep the contract and have the properties that they declare.",
         allow_abbrev=False,
     )
     parser.add_argument("routers", nargs="*", metavar="ROUTER", help="names of routers; all, where none is given")
-    parser.add_argument("--examples", type=int, default=20, help="random sizes that each law is tried on (default: 20)")
+    parser.add_argument(
+        "--examples",
+        type=int,
+        default=QUICK_EXAMPLES,
+        help=f"random sizes that each check is tried on, beside the usual ones (default: {QUICK_EXAMPLES})",
+    )
     parser.add_argument("--device", default="cpu", help="where the routers run (default: cpu)")
     options = parser.parse_args(args)
     names = options.routers or list_routers()
@@ -52,5 +57,5 @@ def _check(name: str, examples: int, device: str, console: Console) -> bool:
     if failures:
         console.print(str(RouterCheckError(name, failures)), style="red", markup=False)
     else:
-        console.print(f"{name} keeps every law that it declares: {', '.join(CHECKS)}", markup=False)
+        console.print(f"{name} passes all {len(CHECKS)} checks: {', '.join(CHECKS)}", markup=False)
     return not failures
