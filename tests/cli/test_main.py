@@ -109,6 +109,7 @@ def test_fit_leaves_config_checkpoints_logs_and_a_picture(config, capsys):
     assert (RUN.parent / "001" / "config.yaml").is_file()
 
 
+@pytest.mark.full
 def test_the_saved_config_runs_again(run, capsys):
     cli.main(["fit", "--config", str(run / "config.yaml")])
     assert (RUN.parent / "001" / "checkpoints" / "last.ckpt").is_file()
@@ -280,6 +281,7 @@ def test_every_router_is_a_known_name_on_the_command_line(config, router_name, c
     assert f"{router_name} · 2 MoE layers" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_the_same_seed_gives_the_same_losses(config):
     for _ in range(2):
         cli.main(["fit", "--config", config, "--trainer.log_every_n_steps", "1"])
@@ -350,6 +352,7 @@ AVERAGING = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch")
 @pytest.mark.parametrize("kind", AVERAGING)
 def test_averaged_weights_are_trained_and_evaluated(config, kind, capsys):
