@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, final
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
@@ -17,6 +18,7 @@ from routerzoo.checkpoints import sharded
 from routerzoo.checkpoints.single import read_checkpoint
 from routerzoo.errors import UserError
 from routerzoo.optim import parameter_groups
+from routerzoo.router import LoadedTopKWarning
 
 
 @final
@@ -62,10 +64,8 @@ class ShardedStrategy(ModelParallelStrategy):
         if len(checkpoint.get("optimizer_states", [])) > 1:
             raise UserError("a checkpoint of a sharded model takes one optimizer, not several")
         path = Path(self.broadcast(filepath))
-        state = checkpoint[sharded.STATE]
-        tensors = {f"{sharded.STATE}.{name}": value for name, value in state.items() if isinstance(value, Tensor)}
-        rest = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
-        meta = {**checkpoint, sharded.STATE: rest}
+        tensors = {f"{sharded.STATE}.{name}": value for name, value in checkpoint[sharded.STATE].items()}
+        meta = {**checkpoint, sharded.STATE: {}}
         if checkpoint.get("optimizer_states"):
             optimizer = checkpoint["optimizer_states"][0]
             for name, values in optimizer["state"].items():
@@ -81,17 +81,17 @@ class ShardedStrategy(ModelParallelStrategy):
         assert module is not None
         if not sharded.is_folder(path):
             checkpoint = read_checkpoint(path)
-            model.load_state_dict(_shard(checkpoint.pop(sharded.STATE), model.state_dict()))
+            _load_model(model, _shard(checkpoint[sharded.STATE], model.state_dict()))
+            checkpoint[sharded.STATE] = {}
             if self.optimizers and checkpoint.get("optimizer_states"):
                 saved = sharded.named(checkpoint["optimizer_states"][0], parameter_groups(module), module)
                 self._load_optimizer(saved)
             return checkpoint
         meta = sharded.read_meta(path)
         sharded.verify(path, meta.pop(sharded.CHECKSUMS), self.global_rank, self.world_size)
-        state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-        found = {name: torch.empty_like(value) for name, value in state.items()}
+        found = {name: torch.empty_like(value) for name, value in model.state_dict().items()}
         sharded.load(path, {f"{sharded.STATE}.{name}": value for name, value in found.items()})
-        model.load_state_dict({**found, **meta[sharded.STATE]})
+        _load_model(model, found)
         if self.optimizers and meta.get("optimizer_states"):
             saved = {
                 "state": self._optimizer_tensors(path),
@@ -132,6 +132,12 @@ class ShardedStrategy(ModelParallelStrategy):
 
 # Its name, for `--trainer.strategy sharded`.
 StrategyRegistry.register("sharded", ShardedStrategy, description="FSDP2, optionally with expert parallelism")
+
+
+def _load_model(model: nn.Module, state: Mapping[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LoadedTopKWarning)  # a schedule had set k
+        model.load_state_dict(state)
 
 
 def _shard(whole: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:

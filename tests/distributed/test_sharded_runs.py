@@ -1,4 +1,4 @@
-"""Runs whose model is spread over processes: what they compute, and who reads their checkpoints."""
+"""Runs of sharded models: what they compute, and who reads their checkpoints."""
 
 import csv
 import os
