@@ -43,7 +43,7 @@ def text_data(**options):
     return TextData(**{"sequence_length": 16, "batch_size": 4, **options})
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.full)])
 def test_every_router_trains_on_text(router_name, precision):
     task = language(router_name)
     trainer = Trainer(**QUIET, max_steps=3, limit_val_batches=1, precision=precision, enable_checkpointing=False)
@@ -54,7 +54,7 @@ def test_every_router_trains_on_text(router_name, precision):
     )
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.full)])
 def test_every_router_trains_on_images(router_name, precision):
     task = vision(router_name)
     trainer = Trainer(**QUIET, max_steps=3, limit_val_batches=1, precision=precision, enable_checkpointing=False)
@@ -245,6 +245,7 @@ torch.save(task.eval().net(torch.arange(16)[None])[0], "logits.pt")
 """
 
 
+@pytest.mark.full
 def test_checkpoints_made_in_python_load_in_another_process(tmp_path):
     subprocess.run([sys.executable, "-c", CHECKPOINT_MAKER], check=True, capture_output=True, cwd=tmp_path)
     task = LanguageModeling.load_from_checkpoint(tmp_path / "made.ckpt", weights_only=True)
