@@ -84,6 +84,7 @@ def measured(results):
     }
 
 
+@pytest.mark.full
 def test_a_sweep_finishes_what_can_be_and_says_why_the_rest_is_not(write, tmp_path):
     routers = [
         "LinearRouter",
@@ -151,6 +152,7 @@ def _commands(printed):
     return [shlex.split(command)[4:] for command in line.split(" && ")]
 
 
+@pytest.mark.full
 def test_a_killed_sweep_goes_on_where_it_was(write, tmp_path):
     command = write(set={"trainer.max_steps": 120})
     (tmp_path / "whole").mkdir()
@@ -201,6 +203,7 @@ def _alive(folder):
     return held
 
 
+@pytest.mark.full
 def test_two_sweeps_share_a_folder(write, tmp_path):
     command = write(seeds=[0, 1, 2], set={"trainer.max_steps": 15})
     both = [start(tmp_path, [*command, "--workers", "1"]) for _ in range(2)]
@@ -211,6 +214,7 @@ def test_two_sweeps_share_a_folder(write, tmp_path):
     assert Counter((run.status, run.attempts) for run in runs(tmp_path).values()) == {("finished", 1): 6}
 
 
+@pytest.mark.full
 def test_changed_configs_make_new_runs_and_the_report_says_what_differs(write, tmp_path):
     run(tmp_path, write(routers=["LinearRouter"], seeds=[0], set={"trainer.max_steps": 5}))
     command = write(routers=["LinearRouter"], seeds=[0], set={"trainer.max_steps": 10})
@@ -222,6 +226,7 @@ def test_changed_configs_make_new_runs_and_the_report_says_what_differs(write, t
     assert "trainer.max_steps: 5 became 10" in (tmp_path / "out" / "report.md").read_text()
 
 
+@pytest.mark.full
 def test_old_runs_are_made_anew_when_asked(write, tmp_path):
     command = write(routers=["LinearRouter"], seeds=[0], set={"trainer.max_steps": 5})
     run(tmp_path, command)
@@ -239,6 +244,7 @@ def test_old_runs_are_made_anew_when_asked(write, tmp_path):
     assert json.loads((aside / "results.json").read_text()) == made.results
 
 
+@pytest.mark.full
 def test_checkpoints_of_finished_runs_go_when_asked(write, tmp_path):
     command = write(routers=["LinearRouter"], seeds=[0], set={"trainer.max_steps": 20})
     run(tmp_path, command)
@@ -254,6 +260,7 @@ def test_checkpoints_of_finished_runs_go_when_asked(write, tmp_path):
     assert "resumed" not in run(tmp_path, command)
 
 
+@pytest.mark.full
 def test_interrupted_runs_wait(write, tmp_path):
     process = start(tmp_path, write(seeds=[0], set={"trainer.max_steps": 5000}))
     deadline = time.monotonic() + 120
@@ -335,6 +342,7 @@ def _die(folder, test, threads, sweep, gpu):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.full
 def test_a_run_that_is_killed_takes_nobody_with_it(tmp_path, monkeypatch):
     monkeypatch.setattr(work, "run", _die)
     engine = LocalEngine(1, 1)

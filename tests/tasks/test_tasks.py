@@ -246,6 +246,7 @@ torch.save(task.eval().net(torch.arange(16)[None])[0], "logits.pt")
 
 
 @pytest.mark.full
+@pytest.mark.full
 def test_checkpoints_made_in_python_load_in_another_process(tmp_path):
     subprocess.run([sys.executable, "-c", CHECKPOINT_MAKER], check=True, capture_output=True, cwd=tmp_path)
     task = LanguageModeling.load_from_checkpoint(tmp_path / "made.ckpt", weights_only=True)
