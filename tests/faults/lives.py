@@ -70,7 +70,7 @@ def start(*arguments, **options):
     return process
 
 
-def wait_for(what, process, seconds=60.0):
+def wait_for(what, process, seconds=120.0):
     """Wait until something holds, or the process has ended."""
     end = time.monotonic() + seconds
     while not what() and process.is_alive():
