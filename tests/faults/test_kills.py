@@ -111,7 +111,7 @@ def test_a_run_that_is_killed_over_and_over(command, domain, tmp_path):
         if not tears:
             process.join(draw.uniform(0.0, 0.3))
         else:
-            process.join(120)
+            process.join(300)
         if process.exitcode == 0:
             break
         process.kill()
@@ -140,7 +140,7 @@ def test_sigterm_saves_and_exits(command, domain, tmp_path):
         process = start(command(folder), log)
         wait_for(lambda before=before: last.exists() and last.stat().st_mtime_ns > before, process)
         process.terminate()
-        process.join(120)
+        process.join(300)
         assert process.exitcode == 143, log.read_text()[-2000:]
         assert "with --ckpt_path last goes on" in log.read_text()
         assert "Traceback" not in log.read_text()
@@ -200,7 +200,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(command, domain
     before = last.read_bytes()
     log = tmp_path / "full.log"
     process = start(command(folder), log, limit_bytes=len(before) // 2)
-    process.join(120)
+    process.join(300)
     assert process.exitcode == 1
     (error,) = [line for line in log.read_text().splitlines() if line.startswith("error:")]
     assert "cannot write the checkpoint" in error
