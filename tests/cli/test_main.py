@@ -132,6 +132,7 @@ def test_predict_continues_text(run, capsys):
     assert all(line["continuation"] for line in lines)
 
 
+@pytest.mark.full
 def test_predict_gives_class_probabilities(tmp_path, capsys):
     (tmp_path / "vision.yaml").write_text(VISION)
     cli.main(["fit", "--config", "vision.yaml", "--trainer.enable_progress_bar", "false"])

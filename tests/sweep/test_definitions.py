@@ -14,12 +14,15 @@ DEFINITIONS = [*ROOT.glob("configs/sweeps/*.yaml"), *ROOT.glob("benchmarks/sweep
 SWEEPS = [path for path in DEFINITIONS if "routers" in yaml.safe_load(path.read_text())]
 
 
-@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, id=p.stem, marks=[pytest.mark.full] * (p.stem != "quick")) for p in SWEEPS]
+)
 def test_sweep(path, tmp_path, monkeypatch):
     assert f"--config {path.relative_to(ROOT)}" in path.read_text()
     each_run_is_a_config_of_its_own(path, tmp_path, monkeypatch)
 
 
+@pytest.mark.full
 def test_the_grid_of_the_docs(tmp_path, monkeypatch):
     (grid,) = re.findall("```yaml\n(.*?)```", (ROOT / "docs" / "sweeps.md").read_text(), re.DOTALL)
     (tmp_path / "docs.yaml").write_text(grid)

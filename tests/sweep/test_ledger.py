@@ -108,6 +108,7 @@ def _claim_and_wait(folder, ready):
     time.sleep(60)
 
 
+@pytest.mark.full
 def test_the_runs_of_a_killed_sweep_are_taken_over_at_once(tmp_path):
     Ledger(tmp_path).plan([row("a")])
     context = multiprocessing.get_context("spawn")
@@ -161,6 +162,7 @@ def _claim_all(folder, taken):
         ledger.finish(run.key, "finished")
 
 
+@pytest.mark.full
 def test_sweeps_side_by_side_share_the_runs(tmp_path):
     keys = {f"run{number}" for number in range(40)}
     Ledger(tmp_path).plan([row(key) for key in keys])

@@ -309,6 +309,7 @@ def _tell_gpu(folder, test, threads, sweep, gpu):
     time.sleep(1.0)
 
 
+@pytest.mark.full
 def test_runs_take_turns_on_gpus(tmp_path, monkeypatch):
     monkeypatch.setattr(work, "run", _tell_gpu)
     engine, ledger = LocalEngine(4, 1, gpus=2), Ledger(tmp_path)

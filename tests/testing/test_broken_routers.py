@@ -702,6 +702,7 @@ def test_every_check_has_a_router_that_breaks_it():
     assert {check for check, _ in BROKEN.values()} == set(CHECKS)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("router", [Sound, Adapting, BalancesAllProcesses], ids=lambda router: router.__name__)
 def test_nothing_is_wrong_with_the_sound_ones(router):
     check_router(router)
