@@ -28,13 +28,21 @@ class Reinitializable(nn.Module):
         """Draw parameters and buffers as the constructor did, on the device where they are.
 
         What transformers marks as loaded from a checkpoint stays as it is.
+
+        Raises:
+            ValueError: its tensors are no longer those that the constructor made, as under a parametrization.
         """
         args, kwargs = self._built_with
         own = _tensors(self)
         device = next((tensor.device for tensor in own.values()), torch.device("cpu"))
         with torch.device(device):
-            fresh = type(self)(*args, **kwargs)
-        for name, tensor in _tensors(fresh).items():
+            fresh = _tensors(type(self)(*args, **kwargs))
+        if missing := fresh.keys() - own.keys():
+            raise ValueError(
+                f"{type(self).__name__} has no {', '.join(sorted(missing))} any more, so that it cannot be initialized "
+                "again: call reset_parameters before parametrizations and adapters are added"
+            )
+        for name, tensor in fresh.items():
             if not getattr(own[name], "_is_hf_initialized", False):  # transformers has loaded this one
                 own[name].copy_(_placed_as(own[name], tensor))
 

@@ -43,7 +43,6 @@ def attach(
         step: steps taken so far, where the run resumes.
         token_counts: int64 `[vocab_size]`, how often each token id occurs in the training split, for routers that are
             fitted to it.
-
         process_group: processes that train copies of the same layers on other data, whose counts are added up; by
             default all of them.
 
@@ -101,7 +100,7 @@ class RouterUpdates:
         self._passes = itertools.count()
         self._counted: dict[MoE, set[int]] = {layer: set() for layer in layers}
         # FSDP2 replaces parameters in the forward pass; gradients are accumulated in those of now.
-        self._parameters = {layer: [*(inner_router(layer).parameters())] or [*layer.parameters()] for layer in layers}
+        self._parameters = {layer: [*inner_router(layer).parameters()] for layer in layers}
         self._layers = layers
         self._trained = {layer for layer in layers if _is_trained(layer)}
         self._statistics: dict[MoE, dict[str, Tensor]] = {layer: {} for layer in layers}
@@ -162,8 +161,10 @@ class RouterUpdates:
         differentiable.register_hook(self._on_gradient(layer, router, sums))  # type: ignore[no-untyped-call]
 
     def _on_gradient(self, layer: MoE, router: Router, sums: Mapping[str, Tensor]) -> Callable[[Tensor], None]:
-        now = [*router.parameters()] or [*layer.parameters()]
-        references = [p for p in (*self._parameters[layer], *now) if p.requires_grad]
+        references = [p for p in (*self._parameters[layer], *router.parameters()) if p.requires_grad]
+        trained = [p for p in layer.parameters() if p.requires_grad]
+        if not references and trained and all(p.grad is None for p in trained):
+            self._forget(layer)  # a router without trained parameters, in a layer that begins a step
         number = next(self._passes)
 
         @torch.no_grad()
@@ -172,8 +173,7 @@ class RouterUpdates:
                 self._backward[layer] = backward_id()
                 if references and all(p.grad is None for p in references):
                     # The first backward pass of a step: what was counted before belongs to one that was skipped.
-                    self._statistics[layer] = {}
-                    self._counted[layer].clear()
+                    self._forget(layer)
             if number in self._counted[layer]:
                 return  # a second backward pass through the same forward pass
             self._counted[layer].add(number)
@@ -181,6 +181,10 @@ class RouterUpdates:
             self._add(layer, {name: torch.where(sound, value, 0.0) for name, value in sums.items()})
 
         return add
+
+    def _forget(self, layer: MoE) -> None:
+        self._statistics[layer] = {}
+        self._counted[layer].clear()
 
     def _add(self, layer: MoE, sums: Mapping[str, Tensor]) -> None:
         known = self._statistics[layer]

@@ -114,20 +114,20 @@ def _reduced(
     try:
         if weight.over_layers == "pooled" and name in ROUTING_LOSSES and name not in entries[0].routing.losses:
             return loss_of(name, *_pooled([entry.routing.for_losses for entry in entries], context))
-        losses = [_own_or_generic(name, entry, context, token_losses) for entry in entries]
+        losses = [_loss_of_layer(name, entry, context, token_losses) for entry in entries]
     except ValueError as error:
         raise ValueError(f"{type(router).__name__} {error}") from None
     total = torch.stack(losses).sum()
     return total if weight.over_layers == "sum" else total / len(losses)
 
 
-def _own_or_generic(name: str, entry: LayerRouting, context: RoutingContext, token_losses: Tensor | None) -> Tensor:
+def _loss_of_layer(name: str, entry: LayerRouting, context: RoutingContext, token_losses: Tensor | None) -> Tensor:
     router: Router = inner_router(entry.layer)  # type: ignore[arg-type]
     if router.wants_feedback and name not in entry.routing.losses and name not in ROUTING_LOSSES:
         if token_losses is None:
             raise ValueError(f"learns {name!r} from the task's loss of each token: give token_losses")
-        told = router.feedback(entry.routing.for_losses, context, token_losses.detach().flatten())
-        entry.routing = replace(entry.routing, losses={**entry.routing.losses, **told})
+        learned = router.feedback(entry.routing.for_losses, context, token_losses.detach().flatten())
+        entry.routing = replace(entry.routing, losses={**entry.routing.losses, **learned})
     return loss_of(name, entry.routing, context)
 
 

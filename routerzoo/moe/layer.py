@@ -107,7 +107,7 @@ class MoE(nn.Module):
         if num_shared_experts < 0:
             raise ValueError(f"num_shared_experts must be at least 0, got {num_shared_experts}")
         self.spec, self.num_experts, self.num_shared_experts = spec, spec.num_experts, num_shared_experts
-        self.router = _fitting(_built_router(router, spec), allow_non_causal)
+        self.router = _checked(_built_router(router, spec), allow_non_causal)
         build = _experts_factory(experts)
         self.experts = _of_type(build(spec), Experts, "experts")
         self.experts.backend = backend
@@ -183,13 +183,12 @@ class MoE(nn.Module):
             ValueError: hidden states of another width, or a context that lacks what the router requires.
         """
         context = self._current_context() if context is None else context
-        if not (context is None or isinstance(context, RoutingContext)):
+        if not isinstance(context, RoutingContext):
             raise TypeError(f"the context of a MoE layer is a RoutingContext, got {type(context).__name__}")
         x_TD = x.reshape(-1, x.shape[-1])
-        told = RoutingContext(compute_aux_losses=False) if context is None else context
-        routing = without_padding(self.router(x_TD, told), told)
+        routing = without_padding(self.router(x_TD, context), context)
         if not in_backward():
-            self._publish(routing, told)
+            self._publish(routing, context)
             if self.training and not torch.compiler.is_compiling():
                 self._warn_of_what_training_lacks(x_TD)
         y_TD = apply_experts(x_TD, routing, self.experts, self.num_experts, self.mesh)
@@ -197,10 +196,12 @@ class MoE(nn.Module):
             y_TD = y_TD + dense_forward(self.shared_experts, x_TD, self.num_shared_experts)
         return y_TD.view(*x.shape[:-1], y_TD.shape[1])
 
-    def _current_context(self) -> RoutingContext | None:
-        """Return the context that was provided, unless its pass is over and this is not its recomputation."""
+    def _current_context(self) -> RoutingContext:
+        """Return the context that was provided, or an empty one once its pass is over; recomputation finds it still."""
         context = self._provided_context
-        return None if context is None or (context.is_finished and not in_backward()) else context
+        if context is None or (context.is_finished and not in_backward()):
+            return RoutingContext(compute_aux_losses=False)
+        return context
 
     def _publish(self, routing: Routing, context: RoutingContext) -> None:
         call = sum(published.layer is self for published in context.routings)
@@ -307,7 +308,7 @@ def _of_type(built: M, kind: type[nn.Module], what: str) -> M:
     return built
 
 
-def _fitting(router: Router, allow_non_causal: bool) -> Router:
+def _checked(router: Router, allow_non_causal: bool) -> Router:
     # A wrapped router's properties are known only now that it is built.
     name = type(router).__name__
     if missing := router.requires - router.spec.provides:

@@ -128,6 +128,23 @@ def test_a_step_that_the_loop_skips_moves_nothing():
     assert updates.step == 1
 
 
+@pytest.mark.parametrize("experts_train", [True, False])
+def test_a_router_without_trained_parameters(experts_train):
+    layer, optimizer = make()
+    layer.router.weight.requires_grad_(False)
+    layer.experts.requires_grad_(experts_train)
+    before = nn.Linear(4, 4)
+    nn.init.eye_(before.weight)
+    optimizer = torch.optim.SGD([*before.parameters(), *layer.parameters()], lr=1e-9)
+    model = nn.Sequential(before, layer)
+    attach(model, optimizer)
+    if experts_train:
+        model(tokens(1, 1)).square().sum().backward()  # a step that the loop skips
+        optimizer.zero_grad()
+    step(model, optimizer, tokens(0), tokens(0, 3))
+    assert layer.router.seen == [[2, 0, 0, 1]]
+
+
 def test_passes_whose_gradient_is_not_used_do_not_count():
     layer, optimizer = make()
     attach(layer, optimizer)

@@ -126,6 +126,13 @@ def test_a_layer_built_on_the_meta_device_is_initialized_as_the_constructor_does
     assert layer(torch.randn(12, SPEC.d_model), CONTEXT.new_pass()).isfinite().all()
 
 
+def test_a_parametrized_router_is_not_initialized_again_in_silence():
+    layer = MoE(d_model=16, num_experts=4)
+    torch.nn.utils.parametrizations.weight_norm(layer.router, "weight")
+    with pytest.raises(ValueError, match=r"LinearRouter has no weight any more.*call reset_parameters before"):
+        layer.reset_parameters()
+
+
 def test_a_model_with_an_init_weights_of_its_own_can_call_it():
     """As models of timm and transformers are initialized: module by module, `module.apply(init)`."""
     model = torch.nn.Sequential(torch.nn.Linear(16, 16), MoE(d_model=16, num_experts=4, router=LinearRouter))
