@@ -46,8 +46,8 @@ def count_costs(model: nn.Module, run: Callable[[], int]) -> Costs:
 
     Args:
         model: any module with MoE layers.
-        run: calls the model, and returns on how many tokens. It is called twice, with the model in evaluation and
-            without gradients.
+        run: calls the model, and returns on how many tokens. It is called with the model in evaluation and without
+            gradients. What a pass computes once, such as a generated gate, is spread over its tokens.
     """
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -57,7 +57,6 @@ def count_costs(model: nn.Module, run: Callable[[], int]) -> Costs:
     chosen = dict.fromkeys(layers, 0.0)
 
     with _evaluation(model):
-        run()  # what is computed once and kept, such as a generated gate, is no cost of a token
         with FlopCounterMode(display=False) as counter:
             started: dict[nn.Module, int] = {}
 

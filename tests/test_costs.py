@@ -1,9 +1,20 @@
 """Costs against hand counts."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from routerzoo import HyperRouter, LanguageModeling, LayerSpec, LinearRouter, MoE, StableMoERouter, moe_layers
+from routerzoo import (
+    HashRouter,
+    HyperRouter,
+    LanguageModeling,
+    LayerSpec,
+    LinearRouter,
+    MoE,
+    StableMoERouter,
+    moe_layers,
+)
 from routerzoo.costs import count_costs, short
 from tests.tasks.test_tasks import vision
 
@@ -19,6 +30,29 @@ def test_costs_of_a_decoder_by_hand():
     sizes = (4 * d * d) * 2 + 4 * d + d
     assert costs.total - costs.active == blocks * (experts - 2) * sizes
     assert costs.total == costs.trainable == sum(p.numel() for p in task.parameters())
+
+
+@pytest.mark.parametrize("moe_blocks", ["all", [1], "none"])
+def test_a_dense_model_of_equal_active_parameters_costs_less_by_the_router_alone(moe_blocks):
+    sizes = {"d_model": 16, "num_blocks": 2, "num_heads": 2, "num_experts": 4, "max_length": 8}
+    router = partial(LinearRouter, top_k=1)
+    dense = LanguageModeling(**sizes, dense_width=1, moe_blocks="none", router=router).costs()
+    moe = LanguageModeling(**sizes, dense_width=1, moe_blocks=moe_blocks, router=router).costs()
+    layers = {"all": 2, "none": 0}.get(str(moe_blocks), 1)
+    assert dense.router_flops == 0
+    assert moe.router_flops == layers * 2 * 16 * 4
+    assert moe.flops - moe.router_flops == dense.flops
+    assert moe.active - dense.active == layers * 16 * 4
+
+
+def test_what_stablemoes_record_says_is_what_its_models_cost():
+    sizes = {"d_model": 128, "num_blocks": 4, "num_heads": 4, "num_experts": 16, "dense_width": 1, "max_length": 256}
+    routers = [LinearRouter, HashRouter]
+    models = [LanguageModeling(**sizes, moe_blocks="none")]
+    models += [LanguageModeling(**sizes, moe_blocks=[2], router=partial(router, top_k=1)) for router in routers]
+    costs = [model.costs() for model in models]
+    assert [c.flops for c in costs] == [2_162_688, 2_166_784, 2_162_688]
+    assert [c.active for c in costs] == [822_912, 824_960, 822_912]
 
 
 def test_counting_leaves_everything_as_it_was():
