@@ -6,6 +6,8 @@ import difflib
 import importlib
 import inspect
 import os
+import sys
+import threading
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -19,12 +21,15 @@ ENTRY_POINT_GROUP = "routerzoo.routers"
 DISABLE_PLUGINS = "ROUTERZOO_DISABLE_PLUGINS"
 """Set this environment variable to anything but 0 to leave installed plugins out."""
 
+SLOW_SECONDS = 5.0
+"""A plugin whose import takes longer is named, so that nobody has to guess what a command waits for."""
+
 R = TypeVar("R", bound=type[Router])
 
 
 @dataclass(frozen=True)
 class BrokenPlugin:
-    """An entry point that gives no usable router.
+    """An entry point that gives no usable router, or no class of another kind.
 
     Args:
         name: the entry point's name.
@@ -48,7 +53,7 @@ class _Registry:
         self.packages: dict[str, str] = {}
         self.broken: list[BrokenPlugin] = []
         self.builtin_loaded = False
-        self.plugins_loaded = False
+        self.groups_loaded: set[str] = set()
 
 
 _registry = _Registry()
@@ -169,7 +174,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def broken_plugins() -> list[BrokenPlugin]:
-    """Return the installed entry points that give no usable router."""
+    """Return the installed entry points that give nothing usable."""
     load_plugins()
     return list(_registry.broken)
 
@@ -186,13 +191,7 @@ def load_plugins() -> None:
     warning names it and the rest still work.
     """
     _load_builtin()
-    if _registry.plugins_loaded:
-        return
-    _registry.plugins_loaded = True
-    if os.environ.get(DISABLE_PLUGINS, "0") != "0":
-        return
-    points = sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: (point.name, _package(point)))
-    for point in points:
+    for point in _points_to_load(ENTRY_POINT_GROUP):
         # Checked before the import: two visible classes of one name would make the name unusable in configs.
         if point.name in _registry.routers:
             if _gives(point, _registry.routers[point.name]):
@@ -201,30 +200,67 @@ def load_plugins() -> None:
             reason = f"the name {point.name} exists already, from {router_package(point.name)}; one must be renamed"
         else:
             reason = _load_plugin(point)
-        if reason:
-            broken = BrokenPlugin(point.name, _package(point), reason)
-            _registry.broken.append(broken)
-            warnings.warn(f"routerzoo ignores the plugin {broken}", stacklevel=2)
+        _report(point, reason)
+
+
+def load_group(group: str, base: type) -> None:
+    """Import the classes of another entry-point group, once per process; broken ones are left out with a warning.
+
+    Args:
+        group: name of the group.
+        base: what the classes must be.
+    """
+    for point in _points_to_load(group):
+        cls, reason = _import(point)
+        if not reason and not (isinstance(cls, type) and issubclass(cls, base)):
+            reason = f"{cls!r} is not a subclass of {base.__name__}"
+        _report(point, reason)
+
+
+def _points_to_load(group: str) -> list[EntryPoint]:
+    if group in _registry.groups_loaded or os.environ.get(DISABLE_PLUGINS, "0") != "0":
+        return []
+    _registry.groups_loaded.add(group)
+    return sorted(entry_points(group=group), key=lambda point: (point.name, _package(point)))
+
+
+def _report(point: EntryPoint, reason: str) -> None:
+    if reason:
+        broken = BrokenPlugin(point.name, _package(point), reason)
+        _registry.broken.append(broken)
+        warnings.warn(f"routerzoo ignores the plugin {broken}", stacklevel=3)
+
+
+def _import(point: EntryPoint) -> tuple[object, str]:
+    """Return what an entry point gives, and why it gives nothing."""
+    slow = f"still importing the plugin {point.name} of package {_package(point)} after {SLOW_SECONDS:g} s\n"
+    timer = threading.Timer(SLOW_SECONDS, lambda: sys.stderr.write(slow))
+    timer.daemon = True
+    timer.start()
+    try:
+        return point.load(), ""
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # it may fail in any way, `sys.exit` included, and must not take the others with it
+        return None, f"cannot be imported ({type(error).__name__}: {error})"
+    finally:
+        timer.cancel()
+        timer.join()  # before anybody forks
 
 
 def _gives(point: EntryPoint, known: type[Router]) -> bool:
     """Whether an entry point is that of a class that is registered already."""
     if point.value.partition(":")[0].partition(".")[0] != known.__module__.partition(".")[0]:
         return False
-    try:
-        return point.load() is known
-    except Exception:  # it will be reported as a name that is taken
-        return False
+    return _import(point)[0] is known  # what fails is reported as a name that is taken
 
 
 def _load_plugin(point: EntryPoint) -> str:
     """Register a plugin's router, or say why not."""
-    try:
-        cls = point.load()
-    except Exception as error:  # a plugin may fail in any way, and must not take the others with it
-        return f"cannot be imported ({type(error).__name__}: {error})"
-    if reason := _not_a_router(cls):
+    cls, reason = _import(point)
+    if reason := reason or _not_a_router(cls):
         return reason
+    assert isinstance(cls, type)
     if cls.__name__ != point.name:
         return f"the entry point gives a class called {cls.__name__}; the two names must be equal"
     register_router(cls)

@@ -24,12 +24,11 @@ from rich.console import Console
 
 import routerzoo.data
 import routerzoo.tasks
-from routerzoo import registry
 from routerzoo.callbacks import RoutingMonitor, StopOnNonFiniteLoss
 from routerzoo.checkpoints.sharded import is_folder
 from routerzoo.checkpoints.single import WholeCheckpoints, read_outline
 from routerzoo.cli.parser_errors import explain
-from routerzoo.errors import UserError
+from routerzoo.errors import UserError, in_a_sentence
 from routerzoo.runs import folder as runs
 from routerzoo.runs.atomic import atomic_write
 from routerzoo.runs.checkpoint import TERMINATED, RunCheckpoint
@@ -38,6 +37,7 @@ from routerzoo.runs.predictions import PredictionWriter
 from routerzoo.runs.progress_file import ProgressFile
 from routerzoo.runs.report import RunReport
 from routerzoo.runs.routing_pictures import RoutingPictures
+from routerzoo.tasks import class_paths
 from routerzoo.tasks.base import MoETask
 
 # Callbacks have devices as defaults, which a run's config has to name.
@@ -45,6 +45,8 @@ register_type(torch.device, fail_already_registered=False)
 
 PROGRESS_VARIABLE = "ROUTERZOO_PROGRESS_FILE"
 """A run whose environment has this writes how far it is into that file."""
+TRUST, TRUST_VARIABLE = "--trust", "ROUTERZOO_TRUST"
+"""The option, or the environment variable, that lets configs name any package's classes. No config can set it."""
 # The data decides these sizes of the model.
 LINKED = ("vocab_size", "metric", "max_length", "num_tasks", "num_classes", "image_size", "in_channels")
 # What may differ between a checkpoint and the command that uses it. All else decides what its numbers mean.
@@ -388,14 +390,18 @@ def main(args: Sequence[str] | None = None, cli: Callable[[list[str]], object] =
         args: the command and its options; by default the process's.
         cli: parses them and runs the command.
     """
-    registry.load_plugins()
+    class_paths.load_plugins()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisements)
     # Lightning 2.6 calls what jsonargparse 5 will remove, hence the upper bound of its version.
     warnings.filterwarnings("ignore", message=r"(?s).*(JsonargparseDeprecationWarning|removed in v5)")
-    try:
-        cli(_with_saved_config(list(sys.argv[1:] if args is None else args)))
-    except SIGTERMException:
-        print("stopped by SIGTERM; the same command with --ckpt_path last goes on", file=sys.stderr)
-        sys.exit(TERMINATED)
-    except (UserError, MisconfigurationException) as error:
-        sys.exit(f"error: {error}")
+    given = list(sys.argv[1:] if args is None else args)
+    options = [arg for arg in given if arg != TRUST]
+    trust = options != given or os.environ.get(TRUST_VARIABLE, "0") != "0"
+    with in_a_sentence(), class_paths.known_classes_only(class_paths.packages_named(options), trust=trust):
+        try:
+            cli(_with_saved_config(options))
+        except SIGTERMException:
+            print("stopped by SIGTERM; the same command with --ckpt_path last goes on", file=sys.stderr)
+            sys.exit(TERMINATED)
+        except MisconfigurationException as error:
+            raise UserError(str(error)) from None

@@ -12,6 +12,7 @@ from lightning import LightningDataModule, LightningModule
 
 from routerzoo import registry
 from routerzoo.moe.experts import Experts
+from routerzoo.tasks.class_paths import refusal
 
 
 def explain(message: str) -> str:
@@ -22,6 +23,9 @@ def explain(message: str) -> str:
     """
     keys = re.findall(r'Parser key "([^"]+)"', message)
     option = ".".join(keys)
+    if refused := refusal(message):
+        hint = "" if "is a function" in refused else ". If you trust it, name it on the command line, or add --trust"
+        return f"{option or 'config'}: {refused}{hint}"
     if unknown := re.search(r"Expected a dot import path string: (\S+)", message):
         return _unknown_class(option, unknown[1])
     if unaccepted := re.search(r"Option '([^']+)' is not accepted", message):

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from routerzoo import registry
 from routerzoo.cli.main import RouterZooCLI
+from routerzoo.cli.main import main as run
 from routerzoo.costs import short
 from routerzoo.errors import UserError
 from routerzoo.moe.dispatch import apply_experts
@@ -324,17 +325,17 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--expert_parallel", type=int, default=1, help="processes that share experts")
     parser.add_argument("--json", action="store_true", help="print numbers for a program")
     own, rest = parser.parse_known_args(list(args))
-    registry.load_plugins()
-    try:
-        cli = _PlanningCLI(["fit", *rest])
-        task, data = cli.model, cli.datamodule
-        if not isinstance(task, MoETask):
-            raise UserError(f"{type(task).__name__} is no task of routerzoo's: it cannot be planned")
-        examples = int(getattr(data, "batch_size", 1))
-        sharded = own.strategy == "sharded"
-        needs = plan(task, examples, own.processes, sharded=sharded, expert_parallel=own.expert_parallel)
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    run(["fit", *rest], partial(_plan, own=own))
+
+
+def _plan(args: Sequence[str], own: argparse.Namespace) -> None:
+    cli = _PlanningCLI(args)
+    task, data = cli.model, cli.datamodule
+    if not isinstance(task, MoETask):
+        raise UserError(f"{type(task).__name__} is no task of routerzoo's: it cannot be planned")
+    examples = int(getattr(data, "batch_size", 1))
+    sharded = own.strategy == "sharded"
+    needs = plan(task, examples, own.processes, sharded=sharded, expert_parallel=own.expert_parallel)
     if own.json:
         print(json.dumps({**asdict(needs), "memory": needs.memory}, indent=2))
     else:

@@ -4,6 +4,6 @@ Import it nowhere else: it takes as long as a run's start.
 """
 
 import routerzoo.cli.main  # noqa: F401
-from routerzoo import registry
+from routerzoo.tasks import class_paths
 
-registry.load_plugins()
+class_paths.load_plugins()

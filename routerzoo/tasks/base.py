@@ -7,10 +7,11 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
+from jsonargparse import ArgumentError
 from lightning import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from routerzoo.optim import EXECUTION, WarmupCosine, parameter_groups, use_fused
 from routerzoo.router import LossWeight, Router
 from routerzoo.routers.logit_scale import match_logit_std
 from routerzoo.routing import RoutingContext
+from routerzoo.tasks.class_paths import known_classes_only, refusal
 from routerzoo.tasks.factories import allow_in_checkpoints, plain_factory
 
 FORMAT_KEY, FORMAT = "routerzoo_format", 2
@@ -118,6 +120,21 @@ class MoETask(LightningModule, ABC):
         self.save_hyperparameters(ignore=["net", "evaluation_metrics"])
         self._keep_defaults(type(net))
         allow_in_checkpoints(*self.hparams.values())
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *arguments: Any, **options: Any) -> Self:
+        """Build the task from a checkpoint, as Lightning does; classes that it names are those of known packages.
+
+        Raises:
+            UserError: it names a class of another package, or a function.
+        """
+        try:
+            with known_classes_only():
+                return super().load_from_checkpoint(checkpoint_path, *arguments, **options)
+        except (ArgumentError, ValueError) as error:
+            if (refused := refusal(str(error))) is None:
+                raise
+            raise UserError(f"{checkpoint_path}: {refused}. If you trust it, import its package first") from None
 
     def _keep_defaults(self, net_class: type[nn.Module]) -> None:
         """Add the defaults of the model's arguments to the hyperparameters: a later version's may differ."""

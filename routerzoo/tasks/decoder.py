@@ -62,8 +62,8 @@ class DecoderTask(MoETask):
         self.vocab_size = vocab_size if vocab_size is not None else 256
         net = Decoder(
             self.vocab_size,
-            plain_factory(router or LinearRouter),
-            plain_factory(experts or MLPExperts),
+            plain_factory(LinearRouter if router is None else router),
+            plain_factory(MLPExperts if experts is None else experts),
             max_length=max_length if max_length is not None else 256,
             num_tasks=num_tasks,
             **model,

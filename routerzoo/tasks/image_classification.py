@@ -71,8 +71,8 @@ class ImageClassification(Classification):
         net = ViTMoE(
             backbone,
             num_classes,
-            plain_factory(router or LinearRouter),
-            plain_factory(experts or MLPExperts),
+            plain_factory(LinearRouter if router is None else router),
+            plain_factory(MLPExperts if experts is None else experts),
             image_size=image_size,
             in_channels=in_channels if in_channels is not None else 3,
             **model,

@@ -55,7 +55,7 @@ class Measure(Callback):
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="counts by /proc")
 def test_two_thousand_steps_with_all_callbacks(tmp_path):
     (tmp_path / "config.yaml").write_text(CONFIG)
-    process = start(["fit", "--config", "config.yaml", "--run_dir", "run"], "log.txt")
+    process = start(["fit", "--config", "config.yaml", "--trust", "--run_dir", "run"], "log.txt")
     process.join(500)
     assert process.exitcode == 0, (tmp_path / "log.txt").read_text()[-2000:]
     held = [json.loads(line) for line in (tmp_path / "held.jsonl").read_text().splitlines()]
