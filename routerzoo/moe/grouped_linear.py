@@ -51,7 +51,7 @@ def grouped_linear(
         bias_EO = None if bias_EO is None else bias_EO.to(dtype)
     if backend == "auto":
         backend = _choose(x_NI, weight_EOI)
-    elif backend == "grouped" and (reason := _grouped_refuses(x_NI, weight_EOI)):
+    elif backend == "grouped" and (reason := grouped_refuses(x_NI, weight_EOI)):
         raise ValueError(f"backend 'grouped' cannot take this: {reason}; use 'loop' or 'auto'")
     y_NO = _FUNCTIONS[backend](x_NI, weight_EOI, ends_E)
     if bias_EO is None:
@@ -60,6 +60,19 @@ def grouped_linear(
         added: Tensor = _BiasBySegment.apply(y_NO, bias_EO, ends_E)
         return added
     return y_NO + _per_row(bias_EO, ends_E, len(x_NI))
+
+
+def multiply(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """Return `grouped_linear` without biases and without gradients, by the backend that `auto` chooses."""
+    return _FUNCTIONS[_choose(x_NI, weight_EOI)](x_NI, weight_EOI, ends_E)
+
+
+def weight_grad(grad_NO: Tensor, x_NI: Tensor, ends_E: Tensor) -> Tensor:
+    """Return the gradient of the weights of a `grouped_linear`, `[E, O, I]`, likewise."""
+    sizes_EOI = x_NI.new_empty(len(ends_E), grad_NO.shape[1], x_NI.shape[1], device="meta")
+    if _choose(x_NI, sizes_EOI) == "grouped":
+        return torch.nn.functional.grouped_mm(grad_NO.T, x_NI, offs=ends_E)
+    return _weight_grad(grad_NO, x_NI, ends_E)
 
 
 class _BiasBySegment(torch.autograd.Function):
@@ -116,10 +129,10 @@ def _choose(x_NI: Tensor, weight_EOI: Tensor) -> Backend:
     wider = widens(x_NI.device.type, x_NI.dtype)
     if wider and len(x_NI) >= FEWEST_ROWS_PER_EXPERT[x_NI.dtype] * len(weight_EOI):
         return "loop"
-    return "loop" if few or _grouped_refuses(x_NI, weight_EOI) else "grouped"
+    return "loop" if few or grouped_refuses(x_NI, weight_EOI) else "grouped"
 
 
-def _grouped_refuses(x_NI: Tensor, weight_EOI: Tensor) -> str:
+def grouped_refuses(x_NI: Tensor, weight_EOI: Tensor) -> str:
     """Say why torch's grouped product cannot take these tensors; empty where it can."""
     if x_NI.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"torch has no grouped product in {x_NI.dtype}"

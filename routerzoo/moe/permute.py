@@ -90,7 +90,7 @@ class _Permute(torch.autograd.Function):
         if torch.is_grad_enabled():  # somebody differentiates the gradient
             zeros_TD = grad_ND.new_zeros(len(begin_T), grad_ND.shape[1])
             return zeros_TD.index_add(0, source_N, grad_ND), None, None, None
-        return _sum_bags(grad_ND, row_N, begin_T), None, None, None
+        return sum_bags(grad_ND, row_N, begin_T), None, None, None
 
 
 class _Unpermute(torch.autograd.Function):
@@ -107,7 +107,7 @@ class _Unpermute(torch.autograd.Function):
         begin_T: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(y_ND, weight_N, order_N, source_N, row_N)
-        return _sum_bags(y_ND, row_N, begin_T, weight_N)
+        return sum_bags(y_ND, row_N, begin_T, weight_N)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
@@ -128,6 +128,7 @@ class _Unpermute(torch.autograd.Function):
 _SUM = 0  # torch's number for the mode
 
 
-def _sum_bags(rows: Tensor, row_N: Tensor, begin_T: Tensor, weight_N: Tensor | None = None) -> Tensor:
+def sum_bags(rows: Tensor, row_N: Tensor, begin_T: Tensor, weight_N: Tensor | None = None) -> Tensor:
+    """Return the sum of each token's rows, weighted where weights are given, in one pass; on a CPU."""
     sums: Tensor = torch.embedding_bag(rows.contiguous(), row_N, begin_T, mode=_SUM, per_sample_weights=weight_N)[0]
     return sums
