@@ -60,6 +60,20 @@ def _reason(error: BaseException) -> str:
     return str(known.strerror) if isinstance(known, OSError) else str(error).splitlines()[0]
 
 
+def expect_checkpoint(path: Path) -> None:
+    """Refuse, without reading it, what cannot be a checkpoint.
+
+    Raises:
+        UserError: it does not exist, or is another kind of file.
+    """
+    if folders.is_folder(path):
+        return
+    if not path.exists():
+        raise UserError(f"the checkpoint {path} does not exist")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is not a checkpoint, or a broken one: it is not an archive as torch.save writes it")
+
+
 def read_outline(path: Path) -> dict[str, Any]:
     """Read a checkpoint; of a folder of several processes, all but its tensors.
 
@@ -84,8 +98,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     if folders.is_folder(path):
         return folders.read_whole(path)
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"{path} is not a checkpoint, or a broken one: it is not an archive as torch.save writes it")
+    expect_checkpoint(path)
     try:
         # torch reads past a checksum that is wrong.
         with zipfile.ZipFile(path) as archive:

@@ -18,6 +18,7 @@ from rich.console import Console
 from routerzoo.checkpoints.single import read_checkpoint
 from routerzoo.cli.main import RouterZooCLI
 from routerzoo.cli.main import main as run
+from routerzoo.cli.parser_errors import CommandParser
 from routerzoo.data.tokens import TextBatch
 from routerzoo.errors import UserError
 from routerzoo.look.drawings import draw, label_names, pieces
@@ -31,11 +32,10 @@ PAGE, PICTURE = "look.html", "look.png"
 
 def main(args: Sequence[str]) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m routerzoo look",
         description="Show where a checkpoint sends patches of images, or pieces of text, and what each expert claims. "
         f"Writes {PAGE} and {PICTURE} into the run's folder. All other options are those of test.",
-        allow_abbrev=False,
     )
     parser.add_argument("--split", choices=("val", "test"), default="test", help="data to look at; by default test")
     parser.add_argument("--examples", type=int, default=6, help="images, or texts, to show; by default 6")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
+from routerzoo.cli.parser_errors import CommandParser
 from routerzoo.errors import UserError
 from routerzoo.report.collect import read_sweep
 from routerzoo.report.page import write_report
@@ -15,11 +15,10 @@ from routerzoo.report.page import write_report
 
 def main(args: Sequence[str]) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m routerzoo report",
         description="Compare the routers of a sweep: an HTML page that needs nothing else, Markdown and CSV. "
         "It may be run while the sweep is.",
-        allow_abbrev=False,
     )
     parser.add_argument("folder", type=Path, help="the sweep's folder")
     options = parser.parse_args(args)
