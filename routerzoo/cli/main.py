@@ -34,7 +34,7 @@ from routerzoo.cli.configs import with_config_files
 from routerzoo.cli.parser_errors import explain, explain_bare_help, option_names, raised_by_lightning
 from routerzoo.errors import UserError, in_a_sentence
 from routerzoo.runs import folder as runs
-from routerzoo.runs.atomic import atomic_write
+from routerzoo.runs.atomic import atomic_write, is_writable
 from routerzoo.runs.checkpoint import RunCheckpoint, StopSignal
 from routerzoo.runs.final_validation import FinalValidation
 from routerzoo.runs.loggers import AppendingCSVLogger
@@ -114,6 +114,8 @@ class RouterZooCLI(LightningCLI):
             SystemExit: a signal has ended the run.
         """
         ended, folder = self._run_folder, self.run_dir
+        if isinstance(error, OSError) and error.filename is None and folder is not None:
+            error.filename = str(folder)  # a full disk has no name for what it is full of
         if isinstance(error, KeyboardInterrupt) or (ended is not None and ended.interrupted):
             number = int(signal.SIGINT)
         else:
@@ -283,7 +285,11 @@ class RouterZooCLI(LightningCLI):
             # Nothing is written there, or else the first process says where.
             return _RunFolder(self.run_dir or runs.DEFAULT_ROOT / self._run_name, text)
         if self.run_dir is not None and self._resumed_step is not None:
-            return _RunFolder(self.run_dir, text, writes=fitting)
+            if fitting or is_writable(self.run_dir):
+                return _RunFolder(self.run_dir, text, writes=fitting)
+            folder, is_new = runs.claim(None, self._run_name)
+            print(f"{self.run_dir} cannot be written to: what this command writes goes to {folder}")
+            return _RunFolder(folder, text, claimed=True, is_new=is_new)
         if fitting and config["overwrite"] and self.run_dir is not None:
             runs.clear(self.run_dir)
         folder, is_new = runs.claim(self.run_dir, self._run_name)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from routerzoo.cli.configs import find_config
+from routerzoo.cli.configs import find_config, read_config
 from routerzoo.errors import UserError
 
 KEYS = ("tasks", "routers", "seeds", "grid", "set", "test", "baseline", "margin")
@@ -206,6 +206,7 @@ def _paths(path: Path, value: Any, where: str) -> tuple[Path, ...]:
             raise UserError(
                 f"{path}: {where} names {name}, which is neither here nor in {path.parent} nor a packaged config"
             ) from None
+        read_config(found[-1])  # refused here, by name, if it cannot be read
     return tuple(found)
 
 
