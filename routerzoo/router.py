@@ -556,13 +556,18 @@ class LogitRouter(Router):
         """Return raw losses that are no function of a routing; called in training, where somebody reads them."""
         return {}
 
+    def noisy_logits(
+        self, x_TD: Tensor, context: RoutingContext
+    ) -> tuple[Tensor, Tensor | None, float | Tensor | None]:
+        """Return the logits, with noise in training where there is any; then those without, and its `noise_std`."""
+        logits_TE, std = self.logits(x_TD, context), self.noise_std(x_TD) if self.training else None
+        if std is None:
+            return logits_TE, None, None
+        return logits_TE + torch.randn_like(logits_TE) * std, logits_TE, std
+
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Select by the logits, and weight."""
-        logits_TE = self.logits(x_TD, context)
-        clean_TE, std = None, self.noise_std(x_TD) if self.training else None
-        if std is not None:
-            clean_TE = logits_TE
-            logits_TE = clean_TE + torch.randn_like(clean_TE) * std
+        logits_TE, clean_TE, std = self.noisy_logits(x_TD, context)
         experts_TK = self.select_experts(logits_TE)
         weights_TK = self.combine_weights(logits_TE, experts_TK, may_drop=False)
         read = self.training and context.compute_aux_losses

@@ -27,6 +27,7 @@ HYPER, HYPER_CODE = "Do et al. 2023, arXiv:2312.07035", "HyperRouter's code at 1
 XMOE, TUTEL = "Chi et al. 2022, arXiv:2204.09179", "Tutel, cosine_top.py at 82af7aa"
 STABLEMOE, STABLEMOE_CODE = "Dai et al. 2022, arXiv:2204.08396", "StableMoE's code at 73ea6ef"
 RMOE_CODE = "RMoE's code at 3c513e8, rnn.py: init_weights"
+VMOE_CODE = "V-MoE's code, sparsity_constrained_ot (Liu et al. 2023, arXiv:2209.15466)"
 V4 = "transformers 5.24, configuration_deepseek_v4.py"
 DROPOUT_CODE = "SMoE-Dropout (Chen et al. 2023), the code that HyperRouter shares"
 OURS = "no source: this library's choice"
@@ -274,6 +275,10 @@ PLUGINS = [
     Number("BaseLayerRouter", gram("expert_embedding"), [0.01, 0.0], "fairseq, base_layer.py: gain 0.1"),
     Number("TopKRouter", attribute("balances_by_score"), True, "DeepSeek-V3, equation 18; Megatron-core"),
     Number("QuantileBalancingRouter", bias_of_two_experts, [-0.5, 0.5], "Megatron-core, _update_router_qb_beta"),
+    Number("SinkhornRouter", lambda r: r.noise_std(torch.zeros(1, 1)), 1 / 64, f"{VMOE_CODE}: noise_std"),
+    Number("SinkhornRouter", attribute("iterations"), 20, f"{VMOE_CODE}: maxiter"),
+    Number("SinkhornRouter", attribute("epsilon"), 1.0, VMOE_CODE),
+    Number("ExpertChoiceRouter", lambda r: r.noise_std(torch.zeros(1, 1)), None, "Zhou et al. 2022, arXiv:2202.09368"),
     Number("HashFirstRouter", attribute("router.scale"), 1.5, V4),
     Number("HashFirstRouter", hash_layers, 3, V4),
     Number("HashFirstRouter", attribute("router.score_fn"), "sqrt_softplus", V4),
