@@ -18,10 +18,10 @@ from jsonargparse.typing import register_type
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_utilities.core.enums import StrEnum
 from rich.console import Console
 
@@ -373,7 +373,7 @@ def refuse_tuners(callbacks: Sequence[Callback]) -> None:
 
 def is_first_process() -> bool:
     """Whether this is the first process of the run, or the only one, before processes know each other."""
-    return rank_zero_only.rank == 0 and os.environ.get("NODE_RANK", "0") == "0"
+    return getattr(rank_zero_only, "rank", 0) == 0 and os.environ.get("NODE_RANK", "0") == "0"
 
 
 def _quiet_needless_warnings(datamodule: Any) -> None:
