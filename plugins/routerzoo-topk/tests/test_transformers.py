@@ -48,7 +48,7 @@ def test_gates_and_losses_are_those_of_transformers(name, depth):
 
     expected = config.router_aux_loss_coef * output.aux_loss.detach()
     if name == "olmoe":
-        # transformers pools here too, a loss that is k at balance; MegaBlocks, which trained the model, averages one of 1.
+        # transformers pools here too, a loss that is k at balance; MegaBlocks, which trained it, averages one of 1.
         assert preset.loss_weights["balance"] == LossWeight(0.01, "mean")
         weights = {"balance": LossWeight(config.router_aux_loss_coef * layers[0].router.top_k, "pooled")}
     else:
