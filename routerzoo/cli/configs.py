@@ -43,7 +43,7 @@ def find_config(name: str) -> Path:
         return packaged_folder() / f"{short}.yaml"
     meant = did_you_mean(short, packaged_names())
     raise UserError(
-        f"the config {name} does not exist{meant} python -m routerzoo configs lists those that are packaged"
+        f"the config {name} does not exist{meant} `python -m routerzoo configs` lists those that ship with the package"
     )
 
 

@@ -28,10 +28,10 @@ from rich.console import Console
 import routerzoo.data
 import routerzoo.tasks
 from routerzoo.callbacks import RoutingMonitor, StopOnNonFiniteLoss
-from routerzoo.checkpoints.single import WholeCheckpoints, expect_checkpoint, read_outline
+from routerzoo.checkpoints.single import WholeCheckpoints, expect_checkpoint, read_outline, refuse_incomplete
 from routerzoo.cli.checkpoints import LINKED, init_arg, refuse_another_model, router_name, run_name
 from routerzoo.cli.configs import with_config_files
-from routerzoo.cli.parser_errors import explain, explain_bare_help, option_names, raised_by_lightning
+from routerzoo.cli.parser_errors import explain, explain_bare_help, option_names, refused_by_lightning
 from routerzoo.errors import UserError, in_a_sentence
 from routerzoo.runs import folder as runs
 from routerzoo.runs.atomic import atomic_write, is_writable
@@ -196,8 +196,10 @@ class RouterZooCLI(LightningCLI):
             expect_checkpoint(path)
         self.run_dir = run_dir or runs.run_of(path)
         saved = read_outline(path)
+        fitting = self.config["subcommand"] == "fit"
+        refuse_incomplete(path, saved, resumes=fitting)
         refuse_another_model(path, saved, config["model"])
-        step, fitting = saved["global_step"], self.config["subcommand"] == "fit"
+        step = saved["global_step"]
         finished = ""
         if fitting and 0 <= config["trainer"]["max_steps"] <= step:
             finished = " It had reached trainer.max_steps: raise that to train on."
@@ -338,10 +340,10 @@ class _RunFolder(Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, (RoutingMonitor, PredictionWriter, RunReport)):
                 callback.folder = self.folder
-        if stage == "fit" and self.writes:
-            atomic_write(self.folder / runs.CONFIG, self.config)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.writes:  # not before: the resume may be refused
+            atomic_write(self.folder / runs.CONFIG, self.config)
         if trainer.global_step > 0:
             for logger in trainer.loggers:
                 if isinstance(logger, AppendingCSVLogger):
@@ -439,7 +441,7 @@ def main(args: Sequence[str] | None = None, cli: Callable[[list[str]], object] =
             cli(with_config_files(_with_saved_config(options)))
         except KeyboardInterrupt:
             raise SystemExit(128 + signal.SIGINT) from None
-        except (ValueError, MisconfigurationException) as error:
-            if isinstance(error, UserError) or not raised_by_lightning(error):
+        except Exception as error:
+            if isinstance(error, (UserError, OSError)) or (told := refused_by_lightning(error)) is None:
                 raise
-            raise UserError(" ".join(str(error).split())) from None  # it refuses an option
+            raise UserError(told) from None

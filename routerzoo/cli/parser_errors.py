@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import inspect
 import re
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 from lightning import Callback, LightningDataModule, LightningModule
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -240,9 +242,19 @@ def explain_bare_help(arguments: Sequence[str]) -> None:
             raise UserError(f"{argument} explains a class: give it {' or '.join(names) or 'the name of one'}")
 
 
-def raised_by_lightning(error: BaseException) -> bool:
-    """Whether an error comes from Lightning's own code, which then refuses an option."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("lightning.")
+def refused_by_lightning(error: Exception) -> str | None:
+    """Return in a sentence what Lightning refuses, an option or the content of a checkpoint; None for other errors."""
+    told = " ".join(str(error).split())
+    *_, innermost = [("", ""), *_places(error)]
+    called = [name for module, name in _places(error) if module.endswith("connectors.checkpoint_connector")]
+    if any("restore" in name or "resume" in name for name in called):
+        return f"the checkpoint does not fit the run, or is incomplete: {type(error).__name__}: {told}"
+    if isinstance(error, MisconfigurationException):
+        return told
+    return told if isinstance(error, ValueError) and innermost[0].startswith("lightning.") else None
+
+
+def _places(error: BaseException) -> Iterator[tuple[str, str]]:
+    """Yield module and function of all that was called when an error was raised, the innermost last."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        yield str(frame.f_globals.get("__name__")), frame.f_code.co_name

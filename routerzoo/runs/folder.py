@@ -54,7 +54,10 @@ def claim(folder: Path | None, name: str, root: Path = DEFAULT_ROOT) -> tuple[Pa
                 raise
             return folder, False
     except OSError as error:
-        raise UserError(f"cannot create the run folder {reason_of(error)}; choose another with --run_dir") from error
+        place = root / _safe(name) if folder is None else folder
+        raise UserError(
+            f"cannot create the run folder {place} ({reason_of(error)}); choose another with --run_dir"
+        ) from error
     return folder, True
 
 
