@@ -19,8 +19,8 @@ class FinalValidation(Callback):
         inner = type(loop)._should_check_val_fx  # of the class: this is called before every fit of a trainer
 
         def should_validate(data_fetcher: Any) -> bool:
-            # A loop that is restarting asks whether the step that it resumes from was validated.
-            ends = not loop.restarting and trainer.enable_validation and _is_last_step(trainer)
+            # Before its first step, a resumed loop asks whether the step that it resumes from was validated.
+            ends = not loop.val_loop.restarting and trainer.enable_validation and _is_last_step(trainer)
             return bool(inner(loop, data_fetcher)) or ends
 
         loop._should_check_val_fx = should_validate
