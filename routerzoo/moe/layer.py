@@ -285,6 +285,8 @@ def _built_router(router: str | RouterFactory, spec: LayerSpec) -> Router:
         raise TypeError(
             f"router is a {type(router).__name__} that is built already: give its class, or functools.partial of it"
         )
+    if not callable(router):
+        raise TypeError(f"router is the name of one, or a function that builds one, got {router!r}")
     return _of_type(router(spec), Router, "router")
 
 
@@ -299,6 +301,8 @@ def _experts_factory(experts: str | ExpertsFactory) -> ExpertsFactory:
         raise TypeError(
             f"experts are {type(experts).__name__} that are built already; give their class, or functools.partial of it"
         )
+    if not callable(experts):
+        raise TypeError(f"experts is the name of a class, or a function that builds them, got {experts!r}")
     return experts
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, set_parsing_settings
 from lightning import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
@@ -126,15 +126,16 @@ class MoETask(LightningModule, ABC):
         """Build the task from a checkpoint, as Lightning does; classes that it names are those of known packages.
 
         Raises:
-            UserError: it names a class of another package, or a function.
+            UserError: it names a class of another package, or a function, or what no task can be built from.
         """
         try:
             with known_classes_only():
                 return super().load_from_checkpoint(checkpoint_path, *arguments, **options)
-        except (ArgumentError, ValueError) as error:
-            if (refused := refusal(str(error))) is None:
-                raise
-            raise UserError(f"{checkpoint_path}: {refused}. If you trust it, import its package first") from None
+        except ArgumentError as error:
+            if refused := refusal(str(error)):
+                raise UserError(f"{checkpoint_path}: {refused}. If you trust it, import its package first") from None
+            told = " ".join(str(error).split())
+            raise UserError(f"{checkpoint_path} does not describe a task that can be built: {told}") from None
 
     def _keep_defaults(self, net_class: type[nn.Module]) -> None:
         """Add the defaults of the model's arguments to the hyperparameters: a later version's may differ."""
@@ -413,3 +414,5 @@ def _divergence(one: Prediction, other: Prediction) -> Tensor:
 
 
 allow_in_checkpoints(torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, WarmupCosine)
+# Lightning rebuilds a task by the name in its checkpoint, as a subclass of itself, which a final class has none of.
+set_parsing_settings(subclasses_enabled=[MoETask])
