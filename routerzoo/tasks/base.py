@@ -21,6 +21,7 @@ from torchmetrics import Metric
 
 from routerzoo.callbacks.router_hooks import AVERAGING, RouterHooks, averaged_models
 from routerzoo.callbacks.steps import planned_steps
+from routerzoo.checkpoints.names import under_own_names
 from routerzoo.costs import Costs, count_costs
 from routerzoo.distributed.collectives import all_ranks
 from routerzoo.errors import UserError
@@ -382,6 +383,7 @@ class MoETask(LightningModule, ABC):
                 f"the checkpoint is of format {checkpoint.get(FORMAT_KEY, 1)}, this version reads {FORMAT}: train "
                 "again, or use the version of routerzoo that wrote it"
             )
+        checkpoint["state_dict"] = under_own_names(checkpoint["state_dict"], self.state_dict().keys())
         for name, module in self.named_modules():
             if isinstance(module, Router) and (k := checkpoint["state_dict"].get(f"{name}.k")) is not None:
                 module.top_k = int(k)  # a schedule had set it
