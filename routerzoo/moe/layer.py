@@ -112,6 +112,8 @@ class MoE(nn.Module):
         self.experts = _of_type(build(spec), Experts, "experts")
         self.experts.backend = backend
         self.shared_experts = build(replace(spec, num_experts=num_shared_experts)) if num_shared_experts else None
+        if self.shared_experts is not None:
+            self.shared_experts.backend = backend
         self.mesh: DeviceMesh | None = None
         """The ranks that share the experts; see `routerzoo.distributed.expert_parallel`."""
         self.is_driven = False
