@@ -428,6 +428,9 @@ def _quiet_needless_warnings(datamodule: Any) -> None:
     warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback, but (load|sav)ing")
     # Ours returns keys and values that are views, and changes nothing in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
+    if isinstance(datamodule, (routerzoo.data.TextData, routerzoo.data.ImageData, routerzoo.data.LabelledText)):
+        # Theirs repeat no sample, see `EvenBatches`.
+        warnings.filterwarnings("ignore", message="Using `DistributedSampler` with the dataloaders")
     published = getattr(datamodule, "published", None)
     if isinstance(datamodule, routerzoo.data.TextData) or published is not None:
         # These samples are slices of memory; processes to load them would cost more than they bring.
