@@ -389,8 +389,9 @@ class MoETask(LightningModule, ABC):
                 module.top_k = int(k)  # a schedule had set it
         for averaged in averaged_models(self._trainer):
             copy_router_state(self, averaged)
-        self._random_state = checkpoint.get("random_state")
-        states = checkpoint.get("optimizer_states", [])
+        self._random_state, states = checkpoint.get("random_state"), checkpoint.get("optimizer_states", [])
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            _refuse_half_a_state(self._random_state, states)
         # Several processes save the optimizer's state by name; one reads it by number.
         if not self.is_sharded and states and any(isinstance(name, str) for name in states[0]["state"]):
             from routerzoo.checkpoints.sharded import by_number
@@ -405,6 +406,14 @@ def in_full_precision(logits: Tensor) -> Tensor:
 
 def _metrics(module: Any) -> Mapping[str, Metric]:
     return dict(module.items())
+
+
+def _refuse_half_a_state(random_state: Any, optimizer_states: Any) -> None:
+    """Refuse a checkpoint that training would continue from in silence, but not as if it had not stopped."""
+    whole = isinstance(random_state, Tensor) and random_state.dtype == torch.uint8
+    if not whole or not optimizer_states:
+        lacks = "optimizer_states" if whole else "random_state"
+        raise UserError(f"the checkpoint is incomplete: it has no {lacks}. It cannot be resumed: train again")
 
 
 def _divergence(one: Prediction, other: Prediction) -> Tensor:
