@@ -9,7 +9,7 @@ from typing import Any
 from routerzoo.errors import UserError
 
 # The data decides these sizes of the model.
-LINKED = ("vocab_size", "metric", "max_length", "num_tasks", "num_classes", "image_size", "in_channels")
+LINKED = ("vocab_size", "metric", "max_length", "num_tasks", "num_classes", "image_size", "patch_size", "in_channels")
 # What may differ between a checkpoint and the command that uses it. All else decides what its numbers mean.
 FREE = frozenset(
     {
