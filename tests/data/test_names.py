@@ -83,9 +83,8 @@ CASES = [
 def fit(domain, name, root):
     config = ["--config", str(CONFIGS / "tasks" / f"{domain}.yaml")]
     routers = ["--config", str(CONFIGS / "routers" / "HashRouter.yaml")]
-    cli.main(
-        ["fit", *config, *routers, "--data.dataset", name, "--data.root", str(root), "--run_dir", "run", *SMALL, *more]
-    )
+    data = ["--data.dataset", name, "--data.root", str(root)]
+    cli.main(["fit", *config, *routers, *data, "--run_dir", "run", *SMALL])
     assert Path("run", CONFIG).is_file()
 
 
