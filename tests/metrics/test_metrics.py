@@ -73,7 +73,7 @@ def test_gate_confidence_of_a_router_without_logits_is_nan():
 
 def test_the_picture_of_a_run_with_a_single_record_is_drawn():
     figure = load_over_training([10], np.ones((1, 2, 4)), "title")
-    assert len(figure.axes) == 5  # two panels per layer, and the colour bar
+    assert len(figure.axes) == 5  # two panels per layer, and the color bar
 
 
 @pytest.mark.parametrize(
