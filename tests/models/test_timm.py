@@ -103,8 +103,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
             assert_close(gradients[1][key], value, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:.*input value tensor is non-contiguous")  # timm's interpolation
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name.startswith(("vit", "deit", "eva", "swin"))])
+# The first Swin's tables of position biases are resized in a way that torch deprecates.
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name.startswith(("vit", "deit", "eva", "swinv2"))])
 def test_another_input_size_is_that_of_the_dense_model(name):
     model, images = build(name)
     twice = torch.randn(2, 3, 2 * images.shape[2], 2 * images.shape[3])
