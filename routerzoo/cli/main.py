@@ -35,6 +35,8 @@ from routerzoo.cli.checkpoints import LINKED, init_arg, refuse_another_model, ro
 from routerzoo.cli.configs import with_config_files
 from routerzoo.cli.parser_errors import explain, explain_bare_help, option_names, refused_by_lightning
 from routerzoo.errors import UserError, in_a_sentence
+from routerzoo.moe.experts import Experts
+from routerzoo.router import Router
 from routerzoo.runs import folder as runs
 from routerzoo.runs.atomic import atomic_write, is_writable
 from routerzoo.runs.checkpoint import RunCheckpoint, StopSignal
@@ -63,7 +65,20 @@ class Parser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # With abbreviations, `--trainer.max_epoch 3` would be taken for `max_epochs` in silence.
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        shown = {"prog": "python -m routerzoo", "usage": "%(prog)s [OPTIONS]"}
+        super().__init__(*args, **{"allow_abbrev": False, **shown, **kwargs})
+
+    def add_class_arguments(self, class_type: Any, *args: Any, skip: Any = None, **kwargs: Any) -> Any:
+        """Add a class's arguments, without those that the layer gives it."""
+        built_by_a_layer = isinstance(class_type, type) and issubclass(class_type, (Router, Experts))
+        if built_by_a_layer and not any(isinstance(argument, int) for argument in skip or ()):
+            skip = {*(skip or ()), "spec"}
+        return super().add_class_arguments(class_type, *args, skip=skip, **kwargs)
+
+    def format_help(self, *args: Any) -> Any:
+        """Return the help, which starts with one line of usage instead of a line for each option."""
+        self.prog = self.prog.replace(" [OPTIONS]", "").replace(" [options]", "")
+        return super().format_help(*args)
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Exit with the reason, without the usage lines that would bury it."""
