@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -38,6 +39,10 @@ def main(args: Sequence[str]) -> None:
         import hypothesis  # noqa: F401 (what the checks draw sizes with)
     except ImportError:
         parser.exit(2, "error: the checks need hypothesis: pip install 'routerzoo[testing]', or '.[testing]' here\n")
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.exit(2, f"error: --device {options.device}: {str(error).splitlines()[0]}\n")
     console = Console(highlight=False, soft_wrap=True)
     broken = [name for name in names if not _check(name, options.examples, options.device, console)]
     if broken:

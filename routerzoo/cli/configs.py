@@ -83,7 +83,7 @@ def with_config_files(args: Sequence[str]) -> list[str]:
         if option not in OPTIONS or not (assigned or place + 1 < len(args)):
             continue
         name = value if assigned else args[place + 1]
-        if not name or any(mark in name for mark in ":{\n"):
+        if not name or name.startswith("-") or any(mark in name for mark in ":{\n"):
             continue  # options in YAML, instead of a file of them
         path = find_config(name)
         model = read_config(path).get("model")

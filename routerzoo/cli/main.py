@@ -190,7 +190,10 @@ class RouterZooCLI(LightningCLI):
             help="Replace the run in --run_dir: fit deletes its config, checkpoints, logs, results and pictures.",
         )
         parser.add_argument(
-            "--checkpoint_every", type=int, default=500, help="Steps between two checkpoints called last."
+            "--checkpoint_every",
+            type=int,
+            default=500,
+            help="Steps between two checkpoints called last, beside those after validations and once a minute.",
         )
         for name in LINKED:
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
@@ -229,16 +232,18 @@ class RouterZooCLI(LightningCLI):
         else:
             path = Path(checkpoint)
             expect_checkpoint(path)
-        self.run_dir = run_dir or runs.run_of(path)
-        saved = read_outline(path)
         fitting = command == "fit"
+        if run_dir is None and (not fitting or path.parent.name == runs.CHECKPOINTS):
+            run_dir = runs.run_of(path)  # a file that lies elsewhere starts a run of its own
+        self.run_dir = run_dir
+        saved = read_outline(path)
         refuse_incomplete(path, saved, resumes=fitting)
         refuse_another_model(path, saved, config["model"])
         step = saved["global_step"]
         finished = ""
         if fitting and 0 <= config["trainer"]["max_steps"] <= step:
             finished = " It had reached trainer.max_steps: raise that to train on."
-        if runs.run_of(path).resolve() == self.run_dir.resolve():
+        if run_dir is not None and runs.run_of(path).resolve() == run_dir.resolve():
             self._resumed_step = step
         if is_first_process():
             what = "resuming" if fitting else f"{command} of"

@@ -77,6 +77,8 @@ def explain(message: str, known: Iterable[str] = ()) -> str:
     """
     if told := unrecognized(message, known):
         return told
+    if unread := re.search(r"Unable to load config '([^']+)'", message):
+        return f"the config {unread[1]} does not exist, or is not YAML"
     reasons = list(_reasons(message))
     first = reasons[0] if reasons else _Reason("", "", message)
     if refused := refusal(message):
@@ -242,16 +244,20 @@ def explain_bare_help(arguments: Sequence[str]) -> None:
             raise UserError(f"{argument} explains a class: give it {' or '.join(names) or 'the name of one'}")
 
 
-def refused_by_lightning(error: Exception) -> str | None:
-    """Return in a sentence what Lightning refuses, an option or the content of a checkpoint; None for other errors."""
+def refused_by_libraries(error: Exception) -> str | None:
+    """Return in a sentence what a library refuses: an option, or the content of a file; None for other errors."""
     told = " ".join(str(error).split())
-    *_, innermost = [("", ""), *_places(error)]
+    if isinstance(error, UnicodeDecodeError):
+        return f"a file that the command names is not a text in UTF-8: {told}"
+    *_, (module, function) = [("", ""), *_places(error)]
     called = [name for module, name in _places(error) if module.endswith("connectors.checkpoint_connector")]
     if any("restore" in name or "resume" in name for name in called):
         return f"the checkpoint does not fit the run, or is incomplete: {type(error).__name__}: {told}"
     if isinstance(error, MisconfigurationException):
         return told
-    return told if isinstance(error, ValueError) and innermost[0].startswith("lightning.") else None
+    # What else they raise is a mistake of whoever calls them.
+    refuses = module.startswith("lightning.") or (function == "__init__" and module.startswith(("torch.", "timm.")))
+    return told if isinstance(error, (TypeError, ValueError)) and refuses else None
 
 
 def _places(error: BaseException) -> Iterator[tuple[str, str]]:

@@ -325,6 +325,8 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--expert_parallel", type=int, default=1, help="processes that share experts")
     parser.add_argument("--json", action="store_true", help="print numbers for a program")
     own, rest = parser.parse_known_args(list(args))
+    if own.processes < 1:
+        parser.exit(2, f"error: --processes must be at least 1, got {own.processes}\n")
     run(["fit", *rest], partial(_plan, own=own))
 
 
