@@ -34,6 +34,7 @@ _OTHER_ROLES = (
         re.compile(r"class_?att|cls_att|class_?block|token_only|attention_?pool|attn_?pool", re.IGNORECASE),
         "it sees the tokens of class attention or pooling, not those of the blocks",
     ),
+    (re.compile(r"^(experts|shared_experts?)$"), "it belongs to a MoE layer that the model has already"),
     (re.compile(r"rel_?pos|meta_mlp|cpb_mlp", re.IGNORECASE), "it computes position biases"),
     (re.compile(r"^(head|classifier)$|(Mlp|Classifier|Classification)Head$"), "it belongs to a head"),
 )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from routerzoo import MoE, auxiliary_loss, moe_layers, provide_context, sparsify
+from routerzoo import MoE, auxiliary_loss, moe_layers, plan_sparsify, provide_context, sparsify
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.full
@@ -130,6 +130,15 @@ def test_upcycled_models_compute_what_they_did(name):
     assert {layer.experts.activation for layer in moe_layers(model)} == {activation}
     assert attention <= model.state_dict().keys()
     assert_close(model(**inputs)[0], expected, rtol=1e-5, atol=1e-5 * expected.std().item())
+
+
+def test_the_experts_of_a_moe_model_are_not_made_moe_layers_again():
+    config = transformers.Qwen2MoeConfig(
+        **TEXT, num_experts=4, moe_intermediate_size=8, shared_expert_intermediate_size=24, mlp_only_layers=[1]
+    )
+    plan = plan_sparsify(transformers.Qwen2MoeForCausalLM(config), blocks="all")
+    assert list(plan.replaced) == ["model.layers.1.mlp"]
+    assert plan.kept == {"model.layers.0.mlp.shared_expert": "it belongs to a MoE layer that the model has already"}
 
 
 @pytest.mark.parametrize("name", COMMON)
