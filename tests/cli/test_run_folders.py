@@ -123,6 +123,15 @@ def test_a_run_is_trained_by_one_process(run, config):
     assert list(losses(run)) == list(range(7))
 
 
+def test_a_checkpoint_that_lies_elsewhere_starts_a_run_of_its_own(run, config, tmp_path):
+    before = contents(run)
+    shutil.copy(run / "checkpoints" / "last.ckpt", tmp_path / "shared.ckpt")
+    cli.main(["fit", "--config", config, "--ckpt_path", "shared.ckpt", "--trainer.max_steps", "8"])
+    assert contents(run) == before
+    assert list(losses(run.with_name("001"))) == [6, 7]
+    assert not (tmp_path / "checkpoints").exists()
+
+
 class Interrupt(Callback):
     """Sends a signal in the training step after so many, or in the sanity check; perhaps twice."""
 
