@@ -38,6 +38,9 @@ _OTHER_ROLES = (
     (re.compile(r"rel_?pos|meta_mlp|cpb_mlp", re.IGNORECASE), "it computes position biases"),
     (re.compile(r"^(head|classifier)$|(Mlp|Classifier|Classification)Head$"), "it belongs to a head"),
 )
+# The index is the layer's, which computes what the others do.
+_ATTRIBUTES_OF_ALL = {*vars(nn.Module()), "layer_idx", "layer_id"}
+_ACTIVATION = re.compile(r"act|gelu|relu|silu|swish", re.IGNORECASE)
 # float32's rounding is some 1e-6 of the outputs; the two closest activations, gelu and its tanh form, are 7e-4 apart.
 _TOLERANCE = 3e-5
 
@@ -278,9 +281,8 @@ def _signature(holder: nn.Module) -> Any:
 
     def plain(module: nn.Module) -> Iterator[tuple[str, str]]:
         for name, value in sorted(vars(module).items()):
-            known = isinstance(value, bool | int | float | str) or (callable(value) and not isinstance(value, type))
-            if known and not name.startswith("_") and name not in ("layer_idx", "layer_id", "training"):
-                yield name, repr(value)
+            if name not in _ATTRIBUTES_OF_ALL:
+                yield name, str(id(value)) if isinstance(value, Tensor) else repr(value)
 
     parts = [(name, type(module), *plain(module)) for name, module in holder.named_modules()]
     shapes = [(name, p.shape, p.dtype, p.device) for name, p in holder.named_parameters()]
@@ -362,10 +364,10 @@ def _read(holder: nn.Module, exact: bool) -> Reading:
     if not beside:
         if reading := _first(_Trial(holder).whole, assignments):
             return reading
-        if not exact:
-            return Reading(assignments[0][1], None)
+        if not exact and (reading := _first(_Trial(holder).ends_in_down, assignments)):
+            return reading
     few = len(linears) in (2, 3)
-    if inline or (len(names) == 2 and isinstance(holder, nn.Sequential)):
+    if len(names) == 2:
         try:
             if reading := _first(_Trial(holder).inline, [each for each in assignments if each[1].gate is None]):
                 return reading
@@ -440,25 +442,31 @@ class _Trial:
         own = {name for name, _ in itertools.chain(module.named_parameters(), module.named_buffers())}
         values = {name: value for name, value in self.values.items() if name in own}
         devices = [self.device] if self.device.type == "cuda" else []
-        try:
-            required = [
-                parameter
-                for parameter in inspect.signature(module.forward).parameters.values()
-                if parameter.default is parameter.empty
-                and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-            ]
-            with (
-                torch.no_grad(),
-                torch.device(self.device),
-                torch.autocast(self.device.type, enabled=False),
-                torch.random.fork_rng(devices),
-            ):
-                torch.manual_seed(0)
-                arguments = (self.x, *[None] * (len(required) - 1))
-                output = torch.func.functional_call(module.train(training), values, arguments)
-        except Exception as error:  # a module may raise anything
-            message = str(error).partition("\n")[0]
-            raise Refused(f"it cannot be tried with hidden states alone ({type(error).__name__}: {message})") from error
+        required = [
+            parameter
+            for parameter in inspect.signature(module.forward).parameters.values()
+            if parameter.default is parameter.empty
+            and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        ]
+        failure: Exception | None = None
+        # Further arguments are masks, which may be None, or other hidden states.
+        for further in (None, self.x)[: len(required)]:
+            try:
+                with (
+                    torch.no_grad(),
+                    torch.device(self.device),
+                    torch.autocast(self.device.type, enabled=False),
+                    torch.random.fork_rng(devices),
+                ):
+                    torch.manual_seed(0)
+                    arguments = (self.x, *[further] * (len(required) - 1))
+                    output = torch.func.functional_call(module.train(training), values, arguments)
+                break
+            except Exception as error:  # a module may raise anything
+                failure = failure or error
+        else:
+            why = f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
+            raise Refused(f"it cannot be tried with hidden states alone ({why})") from failure
         output = output[0] if isinstance(output, tuple) and output else output
         if not isinstance(output, Tensor):
             raise Refused(f"it returns a {type(output).__name__}")
@@ -489,6 +497,19 @@ class _Trial:
             if not _same(self._call(self.base, training=True), output):
                 raise Refused("in training it does something else, such as a dropout that is not a module")
             return reading
+        return None
+
+    def ends_in_down(self, width: int, assignments: list[Layers]) -> Reading | None:
+        """Read a module whose output is its last linear map's, whatever is before that."""
+        self._draw(width)
+        output, own = self._call(self.base), self.values
+        for layers in assignments:
+            last = {name: 2 * value for name, value in own.items() if name.startswith(f"{layers.down}.")}
+            self.values = {**own, **last}
+            doubled = self._call(self.base)
+            self.values = own
+            if _same(doubled, 2 * output):
+                return Reading(layers, None)
         return None
 
     def inline(self, width: int, assignments: list[Layers]) -> Reading | None:
@@ -558,8 +579,11 @@ def _activations(holder: nn.Module, layers: Layers) -> list[str]:
     for owner in dict.fromkeys(["", layers.up.rpartition(".")[0]]):
         module = holder.get_submodule(owner)
         plain = {name: value for name, value in vars(module).items() if callable(value) and not name.startswith("_")}
-        empty = {name: child for name, child in module.named_children() if not list(child.parameters())}
-        found += [f"{owner}.{name}".lstrip(".") for name in (*plain, *empty) if "act" in name]
+        called = dict.fromkeys(plain, "")
+        for name, child in module.named_children():
+            if not list(child.parameters()) and not isinstance(child, nn.Identity | _DropoutNd):
+                called[name] = type(child).__name__
+        found += [f"{owner}.{n}".lstrip(".") for n, kind in called.items() if _ACTIVATION.search(f"{n} {kind}")]
     return found
 
 

@@ -139,6 +139,56 @@ class Residual(nn.Module):
         return x + self.inner(self.norm(x))
 
 
+class ResidualArgument(nn.Module):
+    """BLOOM's: the residual path comes as an argument, and layers have names of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense_h_to_4h, self.gelu_impl, self.dense_4h_to_h = nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)
+
+    def forward(self, x, residual):
+        return residual + self.dense_4h_to_h(self.gelu_impl(self.dense_h_to_4h(x)))
+
+
+class WithResidualArgument(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp = ResidualArgument()
+
+    def forward(self, x):
+        return self.mlp(x, x)
+
+
+class DroppedActivation(Mlp):
+    """A dropout whose name sounds like the activation's."""
+
+    def __init__(self):
+        super().__init__(dropout=0.0)
+        self.activation_dropout = nn.Dropout(0.3)
+
+    def forward(self, x):
+        return x + self.fc2(self.activation_dropout(self.act(self.fc1(x))))
+
+
+class UnknownResidual(Mlp):
+    def __init__(self):
+        super().__init__(act=nn.Tanh)
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class UnequalMlp(Mlp):
+    """Of which two look alike, and differ in an attribute."""
+
+    def __init__(self, scales):
+        super().__init__()
+        self.scales = scales
+
+    def forward(self, x):
+        return self.fc2(self.scales[0] * self.act(self.fc1(x)))
+
+
 def randomized(model):
     with torch.no_grad():
         for parameter in model.parameters():
@@ -155,6 +205,7 @@ ENCODER = partial(nn.TransformerEncoderLayer, 16, 2, 32)
 SUPPORTED = {
     "Mlp": (Mlp, "1.inner", MLPExperts, "gelu"),
     "what follows the network": (ResidualMlp, "1.inner.fc1", MLPExperts, "gelu"),
+    "a residual argument": (WithResidualArgument, "1.inner.mlp.dense_h_to_4h", MLPExperts, "gelu"),
     "another activation": (partial(Mlp, act=nn.SiLU), "1.inner", MLPExperts, "silu"),
     "w1, w2, w3": (Gated, "1.inner", SwiGLUExperts, "silu"),
     "packed": (Packed, "1.inner", SwiGLUExperts, "gelu"),
@@ -241,6 +292,18 @@ def test_what_computes_something_else_is_refused(network, reason):
         sparsify(nn.Sequential(network()), num_experts=2, blocks="all")
 
 
+def test_networks_that_look_alike_are_told_apart():
+    model = nn.Sequential(UnequalMlp([1.0]), UnequalMlp([3.0]))
+    with pytest.warns(UserWarning, match=r"leaves as they are: 1 \(UnequalMlp\)"):
+        sparsify(model, num_experts=2, blocks="all")
+    assert isinstance(model[0], MoE)
+
+
+def test_experts_of_another_function_replace_no_residual_path():
+    with pytest.raises(ValueError, match="fc1, fc2 are not two linear maps"):
+        sparsify(nn.Sequential(UnknownResidual()), num_experts=2, blocks="all", experts=MLPExperts)
+
+
 def test_weights_are_tried_at_random_so_that_zeros_hide_nothing():
     model = nn.Sequential(ScaledMlp())
     nn.init.zeros_(model[0].fc2.weight)
@@ -261,6 +324,12 @@ def test_dropout_stays_where_it_was():
     assert vit.blocks[0].mlp[1].p == 0.5
     with pytest.raises(ValueError, match=r"drops hidden units with a probability of 0.4.*: give them dropout=0.4"):
         sparsify(nn.Sequential(Mlp(dropout=0.4)), num_experts=2, blocks="all", experts=MLPExperts)
+
+
+def test_a_dropout_is_not_taken_for_an_activation():
+    model = nn.Sequential(DroppedActivation())
+    sparsify(model, num_experts=2, blocks="all")
+    assert (next(moe_layers(model)).experts.dropout, model[0].activation_dropout.p) == (0.3, 0.0)
 
 
 def test_a_shared_network_is_one_layer_in_every_place():
@@ -314,6 +383,10 @@ def test_torch_and_torchvision_models_compute_what_they_did():
     sparsify(encoder, num_experts=4, blocks=[1], upcycle=True)
     with torch.no_grad():
         assert_close(encoder(x, src_key_padding_mask=mask)[~mask], expected[~mask], rtol=1e-5, atol=1e-5)
+    decoder = randomized(nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 2, 32), 2)).eval()
+    expected = decoder(x, x)
+    sparsify(decoder, num_experts=4, blocks="all", upcycle=True)
+    assert_close(decoder(x, x), expected, rtol=1e-5, atol=1e-5)
     vit = randomized(VisionTransformer(32, 8, 2, 2, 16, 32, dropout=0.1)).eval()
     images = torch.randn(2, 3, 32, 32)
     expected = vit(images)
