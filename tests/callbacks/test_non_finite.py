@@ -1,9 +1,17 @@
 """Training stops on a NaN or inf loss, and names the layer."""
 
+import json
+import os
+import socket
+import warnings
+from pathlib import Path
+
 import pytest
 import torch
 from lightning import Callback, Trainer
+from torch.distributed.tensor import DTensor
 
+from routerzoo import ShardedStrategy
 from routerzoo.callbacks import StopOnNonFiniteLoss
 from routerzoo.errors import UserError
 from routerzoo.moe.layer import moe_layers
@@ -92,7 +100,8 @@ class BreakGradient(Callback):
         self.steps, self.value, self.find, self.kept = steps, value, find, []
 
     def on_after_backward(self, trainer, pl_module):
-        self.kept.append(torch.cat([p.detach().flatten() for p in pl_module.parameters()]).clone())
+        local = [p.to_local() if isinstance(p, DTensor) else p for p in pl_module.parameters()]
+        self.kept.append(torch.cat([p.detach().flatten() for p in local]).clone())
         if trainer.global_step in self.steps:
             self.find(pl_module).grad.view(-1)[3] = self.value
 
@@ -135,3 +144,42 @@ def test_optimizers_that_share_a_loss_skip_together():
     assert skipping.skipped == 2
     changed = [not torch.equal(one, other) for one, other in zip(breaking.kept, breaking.kept[1:], strict=False)]
     assert changed == [True, True, False, True, False, True, True]
+
+
+def trained_on_two(rank, port, folder):
+    """Train a sharded model, a gradient of which breaks on the second process alone."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "0"}
+    os.environ.update(address, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2", GROUP_RANK="0")
+    warnings.simplefilter("ignore")
+    told = {}
+    for skip in (0, 1):
+        breaking = BreakGradient({2} if rank else set(), find=lambda task: next(moe_layers(task)).router.weight)
+        guard = StopOnNonFiniteLoss(skip=skip)
+        trainer = Trainer(
+            **QUIET,
+            max_steps=4,
+            limit_val_batches=0,
+            enable_checkpointing=False,
+            devices=2,
+            strategy=ShardedStrategy(),
+            callbacks=[breaking, guard],
+        )
+        try:
+            trainer.fit(language("LinearRouter"), text_data())
+            told[skip] = [trainer.global_step, guard.skipped]
+        except UserError as error:
+            told[skip] = str(error)
+    Path(folder, f"{rank}.json").write_text(json.dumps(told))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.full
+def test_processes_of_a_sharded_model_stop_or_skip_together(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(trained_on_two, (port, str(tmp_path)), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert "a gradient is NaN or inf: it is on another process" in first["0"]
+    assert "a gradient is NaN or inf: the first is that of LinearRouter's router.weight of MoE layer 0" in second["0"]
+    assert first["1"] == second["1"] == [4, 1]
