@@ -35,7 +35,7 @@ _OTHER_ROLES = (
         "it sees the tokens of class attention or pooling, not those of the blocks",
     ),
     (re.compile(r"^(experts|shared_experts?)$"), "it belongs to a MoE layer that the model has already"),
-    (re.compile(r"rel_?pos|meta_mlp|cpb_mlp", re.IGNORECASE), "it computes position biases"),
+    (re.compile(r"^rel_pos$|RelPosMlp|meta_mlp|cpb_mlp|position_bias"), "it computes position biases"),
     (re.compile(r"^(head|classifier)$|(Mlp|Classifier|Classification)Head$"), "it belongs to a head"),
 )
 # The index is the layer's, which computes what the others do.
