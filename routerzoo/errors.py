@@ -16,9 +16,17 @@ class UserError(ValueError):
 
 def reason_of(error: OSError) -> str:
     """Return what the system refuses, and of which file, in a sentence."""
-    reason = error.strerror or str(error) or type(error).__name__
+    reason = error.strerror or _told(error) or type(error).__name__
     files = [str(name) for name in (error.filename, error.filename2) if name is not None]
     return f"{': '.join(files)}: {reason}" if files else reason
+
+
+def _told(error: Exception) -> str:
+    """Return the message; of an error in a process that loads data, without the traceback that torch puts into it."""
+    told = str(error)
+    if told.startswith("Caught ") and "Original Traceback" in told:
+        return told.strip().splitlines()[-1].partition(": ")[2]
+    return told
 
 
 @contextmanager
@@ -33,7 +41,7 @@ def in_a_sentence() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"error: {_told(error)}") from None
     except BrokenPipeError:  # the reader of the output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor can the rest be written at exit
         raise SystemExit(1) from None

@@ -33,6 +33,7 @@ LAYERS = [
     "tasks",
     "look",
     "runs",
+    "cli.arguments",
     "cli.parser_errors",
     "cli.configs",
     "cli.checkpoints",

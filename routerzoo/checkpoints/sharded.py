@@ -8,6 +8,7 @@ any other has written, one process too.
 from __future__ import annotations
 
 import pickle
+import re
 import shutil
 import warnings
 import zipfile
@@ -51,7 +52,7 @@ def read_meta(path: Path) -> dict[str, Any]:
         meta = torch.load(path / META, map_location="cpu", weights_only=True)
         _refuse_code(path / ".metadata")
     except Exception as error:  # a damaged pickle can raise anything
-        raise UserError(f"{path} is not a checkpoint that can be read: {_first_line(error)}") from error
+        raise UserError(f"{path} is not a checkpoint that can be read: {reason_of(error)}") from error
     if not isinstance(meta, dict) or STATE not in meta or CHECKSUMS not in meta:
         raise UserError(f"{path} is not a checkpoint of a sharded model: {META} lacks a {STATE}")
     return meta
@@ -148,7 +149,7 @@ def load(path: Path, tensors: dict[str, Any]) -> None:
     try:
         load_tensors(tensors, storage_reader=FileSystemReader(path))
     except (CheckpointException, RuntimeError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} does not hold this model: {_first_line(error)}") from error
+        raise UserError(f"{path} does not hold this model: {reason_of(error)}") from error
 
 
 def sizes(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -178,7 +179,7 @@ def read_whole(path: Path) -> dict[str, Any]:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
             load_tensors(tensors, storage_reader=FileSystemReader(path), no_dist=True)
     except Exception as error:
-        raise UserError(f"{path} is not a checkpoint that can be read: {_first_line(error)}") from error
+        raise UserError(f"{path} is not a checkpoint that can be read: {reason_of(error)}") from error
     for name, tensor in tensors.items():
         kind, _, rest = name.partition(".")
         if kind == STATE:
@@ -229,5 +230,8 @@ def by_number(state: dict[str, Any], groups: list[dict[str, Any]], model: nn.Mod
     return {"state": {numbers[n]: v for n, v in state["state"].items() if n in numbers}, "param_groups": renumbered}
 
 
-def _first_line(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """Return why something cannot be read, in a line, without torch's advice to let it run code."""
+    if foreign := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+        return f"it holds {foreign[1]}, which no checkpoint of a run has; reading that could run any code"
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

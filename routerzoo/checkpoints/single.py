@@ -131,8 +131,7 @@ def _read(path: Path) -> dict[str, Any]:
             raise ValueError(f"{broken} has changed since it was written")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged pickle can raise anything
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is not a checkpoint that can be read: {first}") from error
+        raise UserError(f"{path} is not a checkpoint that can be read: {folders.reason_of(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a checkpoint: it holds a {type(content).__name__}")
     return content

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from routerzoo.cli.parser_errors import CommandParser
+from routerzoo.cli.arguments import CommandParser
 from routerzoo.registry import UnknownRouterError, list_routers, router_class
 from routerzoo.testing import CHECKS, QUICK_EXAMPLES, RouterCheckError, run_checks
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from routerzoo.cli.parser_errors import CommandParser
+from routerzoo.cli.arguments import CommandParser
 from routerzoo.errors import UserError, reason_of
 from routerzoo.registry import did_you_mean
 

@@ -17,9 +17,9 @@ from rich.console import Console
 
 from routerzoo.checkpoints.names import under_own_names
 from routerzoo.checkpoints.single import read_checkpoint
+from routerzoo.cli.arguments import CommandParser
 from routerzoo.cli.main import RouterZooCLI
 from routerzoo.cli.main import main as run
-from routerzoo.cli.parser_errors import CommandParser
 from routerzoo.data.tokens import TextBatch
 from routerzoo.errors import UserError
 from routerzoo.look.drawings import draw, label_names, pieces

@@ -31,9 +31,10 @@ import routerzoo.data
 import routerzoo.tasks
 from routerzoo.callbacks import RoutingMonitor, StopOnNonFiniteLoss
 from routerzoo.checkpoints.single import WholeCheckpoints, expect_checkpoint, read_outline, refuse_incomplete
+from routerzoo.cli.arguments import TRUST, TRUST_VARIABLE, option_names
 from routerzoo.cli.checkpoints import LINKED, init_arg, refuse_another_model, router_name, run_name
 from routerzoo.cli.configs import with_config_files
-from routerzoo.cli.parser_errors import explain, explain_bare_help, option_names, refused_by_libraries
+from routerzoo.cli.parser_errors import explain, explain_bare_help, refused_by_libraries
 from routerzoo.errors import UserError, in_a_sentence
 from routerzoo.moe.experts import Experts
 from routerzoo.router import Router
@@ -56,8 +57,6 @@ yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, member: dumper.rep
 TRAINER_DEFAULTS = {"num_sanity_val_steps": -1, "log_every_n_steps": 10, "enable_model_summary": False}
 PROGRESS_VARIABLE = "ROUTERZOO_PROGRESS_FILE"
 """A run whose environment has this writes how far it is into that file."""
-TRUST, TRUST_VARIABLE = "--trust", "ROUTERZOO_TRUST"
-"""The option, or the environment variable, that lets configs name any package's classes. No config can set it."""
 
 
 class Parser(LightningArgumentParser):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import re
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from jsonargparse import ArgumentParser
 from lightning import Callback, LightningDataModule, LightningModule
@@ -18,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from routerzoo import registry
+from routerzoo.cli.arguments import unrecognized
 from routerzoo.errors import UserError
 from routerzoo.moe.experts import Experts
 from routerzoo.tasks.class_paths import refusal
@@ -34,18 +34,6 @@ KINDS: dict[str, type] = {
     "optimizer": Optimizer,
 }
 BASES = ("LightningModule", "LightningDataModule", "Callback")
-
-
-class CommandParser(argparse.ArgumentParser):
-    """Argparse's parser, whose errors are one line: the reason, and where the options are explained."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with the reason."""
-        told = unrecognized(message, option_names(self)) or message
-        self.exit(2, f"error: {told.removesuffix('?')}{'?' if told.endswith('?') else '.'} See {self.prog} --help\n")
 
 
 @dataclass
@@ -207,27 +195,6 @@ def _arguments(class_path: str) -> list[str]:
     # As the command line knows them: a class's `**kwargs` are the arguments of what it hands them to.
     found = ArgumentParser().add_class_arguments(cls, skip={"spec"}, fail_untyped=False, instantiate=False)
     return [argument for argument in found if "." not in argument]
-
-
-def unrecognized(message: str, known: Iterable[str]) -> str:
-    """Return what to say of options that no parser knows, where a message is about that; else nothing."""
-    if not (found := re.match(r"unrecognized arguments: (\S+)", message)):
-        return ""
-    given = found[1].partition("=")[0]
-    if not given.startswith("-"):
-        hint = f": give --config {given}" if given.endswith((".yaml", ".yml")) else ""
-        return f"{given!r} belongs to no option{hint}"
-    return f"there is no option {given}{registry.did_you_mean(given, known).rstrip('.')}"
-
-
-def option_names(parser: argparse.ArgumentParser) -> list[str]:
-    """Return the options of a parser and of its subcommands."""
-    found: list[str] = []
-    for action in parser._actions:
-        found += action.option_strings
-        for choice in (action.choices or {}).values() if isinstance(action.choices, dict) else ():
-            found += option_names(choice)
-    return found
 
 
 def explain_bare_help(arguments: Sequence[str]) -> None:

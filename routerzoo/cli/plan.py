@@ -23,9 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from routerzoo.cli.arguments import CommandParser
 from routerzoo.cli.main import RouterZooCLI
 from routerzoo.cli.main import main as run
-from routerzoo.cli.parser_errors import CommandParser
 from routerzoo.costs import short
 from routerzoo.errors import UserError
 from routerzoo.moe.dispatch import apply_experts

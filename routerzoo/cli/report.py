@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from routerzoo.cli.parser_errors import CommandParser
+from routerzoo.cli.arguments import CommandParser
 from routerzoo.errors import UserError
 from routerzoo.report.collect import read_sweep
 from routerzoo.report.page import write_report

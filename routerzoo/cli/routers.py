@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from routerzoo.cli.parser_errors import CommandParser
+from routerzoo.cli.arguments import CommandParser
 from routerzoo.registry import broken_plugins, create_router, list_routers, router_class, router_package
 from routerzoo.router import LossWeight, Router
 from routerzoo.routing import LayerSpec

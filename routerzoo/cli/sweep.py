@@ -20,8 +20,8 @@ import torch
 import yaml
 from rich.console import Console
 
+from routerzoo.cli.arguments import TRUST_VARIABLE, CommandParser
 from routerzoo.cli.configs import find_config
-from routerzoo.cli.parser_errors import CommandParser
 from routerzoo.errors import UserError
 from routerzoo.runs.atomic import atomic_write
 from routerzoo.sweep import work
@@ -58,6 +58,7 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--keep", choices=KEEP, default="all", help="checkpoints of finished runs that stay")
     parser.add_argument("--print", action="store_true", dest="show", help="print the runs as commands, and stop")
     parser.add_argument("--retry-failed", action="store_true", help="do failed runs again")
+    parser.add_argument("--trust", action="store_true", help="let configs name classes of any package")
     parser.add_argument("--redo-old", action="store_true", help="do runs again that other code has made")
     options = parser.parse_args(args)
     for name in ("workers", "threads"):
@@ -66,6 +67,8 @@ def main(args: Sequence[str]) -> None:
             parser.exit(2, f"error: --{name} must be at least 1, got {value}\n")
     if options.gpus > 1:
         parser.exit(2, f"error: --gpus must be at most 1, got {options.gpus:g}: a run of a sweep is one process\n")
+    if options.trust:
+        os.environ[TRUST_VARIABLE] = "1"  # of the processes that are started from here
     try:
         plan = read_plan(find_config(str(options.config)))
         folder = options.folder or Path("sweeps") / options.config.stem

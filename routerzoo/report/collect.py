@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from routerzoo.errors import UserError
-from routerzoo.runs.loggers import read_log
+from routerzoo.runs.log_file import read_log
 from routerzoo.sweep.ledger import FILE, Ledger, Run
 
 # Labels of the metrics of routing that a report shows, by the name of the log's column.

@@ -12,6 +12,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers.csv_logs import CSVLogger, ExperimentWriter
 
 from routerzoo.runs.atomic import atomic_write
+from routerzoo.runs.log_file import read_log
 
 
 class _AppendingWriter(ExperimentWriter):
@@ -26,27 +27,6 @@ class _AppendingWriter(ExperimentWriter):
         path = Path(self.metrics_file_path)
         _, rows = read_log(path)
         atomic_write(path, _table(fieldnames, rows))
-
-
-def read_log(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Return the columns of a log, and its rows without those that are damaged.
-
-    A crash may cut the last row. Our fields hold no line breaks: whatever is damaged is so in its own line.
-    """
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    names, rows = _fields(lines[0]) if lines else [], []
-    for line in lines[1:]:
-        row = dict(zip(names, _fields(line), strict=False))
-        if len(row) == len(names) and row.get("step", "").isdecimal():
-            rows.append(row)
-    return names, rows
-
-
-def _fields(line: str) -> list[str]:
-    try:
-        return next(csv.reader([line]), [])
-    except csv.Error:  # a field that is too long
-        return []
 
 
 def _table(names: list[str], rows: list[dict[str, Any]]) -> str:

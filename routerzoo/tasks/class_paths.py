@@ -40,6 +40,7 @@ def known_packages() -> set[str]:
     The latter are installed packages that register their classes by entry point, and whatever the program that calls
     this has imported by itself.
     """
+    load_plugins()
     return {*LIBRARIES, *(cls.__module__.partition(".")[0] for kind in KINDS for cls in _subclasses(kind))}
 
 

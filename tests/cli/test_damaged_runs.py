@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from routerzoo.cli import main as cli
-from routerzoo.runs.loggers import read_log
+from routerzoo.runs.log_file import read_log
 from tests.cli.test_main import RUN, fails
 from tests.cli.test_main import run as run  # fixtures
 from tests.cli.test_main import trained as trained

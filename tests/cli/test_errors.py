@@ -1,11 +1,15 @@
 """Whatever a command is given wrongly, it says so in one line: the fault, the value and the way out."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from torch._utils import ExceptionWrapper
 
 from routerzoo.__main__ import main
+from routerzoo.errors import UserError, in_a_sentence
 from tests.cli.test_main import CONFIG, VISION
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -241,3 +245,24 @@ def test_a_file_comes_before_a_packaged_config_of_its_name(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--config", "tasks/language", "--print_config"])
     assert yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["d_model"] == 16
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(UserError("a.png is broken"), "error: a.png is broken"), (OSError("no such disk"), "error: no such disk")],
+)
+def test_errors_of_processes_that_load_data_are_one_line_too(error, message):
+    try:
+        raise error
+    except Exception:
+        caught = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(SystemExit, match=f"^{message}$"), in_a_sentence():
+        caught.reraise()
+
+
+@pytest.mark.full
+def test_commands_that_need_no_lightning_do_not_wait_for_it():
+    code = "import sys, routerzoo.cli.{0} as m; assert not {{'lightning', 'jsonargparse'}} & set(sys.modules)"
+    for command in ("routers", "configs", "check", "report"):
+        done = subprocess.run([sys.executable, "-c", code.format(command)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr

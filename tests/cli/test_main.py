@@ -201,9 +201,11 @@ class Evil:
 
 def test_a_checkpoint_that_carries_code_is_refused_and_nothing_runs(tmp_path, config):
     torch.save({"state_dict": {}, "evil": Evil()}, tmp_path / "evil.ckpt")
-    assert "evil.ckpt is not a checkpoint that can be read" in fails(
-        "test", "--config", config, "--ckpt_path", "evil.ckpt"
+    message = fails("test", "--config", config, "--ckpt_path", "evil.ckpt")
+    assert (
+        "evil.ckpt is not a checkpoint that can be read: it holds getattr, which no checkpoint of a run has" in message
     )
+    assert "weights_only" not in message  # torch advises to set it to False
     assert not Path("pwned").exists()
 
 
