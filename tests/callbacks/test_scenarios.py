@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import routerzoo.callbacks
 import routerzoo.runs
@@ -129,9 +130,12 @@ def test_trainers(callback, options, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*self.log:UserWarning")
 def test_barebones(callback):
+    options = {"accelerator": "cpu", "barebones": True, "max_epochs": 1, "callbacks": [callback]}
     if isinstance(callback, RunCheckpoint):
-        pytest.skip("Lightning refuses checkpoints in barebones runs")
-    fit(Trainer(accelerator="cpu", barebones=True, max_epochs=1, callbacks=[callback]))
+        with pytest.raises(MisconfigurationException, match="enable_checkpointing=False"):
+            Trainer(**options)
+        return
+    fit(Trainer(**options))
 
 
 def test_without_validation(name, callback, tmp_path):
