@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from routerzoo.distributed.expert_parallel import compute
 from routerzoo.errors import UserError
+from routerzoo.moe.experts import MLPExperts, SwiGLUExperts
+from routerzoo.moe.low_memory import Assigned, means_for
 from routerzoo.moe.permute import permutation_of, permute, unpermute
+from routerzoo.moe.rows import sorted_rows
 from routerzoo.routing import Assignments, Routing
 
 if TYPE_CHECKING:
@@ -19,7 +22,12 @@ if TYPE_CHECKING:
 
 
 def apply_experts(
-    x_TD: Tensor, routing: Routing, experts: nn.Module, num_experts: int, mesh: DeviceMesh | None = None
+    x_TD: Tensor,
+    routing: Routing,
+    experts: nn.Module,
+    num_experts: int,
+    mesh: DeviceMesh | None = None,
+    low_memory: bool | None = None,
 ) -> Tensor:
     """Send each token to its experts and add up what they return, weighted.
 
@@ -31,6 +39,7 @@ def apply_experts(
         experts: the bank that computes; anything that is called as `routerzoo.Experts` is.
         num_experts: number of experts.
         mesh: the ranks that share the experts; None where this one has all.
+        low_memory: keep hidden states and pre-activations alone for the backward pass; by default on a GPU.
 
     Returns:
         `[tokens, d_model]`; zeros for a token without expert.
@@ -39,7 +48,21 @@ def apply_experts(
         return _merged(x_TD, routing, experts, mesh)
     if routing.dense:
         return _soft(x_TD, routing, experts, mesh)
-    return _sparse(x_TD, routing.assignments(), experts, num_experts, mesh)
+    assignments = routing.assignments()
+    if mesh is None and isinstance(experts, (MLPExperts, SwiGLUExperts)) and _may_be_one_operator(x_TD, low_memory):
+        means = means_for(x_TD, experts.network())
+        if means is not None:
+            rows, weight_N = sorted_rows(assignments, len(x_TD), num_experts)
+            y_TD: Tensor = experts(x_TD, rows.ends_E, Assigned(rows, weight_N, means))
+            return y_TD
+    return _sparse(x_TD, assignments, experts, num_experts, mesh)
+
+
+def _may_be_one_operator(x_TD: Tensor, low_memory: bool | None) -> bool:
+    if low_memory is None:
+        low_memory = x_TD.device.type == "cuda"
+    # Exported graphs hold torch's own operations, and transforms of functions know these alone.
+    return low_memory and not torch.compiler.is_exporting() and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def dense_forward(experts: nn.Module, x_TD: Tensor, num_experts: int) -> Tensor:

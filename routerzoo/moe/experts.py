@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from routerzoo.functional.initialization import Reinitializable
 from routerzoo.moe.grouped_linear import Backend, grouped_linear
+from routerzoo.moe.low_memory import Assigned, FeedForward, apply_low_memory
 from routerzoo.routing import LayerSpec
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
@@ -98,8 +99,15 @@ class MLPExperts(Experts):
         self.up_bias = nn.Parameter(torch.zeros(spec.num_experts, self.hidden_dim)) if bias else None
         self.down_bias = nn.Parameter(torch.zeros(spec.num_experts, spec.d_model)) if bias else None
 
-    def forward(self, x_ND: Tensor, ends_E: Tensor) -> Tensor:
-        """Compute each row with its expert."""
+    def network(self) -> FeedForward:
+        """Return the weights, and the dropout of now."""
+        dropout = self.dropout if self.training else 0.0
+        return FeedForward(self.up, self.up_bias, self.down, self.down_bias, self.activation, dropout)
+
+    def forward(self, x_ND: Tensor, ends_E: Tensor, assigned: Assigned | None = None) -> Tensor:
+        """Compute each row with its expert; with `assigned`, rows are tokens, and so are the results."""
+        if assigned is not None:
+            return apply_low_memory(x_ND, assigned, self.network())
         hidden_NH = ACTIVATIONS[self.activation](grouped_linear(x_ND, self.up, ends_E, self.up_bias, self.backend))
         hidden_NH = F.dropout(hidden_NH, self.dropout, self.training)
         return grouped_linear(hidden_NH, self.down, ends_E, self.down_bias, self.backend)
@@ -149,8 +157,15 @@ class SwiGLUExperts(Experts):
         self.gate_up_bias = nn.Parameter(torch.zeros(spec.num_experts, 2 * self.hidden_dim)) if bias else None
         self.down_bias = nn.Parameter(torch.zeros(spec.num_experts, spec.d_model)) if bias else None
 
-    def forward(self, x_ND: Tensor, ends_E: Tensor) -> Tensor:
-        """Compute each row with its expert."""
+    def network(self) -> FeedForward:
+        """Return the weights, and the dropout of now."""
+        dropout = self.dropout if self.training else 0.0
+        return FeedForward(self.gate_up, self.gate_up_bias, self.down, self.down_bias, self.activation, dropout)
+
+    def forward(self, x_ND: Tensor, ends_E: Tensor, assigned: Assigned | None = None) -> Tensor:
+        """Compute each row with its expert; with `assigned`, rows are tokens, and so are the results."""
+        if assigned is not None:
+            return apply_low_memory(x_ND, assigned, self.network())
         gate_up_NH = grouped_linear(x_ND, self.gate_up, ends_E, self.gate_up_bias, self.backend)
         hidden_NH = F.dropout(_gated(gate_up_NH, self.activation), self.dropout, self.training)
         return grouped_linear(hidden_NH, self.down, ends_E, self.down_bias, self.backend)
