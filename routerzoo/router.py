@@ -513,6 +513,8 @@ class LogitRouter(Router):
     """The weights of the selected experts are divided by their sum."""
     scale: float = 1.0
     """Factor on the weights."""
+    balances_by_score: bool = False
+    """Balance losses count the largest scores, not the selected experts: see `Routing.balances_by_score`."""
     gate: ClassVar[str] = "weight"
     """The parameter or buffer that the logits' scale is proportional to, for `scale_initial_logits`."""
 
@@ -571,6 +573,7 @@ class LogitRouter(Router):
             losses=self.own_losses(x_TD, logits_TE, context) if read else {},
             score_fn=self.score_fn,
             balance_probs_TE=self.balance_probs(logits_TE) if context.compute_aux_losses else None,
+            balances_by_score=self.balances_by_score,
             clean_logits_TE=clean_TE,
             noise_std=std,
             may_drop=False,

@@ -259,6 +259,8 @@ class Routing:
             computed from these fields; see `routerzoo.auxiliary_loss`.
         score_fn: turns logits into the scores that balance losses are taken on.
         balance_probs_TE: float32, these scores where they do not follow from `score_fn`.
+        balances_by_score: balance losses count the experts of each token's largest scores, whatever was selected: under
+            a selection bias or groups, DeepSeek-V3 (equation 18) and Megatron-core do so.
         clean_logits_TE: float32, the logits without noise, where noise was drawn.
         noise_std: standard deviation of that noise: a number, or `[T, E]` where it is learned.
         may_drop: False promises that no expert is -1, which saves a pass over the hidden states.
@@ -281,6 +283,7 @@ class Routing:
     losses: Mapping[str, Tensor] = field(default_factory=dict)
     score_fn: ScoreFunction = "softmax"
     balance_probs_TE: Tensor | None = None
+    balances_by_score: bool = False
     clean_logits_TE: Tensor | None = None
     noise_std: float | Tensor | None = None
     may_drop: bool = True

@@ -80,7 +80,8 @@ def balance_loss(
     `f_e` is the share of all assignments that expert e gets (choices of -1 aside), so that the value is 1 at perfect
     balance and E at collapse, whatever k is. (Implementations that divide by tokens instead have a minimum of k.)
     `P_e` is the mean probability of expert e. The gradient flows through `P_e` alone. In the scope of a sequence it is
-    DeepSeek-V3's sequence-wise loss.
+    DeepSeek-V3's sequence-wise loss (equations 17 to 20), whose `f_e` counts the experts of the largest scores, before
+    any selection bias or groups: give those as `experts_TK`.
 
     Args:
         probs_TE: scores of each token; each row is normalized to sum to 1 here, as sigmoid scores need.

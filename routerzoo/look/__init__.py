@@ -1,6 +1,6 @@
-"""Looking at routing: which expert a patch or a piece of text goes to, and what each expert claims.
+"""Views of routing: which expert a patch or a piece of text is routed to, and which labels each expert specializes in.
 
-`observe` runs a model and keeps who was chosen, `drawings` draws it, `page` writes it as HTML.
+`observe` runs a model and records the selected experts, `drawings` draws them, `page` writes them as HTML.
 """
 
 from routerzoo.look.observe import Observation, claims, observe

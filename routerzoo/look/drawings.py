@@ -1,4 +1,4 @@
-"""Pictures of who was chosen: patches and characters coloured by expert."""
+"""Pictures of the selected experts: patches and characters colored by expert."""
 # Shape suffixes: B images, S tokens, E experts, H and W pixels, R and C patches, V red, green and blue.
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ OPACITY = 0.55
 CHARACTERS_A_LINE = 64
 
 
-def expert_colours(num_experts: int) -> list[str]:
-    """Return a colour for each expert, the same everywhere; neighbours in number differ."""
-    for name, greys in (("tab10", {7: "#f4c20d"}), ("tab20", {14: "#f4c20d", 15: "#ffe999"})):
+def expert_colors(num_experts: int) -> list[str]:
+    """Return a color for each expert, the same in every picture; those of consecutive experts differ."""
+    for name, grays in (("tab10", {7: "#f4c20d"}), ("tab20", {14: "#f4c20d", 15: "#ffe999"})):
         palette = matplotlib.colormaps[name]
-        if num_experts <= palette.N:  # without its greys, which would look like no expert
-            return [greys.get(i, to_hex(palette(i))) for i in range(num_experts)]
+        if num_experts <= palette.N:  # without its grays, which would look like no expert
+            return [grays.get(i, to_hex(palette(i))) for i in range(num_experts)]
     # The golden ratio spreads hues evenly, however many there are.
     hues = [(i * 0.618034) % 1.0 for i in range(num_experts)]
     return [
@@ -35,7 +35,7 @@ def expert_colours(num_experts: int) -> list[str]:
 
 
 def draw(model: MoETask, datamodule: Any, observation: Observation, examples: int = 6) -> Figure:
-    """Draw a batch, images or text, in the colours of its experts."""
+    """Draw a batch, images or text, in the colors of its experts."""
     if isinstance(observation.batch, ImageBatch):
         net: Any = model.net
         names = label_names(datamodule)
@@ -59,14 +59,14 @@ def pieces(datamodule: Any, ids_S: Any) -> list[str]:
 def patches_by_expert(
     observation: Observation, grid_size: tuple[int, int], num_prefix_tokens: int, names: Sequence[str], most: int = 6
 ) -> Figure:
-    """Draw images, and beside each, for every MoE layer, its patches in the colours of their experts.
+    """Draw images, and beside each, for every MoE layer, its patches tinted by expert.
 
     Args:
         observation: of images.
         grid_size: rows and columns of patches.
         num_prefix_tokens: tokens before the patches, which are not drawn.
         names: of the classes.
-        most: images to draw.
+        most: images to draw, at most.
     """
     batch = observation.batch
     assert isinstance(batch, ImageBatch)
@@ -76,7 +76,7 @@ def patches_by_expert(
     FigureCanvasAgg(figure)
     panels: Any = figure.subplots(count, len(layers) + 1, squeeze=False)
     num_experts = max(weights.shape[-1] for weights in observation.weights.values())
-    palette = expert_colours(num_experts)
+    palette = expert_colors(num_experts)
     for row, image in zip(panels, range(count), strict=True):
         picture_HWV = _displayed(batch.images_BCHW[image].permute(1, 2, 0).numpy())
         row[0].imshow(picture_HWV)
@@ -88,22 +88,22 @@ def patches_by_expert(
                 ax.set_title(f"MoE layer {layer}", fontsize=9)
         for ax in row:
             ax.set(xticks=[], yticks=[])
-    shown = [Patch(color=colour, label=str(expert)) for expert, colour in enumerate(palette)]
+    shown = [Patch(color=color, label=str(expert)) for expert, color in enumerate(palette)]
     figure.legend(handles=shown, loc="outside lower center", ncols=min(16, num_experts), fontsize=7, title="expert")
     return figure
 
 
 def text_by_expert(observation: Observation, pieces: Sequence[str], most: int = 512) -> Figure:
-    """Draw the first text of a batch, every piece of it on the colour of its expert, a panel for each MoE layer.
+    """Draw the first text of a batch, each token on the color of its expert, one panel per MoE layer.
 
     Args:
         observation: of text.
         pieces: the text of each token of the first sequence.
-        most: tokens to draw.
+        most: tokens to draw, at most.
     """
     layers = sorted(observation.weights)
     num_experts = max(weights.shape[-1] for weights in observation.weights.values())
-    palette = expert_colours(num_experts)
+    palette = expert_colors(num_experts)
     count = min(most, len(pieces))
     lines = -(-count // CHARACTERS_A_LINE)
     figure = Figure(figsize=(10, len(layers) * (0.2 * lines + 0.4) + 0.6), layout="constrained")
@@ -121,13 +121,13 @@ def text_by_expert(observation: Observation, pieces: Sequence[str], most: int = 
         ax.imshow(1 - 0.6 * (1 - cells), aspect="auto")
         ax.set(xticks=[], yticks=[])
         ax.set_title(f"MoE layer {layer}", fontsize=9, loc="left")
-    handles = [Patch(color=colour, alpha=0.6, label=str(expert)) for expert, colour in enumerate(palette)]
+    handles = [Patch(color=color, alpha=0.6, label=str(expert)) for expert, color in enumerate(palette)]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(16, num_experts), fontsize=7, title="expert")
     return figure
 
 
 def _displayed(picture_HWV: np.ndarray) -> np.ndarray:
-    """Return a normalised image as red, green and blue in [0, 1]."""
+    """Return a normalized image as red, green and blue in [0, 1]."""
     low, high = picture_HWV.min(), picture_HWV.max()
     scaled = (picture_HWV - low) / max(high - low, 1e-6)
     return np.repeat(scaled, 3, axis=2) if scaled.shape[2] == 1 else scaled[:, :, :3]
@@ -139,8 +139,8 @@ def _tinted(picture_HWV: np.ndarray, experts_RC: np.ndarray, palette: Sequence[s
     rows_H = np.arange(height) * experts_RC.shape[0] // height
     columns_W = np.arange(width) * experts_RC.shape[1] // width
     experts_HW = experts_RC[rows_H][:, columns_W]
-    colours = np.array([matplotlib.colors.to_rgb(colour) for colour in palette])
-    grey_HW1 = picture_HWV.mean(2, keepdims=True)
-    tint_HWV = colours[np.maximum(experts_HW, 0)]
-    tinted_HWV = (1 - OPACITY) * grey_HW1 + OPACITY * tint_HWV
-    return np.asarray(np.where(experts_HW[:, :, None] >= 0, tinted_HWV, grey_HW1))
+    colors = np.array([matplotlib.colors.to_rgb(color) for color in palette])
+    gray_HW1 = picture_HWV.mean(2, keepdims=True)
+    tint_HWV = colors[np.maximum(experts_HW, 0)]
+    tinted_HWV = (1 - OPACITY) * gray_HW1 + OPACITY * tint_HWV
+    return np.asarray(np.where(experts_HW[:, :, None] >= 0, tinted_HWV, gray_HW1))

@@ -42,7 +42,7 @@ class Observation(NamedTuple):
 
 @torch.no_grad()
 def observe(task: MoETask, batch: Any) -> Observation:
-    """Evaluate a batch with a task's model, and return where its tokens are routed.
+    """Evaluate a batch with a task's model, and return how its tokens are routed.
 
     Raises:
         UserError: a model without MoE layers, or a batch of neither text nor images.

@@ -1,4 +1,4 @@
-"""The page that shows a checkpoint's routing: coloured text or patches, and what each expert claims."""
+"""The page that shows a checkpoint's routing: text or patches colored by expert, and each expert's labels."""
 # Shape suffixes: S tokens, E experts, L labels.
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from jinja2 import Environment
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from routerzoo.look.drawings import expert_colours
+from routerzoo.look.drawings import expert_colors
 from routerzoo.look.observe import Observation
 from routerzoo.runs.atomic import atomic_write
 
 CLAIMS_SHOWN = 8
 FEWEST = 5
-"""Tokens that a label must have to be named as claimed."""
+"""Labels with fewer tokens are not listed."""
 
 
 class Piece(NamedTuple):
-    """A piece of text and where it goes."""
+    """A piece of text, and where it is routed."""
 
     text: str
-    colour: str
-    told: str
+    color: str
+    tooltip: str
 
 
 class Claim(NamedTuple):
-    """An expert of a layer."""
+    """An expert of a layer, with its load and the labels that it is the first choice for."""
 
     expert: int
-    colour: str
+    color: str
     load: str
     labels: str
 
@@ -58,26 +58,26 @@ def write_page(
     picture: Figure | None = None,
     command: str = "",
 ) -> None:
-    """Write the page, which needs no other file.
+    """Write a self-contained page.
 
     Args:
         path: of the page.
         title: what is shown.
         observation: the batch that is shown.
-        counts: by layer, tokens of each label that go to each expert first, `[E, L]`.
+        counts: by layer, tokens of each label whose first choice is each expert, `[E, L]`.
         names: of the labels.
         texts: for text, the pieces of the sequences to show.
         picture: for images, the drawing.
-        command: that makes this page.
+        command: that writes this page.
     """
     layers = []
     for layer, weights_BSE in sorted(observation.weights.items()):
-        palette = expert_colours(weights_BSE.shape[-1])
-        coloured = [
+        palette = expert_colors(weights_BSE.shape[-1])
+        colored = [
             [_piece(text, weights_BSE[b, s], palette) for s, text in enumerate(pieces)]
             for b, pieces in enumerate(texts)
         ]
-        layers.append(Layer(layer, coloured, _claims(counts[layer], names, palette)))
+        layers.append(Layer(layer, colored, _claims(counts[layer], names, palette)))
     encoded = ""
     if picture is not None:
         png = io.BytesIO()
@@ -92,19 +92,19 @@ def write_page(
 def _piece(text: str, weights_E: Tensor, palette: Sequence[str]) -> Piece:
     order = weights_E.argsort(descending=True)[:4].tolist()
     chosen = [(expert, float(weights_E[expert])) for expert in order if weights_E[expert] > 0]
-    told = ", ".join(f"expert {expert}: {weight:.2f}" for expert, weight in chosen) or "no expert"
-    return Piece(text.replace("\n", "⏎\n"), palette[chosen[0][0]] if chosen else "#ffffff", told)
+    tooltip = ", ".join(f"expert {expert}: {weight:.2f}" for expert, weight in chosen) or "no expert"
+    return Piece(text.replace("\n", "⏎\n"), palette[chosen[0][0]] if chosen else "#ffffff", tooltip)
 
 
 def _claims(counts_EL: Tensor, names: Sequence[str], palette: Sequence[str]) -> list[Claim]:
-    """Say of each expert which labels go to it the most, as the share of the label's tokens."""
+    """Return each expert's load and labels, by the share of a label's tokens that it is the first choice for."""
     total_L = counts_EL.sum(0)
     share_EL = counts_EL.double() / total_L.clamp_min(1)
     share_EL[:, total_L < FEWEST] = 0.0
     rows = []
-    for expert, colour in enumerate(palette):
+    for expert, color in enumerate(palette):
         best = share_EL[expert].argsort(descending=True)[:CLAIMS_SHOWN].tolist()
         labels = [f"{names[label]} {share_EL[expert, label]:.0%}" for label in best if share_EL[expert, label] >= 0.005]
         load = float(counts_EL[expert].sum()) / max(float(counts_EL.sum()), 1.0)
-        rows.append(Claim(expert, colour, f"{load:.1%}", ", ".join(labels)))
+        rows.append(Claim(expert, color, f"{load:.1%}", ", ".join(labels)))
     return rows

@@ -7,14 +7,14 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
+from routerzoo.metrics.base import RoutingMetric
 from routerzoo.metrics.sets import expert_sets
 from routerzoo.routing import Routing
 
 
 @final
-class CoActivation(Metric):
+class CoActivation(RoutingMetric):
     """Entry (i, j) is the share of expert i's tokens that expert j is selected for too, `N_ij / N_i`.
 
     OLMoE, equation 6 (https://arxiv.org/abs/2409.02060). It is not symmetric: a rare expert may always come with a
@@ -35,9 +35,9 @@ class CoActivation(Metric):
                 [1.0000, 0.0000, 1.0000]])
     """
 
-    is_differentiable = False
-    higher_is_better = None
-    full_state_update = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+    unit = "share of an expert's tokens"
     pairs_EE: Tensor
 
     def __init__(self, num_experts: int, **options: Any) -> None:
@@ -51,17 +51,22 @@ class CoActivation(Metric):
         Raises:
             ValueError: a soft or merged routing, or one over another number of experts.
         """
-        chosen_TE = expert_sets(routing, self.num_experts).double()
-        self.pairs_EE = self.pairs_EE + (chosen_TE.T @ chosen_TE).to(self.pairs_EE.dtype)
+        chosen_TE = expert_sets(routing, self.num_experts).float()
+        self._add(pairs_EE=chosen_TE.T @ chosen_TE)
 
     def compute(self) -> Tensor:
         """Return the shares, `[E, E]`."""
         return (self.pairs_EE / self.pairs_EE.diagonal().unsqueeze(1).clamp_min(1)).float()
 
-    def plot(self, val: Tensor | None = None, ax: Any = None) -> Any:
-        """Draw a matrix, by default the computed one, without its diagonal; return figure and axes."""
+    def _numbers(self, result: Tensor) -> dict[str, Tensor]:
+        shares_EE = self._without_diagonal(result, 0.0)
+        # Means do not say much: at a fixed k, rows add up to k - 1.
+        return {"most co-activated pair": shares_EE.max(), "median pair": shares_EE.median()}
+
+    def _draw(self, result: Tensor, ax: Any) -> Any:
         from routerzoo.metrics.figures import heat_map
 
-        shares_EE = (self.compute() if val is None else val).clone()
-        shares_EE.fill_diagonal_(torch.nan)
-        return heat_map(shares_EE, ax, xlabel="co-activated expert", ylabel="expert")
+        return heat_map(self._without_diagonal(result, torch.nan), ax, xlabel="co-activated expert", ylabel="expert")
+
+    def _without_diagonal(self, shares_EE: Tensor, value: float) -> Tensor:
+        return shares_EE.reshape(self.num_experts, self.num_experts).clone().fill_diagonal_(value)

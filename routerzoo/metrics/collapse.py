@@ -7,11 +7,12 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from routerzoo.metrics.base import RoutingMetric
 
 
 @final
-class RepresentationCollapse(Metric):
+class RepresentationCollapse(RoutingMetric):
     """Spread within classes relative to the spread between them, `Tr(S_W pinv(S_B))` (X-MoE, equation 10).
 
     **Smaller is more collapsed.** S_W and S_B are the covariances within and between classes of a router's inputs; they
@@ -32,9 +33,9 @@ class RepresentationCollapse(Metric):
         tensor(0.0400)
     """
 
-    is_differentiable = False
-    higher_is_better = None
-    full_state_update = False
+    higher_is_better = True
+    plot_lower_bound = 0.0
+    unit = "smaller is more collapsed"
     tokens_C: Tensor
     sums_CD: Tensor
     products_DD: Tensor
@@ -64,23 +65,23 @@ class RepresentationCollapse(Metric):
         x_TD, classes_T = x_TD[classes_T >= 0].detach().to(dtype), classes_T[classes_T >= 0]
         self.tokens_C = self.tokens_C.index_add(0, classes_T, torch.ones_like(classes_T, dtype=dtype))
         self.sums_CD = self.sums_CD.index_add(0, classes_T, x_TD)
-        self.products_DD = self.products_DD + x_TD.T @ x_TD
+        self._add(products_DD=x_TD.T @ x_TD)
 
     def compute(self) -> Tensor:
         """Return the ratio; NaN without any token."""
-        total = self.tokens_C.sum()
-        mean_CD = self.sums_CD / self.tokens_C.unsqueeze(1).clamp_min(1)
-        mean_D = self.sums_CD.sum(0) / total
-        centered_CD = (mean_CD - mean_D) * (self.tokens_C / total).sqrt().unsqueeze(1)
-        between_DD = centered_CD.T @ centered_CD
-        within_DD = self.products_DD / total - torch.outer(mean_D, mean_D) - between_DD
+        device = self.tokens_C.device
+        # Differences of large sums, in a decomposition that devices without float64 lack too.
+        tokens_C, sums_CD, products_DD = (s.cpu().double() for s in (self.tokens_C, self.sums_CD, self.products_DD))
+        total = tokens_C.sum()
         if total == 0:
-            return torch.tensor(torch.nan)
-        return torch.trace(within_DD @ torch.linalg.pinv(between_DD, rtol=1e-10, hermitian=True)).float()
+            return torch.tensor(torch.nan, device=device)
+        mean_CD = sums_CD / tokens_C.unsqueeze(1).clamp_min(1)
+        mean_D = sums_CD.sum(0) / total
+        centered_CD = (mean_CD - mean_D) * (tokens_C / total).sqrt().unsqueeze(1)
+        between_DD = centered_CD.T @ centered_CD
+        within_DD = products_DD / total - torch.outer(mean_D, mean_D) - between_DD
+        ratio = torch.trace(within_DD @ torch.linalg.pinv(between_DD, rtol=1e-10, hermitian=True))
+        return ratio.float().to(device)
 
-    def plot(self, val: Tensor | None = None, ax: Any = None) -> Any:
-        """Draw a value, by default the computed one, as a bar; return figure and axes."""
-        from routerzoo.metrics.figures import bars
-
-        value = self.compute() if val is None else val
-        return bars({"within / between": value}, ax, ylabel="smaller is more collapsed")
+    def _numbers(self, result: Tensor) -> dict[str, Tensor]:
+        return {"within / between": result}

@@ -8,14 +8,14 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
+from routerzoo.metrics.base import RoutingMetric
 from routerzoo.metrics.sets import check_num_experts
 from routerzoo.routing import Routing
 
 
 @final
-class GateConfidence(Metric):
+class GateConfidence(RoutingMetric):
     """Means over tokens of
 
     - `gate_entropy`: entropy of the softmax over all experts' logits over its maximum log E (RMoE, arXiv:2408.06793),
@@ -31,9 +31,10 @@ class GateConfidence(Metric):
         options: further arguments of `torchmetrics.Metric`.
     """  # noqa: D415 (the summary ends in a list)
 
-    is_differentiable = False
-    higher_is_better = None
-    full_state_update = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+    shown = ("gate_entropy", "gate_margin")
+    unit = "mean over tokens"
     entropy: Tensor
     margin: Tensor
     scored: Tensor
@@ -57,17 +58,14 @@ class GateConfidence(Metric):
             return
         chosen_T = (routing.experts_TK >= 0).sum(-1)
         real_T = chosen_T > 0
-        self.assignments = self.assignments + chosen_T.sum()
-        self.tokens = self.tokens + real_T.sum()
+        self._add(assignments=chosen_T.sum(), tokens=real_T.sum())
         if routing.logits_TE is None:
             return
-        probs_TE = routing.logits_TE.detach().softmax(-1)
+        probs_TE = routing.logits_TE.detach().float().softmax(-1)
         entropy_T = torch.special.entr(probs_TE).sum(-1) / math.log(max(self.num_experts, 2))
         top_T2 = probs_TE.topk(min(2, self.num_experts), dim=-1).values
         margin_T = top_T2[:, 0] - (top_T2[:, 1] if self.num_experts > 1 else 0)
-        self.entropy = self.entropy + (entropy_T * real_T).sum()
-        self.margin = self.margin + (margin_T * real_T).sum()
-        self.scored = self.scored + real_T.sum()
+        self._add(entropy=(entropy_T * real_T).sum(), margin=(margin_T * real_T).sum(), scored=real_T.sum())
 
     def compute(self) -> dict[str, Tensor]:
         """Return the means."""
@@ -76,10 +74,3 @@ class GateConfidence(Metric):
             "gate_margin": (self.margin / self.scored).float(),
             "active_experts": (self.assignments / self.tokens.clamp_min(1)).float(),
         }
-
-    def plot(self, val: dict[str, Tensor] | None = None, ax: Any = None) -> Any:
-        """Draw entropy and margin, by default those computed, as bars; return figure and axes."""
-        from routerzoo.metrics.figures import bars
-
-        val = self.compute() if val is None else val
-        return bars({name: val[name] for name in ("gate_entropy", "gate_margin")}, ax, ylabel="mean over tokens")

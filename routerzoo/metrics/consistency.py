@@ -7,17 +7,20 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from routerzoo.metrics.base import RoutingMetric
 
 
 @final
-class InterRunConsistency(Metric):
+class InterRunConsistency(RoutingMetric):
     """Mean Pearson correlation of the expert loads of several runs (X-MoE, https://arxiv.org/abs/2204.09179).
 
     - `consistency`: mean over all pairs of runs, each with itself included, as published.
     - `between_runs`: mean over pairs of different runs; NaN for a single run.
+    - `correlations_MM`: of each pair of runs.
 
-    Experts of two runs are compared by index, which means something only where both start from the same experts.
+    A run whose experts all have the same load correlates with nothing: NaN. Experts of two runs are compared by index,
+    which means something only where both start from the same experts.
 
     Args:
         options: further arguments of `torchmetrics.Metric`.
@@ -31,14 +34,21 @@ class InterRunConsistency(Metric):
         tensor(-1.)
     """
 
-    is_differentiable = False
-    higher_is_better = None
-    full_state_update = False
-    loads: list[Tensor]
+    higher_is_better = True
+    plot_lower_bound = -1.0
+    plot_upper_bound = 1.0
+    shown = ("consistency", "between_runs")
+    unit = "correlation"
+    loads: list[Tensor] | Tensor
+    num_runs: Tensor
+    num_experts: Tensor
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
+        # Vectors, since torchmetrics stands an empty one in for the list of a process without runs.
         self.add_state("loads", default=[], dist_reduce_fx="cat")
+        self.add_state("num_runs", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("num_experts", torch.tensor(0), dist_reduce_fx="max")
 
     def update(self, load_E: Tensor) -> None:
         """Add a run's load of each expert, in any unit.
@@ -46,29 +56,38 @@ class InterRunConsistency(Metric):
         Raises:
             ValueError: not one number per expert, or another number of experts than before.
         """
-        if load_E.ndim != 1 or (self.loads and load_E.shape != self.loads[0].shape[1:]):
+        if load_E.ndim != 1 or not len(load_E) or (len(self.loads) and len(load_E) != int(self.num_experts)):
             raise ValueError(f"expected the load of each expert of one run, got {list(load_E.shape)}")
-        self.loads.append(load_E.detach().double().unsqueeze(0))
-
-    def correlations(self) -> Tensor:
-        """Return the correlation of each pair of runs, `[M, M]`.
-
-        Raises:
-            ValueError: there has been no update.
-        """
-        if not len(self.loads):
-            raise ValueError("InterRunConsistency has no runs: update it with the load of each first")
-        loads = self.loads if isinstance(self.loads, Tensor) else torch.cat(list(self.loads))
-        return torch.corrcoef(loads).reshape(len(loads), len(loads)).float()
+        # Correlations do not depend on the scale; large counts do not fit into every dtype.
+        load_E = load_E.detach().float()
+        assert isinstance(self.loads, list)  # a tensor only while processes are synchronized
+        self.loads.append((load_E / load_E.abs().max().clamp_min(torch.finfo(torch.float32).tiny)).to(self.dtype))
+        self.num_runs = self.num_runs + 1
+        self.num_experts = torch.full_like(self.num_experts, len(load_E))
 
     def compute(self) -> dict[str, Tensor]:
-        """Return both means."""
-        correlations_MM = self.correlations()
-        pairs = ~torch.eye(len(correlations_MM), dtype=torch.bool, device=correlations_MM.device)
-        return {"consistency": correlations_MM.mean(), "between_runs": correlations_MM[pairs].mean()}
+        """Return both means, and the correlations, `[M, M]`; NaN without any run.
 
-    def plot(self, val: Tensor | None = None, ax: Any = None) -> Any:
-        """Draw the correlation of each pair of runs, by default those computed; return figure and axes."""
+        Raises:
+            ValueError: other processes have runs with another number of experts.
+        """
+        num_runs, num_experts = int(self.num_runs), int(self.num_experts)
+        device = self.num_runs.device
+        if not num_runs:
+            return {name: torch.tensor(torch.nan, device=device) for name in (*self.shown, "correlations_MM")}
+        load_N = self.loads if isinstance(self.loads, Tensor) else torch.cat(list(self.loads))
+        if len(load_N) != num_runs * num_experts:
+            raise ValueError(f"the runs have different numbers of experts, {num_experts} at most")
+        loads_ME = load_N.cpu().double().view(num_runs, num_experts)  # few numbers, and MPS has no float64
+        correlations_MM = torch.corrcoef(loads_ME).reshape(num_runs, num_runs).float().to(device)
+        pairs = ~torch.eye(num_runs, dtype=torch.bool, device=device)
+        return {
+            "consistency": correlations_MM.mean(),
+            "between_runs": correlations_MM[pairs].mean(),
+            "correlations_MM": correlations_MM,
+        }
+
+    def _draw(self, result: dict[str, Tensor], ax: Any) -> Any:
         from routerzoo.metrics.figures import heat_map
 
-        return heat_map(self.correlations() if val is None else val, ax, xlabel="run", ylabel="run", low=-1.0)
+        return heat_map(result["correlations_MM"], ax, xlabel="run", ylabel="run", low=-1.0)

@@ -21,7 +21,7 @@ LARGEST_SHOWN = 3.0
 
 def load_bars(counts_E: Tensor, ax: Axes | None = None) -> tuple[Figure, Axes]:
     """Draw each expert's load relative to the mean load."""
-    ax = _axes(ax, (6, 3))
+    ax = new_axes(ax, (6, 3))
     relative_E = _relative(counts_E.double().cpu().numpy())
     ax.bar(range(len(relative_E)), relative_E, color="tab:blue")
     ax.axhline(1, color="black", linewidth=1, linestyle="--")
@@ -29,13 +29,22 @@ def load_bars(counts_E: Tensor, ax: Axes | None = None) -> tuple[Figure, Axes]:
     return cast(Figure, ax.figure), ax
 
 
-def bars(values: Mapping[str, Tensor | float], ax: Axes | None = None, *, ylabel: str) -> tuple[Figure, Axes]:
-    """Draw named numbers as bars."""
-    ax = _axes(ax, (4, 3))
+def bars(
+    values: Mapping[str, Tensor | float],
+    ax: Axes | None = None,
+    *,
+    ylabel: str,
+    bounds: tuple[float | None, float | None] = (None, None),
+) -> tuple[Figure, Axes]:
+    """Draw named numbers as bars, over the range that they can have."""
+    ax = new_axes(ax, (1 + 1.2 * max(len(values), 2), 3))
     drawn = ax.bar(list(values), [float(value) for value in values.values()], color="tab:blue", width=0.6)
     ax.bar_label(drawn, fmt="%.3g")
     ax.set(ylabel=ylabel)
     ax.margins(y=0.1)
+    low, high = bounds
+    # The numbers are above the bars.
+    ax.set_ylim(low, None if high is None else high + 0.1 * (high - (low or 0.0)))
     return cast(Figure, ax.figure), ax
 
 
@@ -48,7 +57,7 @@ def curves(
     ylabel: str,
 ) -> tuple[Figure, Axes]:
     """Draw named curves over the same x."""
-    ax = _axes(ax, (6, 3.5))
+    ax = new_axes(ax, (6, 3.5))
     for name, values in y_R.items():
         ax.plot(_array(x_R), _array(values), marker=".", label=name)
     ax.set(xlabel=xlabel, ylabel=ylabel)
@@ -69,7 +78,7 @@ def heat_map(
 ) -> tuple[Figure, Axes]:
     """Draw a matrix, colored from `low` to its largest entry; NaN is white."""
     shown = np.atleast_2d(values.float().cpu().numpy())
-    ax = _axes(ax, (1.5 + 0.25 * max(shown.shape[1], 12), 1.0 + 0.25 * max(shown.shape[0], 8)))
+    ax = new_axes(ax, (1.5 + 0.25 * max(shown.shape[1], 12), 1.0 + 0.25 * max(shown.shape[0], 8)))
     high = max(float(np.nanmax(shown)), low + 1e-6) if shown.size and not np.isnan(shown).all() else low + 1
     image = ax.imshow(shown, vmin=low, vmax=high, cmap="viridis", aspect="auto", interpolation="nearest")
     ax.set(xlabel=xlabel, ylabel=ylabel)
@@ -80,8 +89,8 @@ def heat_map(
     return figure, ax
 
 
-def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
-    """Return the given axes, or those of a new figure. Not pyplot's, which keeps every figure alive."""
+def new_axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
+    """Return the given axes, or those of a new figure of this size, in inches; pyplot would keep every figure alive."""
     if ax is not None:
         return ax
     figure = Figure(figsize=size, layout="constrained")

@@ -8,8 +8,8 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
+from routerzoo.metrics.base import RoutingMetric
 from routerzoo.metrics.sets import check_num_experts
 from routerzoo.routing import Routing
 
@@ -31,7 +31,7 @@ def load_statistics(counts_E: Tensor) -> dict[str, Tensor]:
     Returns:
         Scalars. Without any assignment they are those of perfect balance, with all experts dead.
     """
-    counts_E = counts_E.double()
+    counts_E = counts_E.float() if counts_E.device.type == "mps" else counts_E.double()  # MPS has no float64
     total = counts_E.sum()
     num_experts = len(counts_E)
     relative_E = counts_E * num_experts / total if total > 0 else torch.ones_like(counts_E)
@@ -49,7 +49,7 @@ def load_statistics(counts_E: Tensor) -> dict[str, Tensor]:
 
 
 @final
-class ExpertLoad(Metric):
+class ExpertLoad(RoutingMetric):
     """Assignments per expert over all updates, and `load_statistics` of them.
 
     Args:
@@ -65,9 +65,9 @@ class ExpertLoad(Metric):
         tensor(1.)
     """
 
-    is_differentiable = False
-    higher_is_better = None
-    full_state_update = False
+    plot_lower_bound = 0.0
+    shown = ("load_max", "load_min", "load_cv", "load_entropy")
+    unit = "load / mean load; entropy"
     counts_E: Tensor
 
     def __init__(self, num_experts: int, **options: Any) -> None:
@@ -82,7 +82,7 @@ class ExpertLoad(Metric):
             ValueError: a routing over another number of experts.
         """
         check_num_experts(routing, self.num_experts)
-        self.counts_E = self.counts_E + routing.expert_load(self.num_experts)
+        self._add(counts_E=routing.expert_load(self.num_experts))
 
     @property
     def shares_E(self) -> Tensor:
@@ -94,10 +94,10 @@ class ExpertLoad(Metric):
         return load_statistics(self.counts_E)
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Draw each expert's load relative to the mean as a bar.
+        """Draw each expert's load relative to the mean as a bar, the statistics of a result, or their curves.
 
         Args:
-            val: counts to draw; by default those of all updates.
+            val: a result of `forward` or `compute`, or a list of these; by default the load of each expert is drawn.
             ax: axes to draw into.
 
         Returns:
@@ -105,4 +105,4 @@ class ExpertLoad(Metric):
         """
         from routerzoo.metrics.figures import load_bars
 
-        return load_bars(self.counts_E if val is None else val, ax)
+        return load_bars(self.counts_E, ax) if val is None else super().plot(val, ax)

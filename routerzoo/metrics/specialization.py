@@ -7,14 +7,14 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
+from routerzoo.metrics.base import RoutingMetric
 from routerzoo.metrics.sets import expert_sets
 from routerzoo.routing import Routing
 
 
 @final
-class Specialization(Metric):
+class Specialization(RoutingMetric):
     """How the tokens of each label are distributed over experts (OLMoE, equations 7 and 8, arXiv:2409.02060).
 
     The label of a token is its id, the next id or the predicted one (vocabulary specialization); the class of its image
@@ -40,9 +40,10 @@ class Specialization(Metric):
         tensor(0.8333)
     """
 
-    is_differentiable = False
-    higher_is_better = None
-    full_state_update = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+    shown = ("specialization", "chance")
+    unit = "share of a label's tokens"
     counts_VE: Tensor
     tokens_V: Tensor
 
@@ -77,17 +78,15 @@ class Specialization(Metric):
         counted_VE = share_VE[enough_V]
         return {
             "share_VE": share_VE.masked_fill(~enough_V.unsqueeze(1), torch.nan).float(),
-            "specialization": counted_VE.max(1).values.mean().float() if len(counted_VE) else torch.tensor(torch.nan),
-            "chance": counted_VE.mean().float() if len(counted_VE) else torch.tensor(torch.nan),
+            "specialization": counted_VE.max(1).values.mean().float(),  # NaN where nothing is counted
+            "chance": counted_VE.mean().float(),
         }
 
-    def plot(
-        self, val: dict[str, Tensor] | None = None, ax: Any = None, *, names: list[str] | None = None, most: int = 40
-    ) -> Any:
-        """Draw the shares of the most specialized labels.
+    def plot(self, val: Any = None, ax: Any = None, *, names: list[str] | None = None, most: int = 40) -> Any:
+        """Draw the shares of the most specialized labels, or the curves of several results.
 
         Args:
-            val: a result of `compute`; by default the current one.
+            val: a result of `forward` or `compute`, or a list of these; by default the current result.
             ax: axes to draw into.
             names: of the labels.
             most: labels to show.
@@ -97,7 +96,9 @@ class Specialization(Metric):
         """
         from routerzoo.metrics.figures import heat_map
 
-        share_VE = (self.compute() if val is None else val)["share_VE"]
+        if isinstance(val, (list, tuple)):
+            return super().plot(val, ax)
+        share_VE = (self.compute() if val is None else val)["share_VE"].reshape(self.num_labels, self.num_experts)
         largest_V = share_VE.nan_to_num(-1).max(1).values
         order = largest_V.argsort(descending=True, stable=True)
         shown = [label for label in order.tolist() if largest_V[label] >= 0][:most]

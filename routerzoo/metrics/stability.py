@@ -3,22 +3,24 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
 
+from routerzoo.metrics.base import RoutingMetric
 from routerzoo.metrics.sets import expert_sets
 from routerzoo.routing import Routing
 
 
-class _SetOverlap(Metric):
+class _SetOverlap(RoutingMetric):
     """Compares two routings of the same tokens."""
 
-    is_differentiable = False
-    higher_is_better = None
-    full_state_update = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
     tokens: Tensor
 
     def __init__(self, num_experts: int, **options: Any) -> None:
@@ -59,6 +61,9 @@ class RoutingFluctuation(_SetOverlap):
         tensor(0.2500)
     """
 
+    higher_is_better = False
+    shown = ("fluctuation", "changed_tokens")
+    unit = "share"
     replaced: Tensor
     changed: Tensor
 
@@ -76,9 +81,8 @@ class RoutingFluctuation(_SetOverlap):
         """
         a_TE, b_TE = self._sets(before, after)
         largest_T = torch.maximum(a_TE.sum(1), b_TE.sum(1))
-        self.replaced = self.replaced + (1 - (a_TE & b_TE).sum(1) / largest_T).sum()
-        self.changed = self.changed + (a_TE != b_TE).any(1).sum()
-        self.tokens = self.tokens + len(a_TE)
+        replaced_T = 1 - (a_TE & b_TE).sum(1) / largest_T
+        self._add(replaced=replaced_T.sum(), changed=(a_TE != b_TE).any(1).sum(), tokens=torch.tensor(len(a_TE)))
 
     def compute(self) -> dict[str, Tensor]:
         """Return the means; NaN without any token."""
@@ -86,12 +90,6 @@ class RoutingFluctuation(_SetOverlap):
             "fluctuation": (self.replaced / self.tokens).float(),
             "changed_tokens": (self.changed / self.tokens).float(),
         }
-
-    def plot(self, val: dict[str, Tensor] | None = None, ax: Any = None) -> Any:
-        """Draw both, by default those computed, as bars; return figure and axes."""
-        from routerzoo.metrics.figures import bars
-
-        return bars(self.compute() if val is None else val, ax, ylabel="share")
 
 
 @final
@@ -106,6 +104,8 @@ class RouterSaturation(_SetOverlap):
         options: further arguments of `torchmetrics.Metric`.
     """
 
+    shown = ("saturation", "chance")
+    unit = "share of the final experts"
     shared: Tensor
     by_chance: Tensor
 
@@ -122,9 +122,9 @@ class RouterSaturation(_SetOverlap):
                 experts.
         """
         a_TE, b_TE = self._sets(routing, final)
-        self.shared = self.shared + ((a_TE & b_TE).sum(1) / b_TE.sum(1).clamp_min(1)).sum()
-        self.by_chance = self.by_chance + a_TE.sum() / self.num_experts
-        self.tokens = self.tokens + len(a_TE)
+        shared_T = (a_TE & b_TE).sum(1) / b_TE.sum(1).clamp_min(1)
+        by_chance = a_TE.sum() / self.num_experts
+        self._add(shared=shared_T.sum(), by_chance=by_chance, tokens=torch.tensor(len(a_TE)))
 
     def compute(self) -> dict[str, Tensor]:
         """Return the means; NaN without any token."""
@@ -133,38 +133,36 @@ class RouterSaturation(_SetOverlap):
             "chance": (self.by_chance / self.tokens).float(),
         }
 
-    def plot(self, val: dict[str, Tensor] | None = None, ax: Any = None) -> Any:
-        """Draw both, by default those computed, as bars; return figure and axes."""
-        from routerzoo.metrics.figures import bars
-
-        return bars(self.compute() if val is None else val, ax, ylabel="share of the final experts")
-
 
 @final
-class LastFluctuation(Metric):
+class LastFluctuation(RoutingMetric):
     """Share of the tokens whose routing does not change any more (StableMoE, arXiv:2204.08396, figure 1).
 
     Update it with the routing of the same tokens at several steps of training, in order. `compute` returns the recorded
     `steps`, and for each the share of tokens that are `settled`: they keep their final set of experts from there on. It
-    rises to 1 at the last record.
+    rises to 1 at the last record. `forward` returns the curve so far, since a single record has no value. Several
+    processes follow different tokens, or none, at the same steps.
 
     Args:
         num_experts: experts of the layer.
         options: further arguments of `torchmetrics.Metric`.
     """
 
-    is_differentiable = False
-    higher_is_better = None
     full_state_update = True
-    last_record: list[Tensor]
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+    unit = "share of tokens"
+    steps_R: Tensor
+    last_record_T: Tensor
+    previous_TE: Tensor
 
     def __init__(self, num_experts: int, **options: Any) -> None:
         super().__init__(**options)
         self.num_experts = num_experts
+        self.add_state("steps_R", torch.zeros(0, dtype=torch.int64))
         # For each token the last record that differs from the one after it, -1 for none.
-        self.add_state("last_record", default=[], dist_reduce_fx="cat")
-        self.steps: list[int] = []
-        self._previous_TE: Tensor | None = None
+        self.add_state("last_record_T", torch.zeros(0, dtype=torch.int64))
+        self.add_state("previous_TE", torch.zeros(0, num_experts, dtype=torch.bool))
 
     def update(self, step: int, routing: Routing) -> None:
         """Record the tokens' routing at a step.
@@ -174,41 +172,64 @@ class LastFluctuation(Metric):
                 experts, or a step that is not after the last.
         """
         now_TE = expert_sets(routing, self.num_experts)
-        if self.steps and step <= self.steps[-1]:
-            raise ValueError(f"steps must be recorded in order; {step} comes after {self.steps[-1]}")
-        if self._previous_TE is None:
-            self.last_record = [torch.full((len(now_TE),), -1, dtype=torch.int64, device=now_TE.device)]
+        last = len(self.steps_R) - 1
+        if last < 0:
+            self.last_record_T = self.last_record_T.new_full((len(now_TE),), -1)
         else:
-            if self._previous_TE.shape != now_TE.shape:
-                raise ValueError(f"the routing is of {len(now_TE)} tokens, before it was of {len(self._previous_TE)}")
-            changed_T = (self._previous_TE != now_TE).any(1)
+            if step <= int(self.steps_R[-1]):
+                raise ValueError(f"steps must be recorded in order; {step} comes after {int(self.steps_R[-1])}")
+            if self.previous_TE.shape != now_TE.shape:
+                raise ValueError(f"the routing is of {len(now_TE)} tokens, before it was of {len(self.previous_TE)}")
             # What differs from the record after it differs from the final one, or is overwritten by a later record.
-            self.last_record = [torch.where(changed_T, len(self.steps) - 1, self.last_record[0])]
-        self._previous_TE = now_TE
-        self.steps.append(step)
+            self.last_record_T = torch.where((self.previous_TE != now_TE).any(1), last, self.last_record_T)
+        self.previous_TE = now_TE
+        self.steps_R = torch.cat([self.steps_R, self.steps_R.new_tensor([step])])
 
     def forward(self, step: int, routing: Routing) -> dict[str, Tensor]:
-        """Update, and return the curve so far: a single record has no value."""
+        """Update, and return the curve so far."""
         self.update(step, routing)
+        syncs, self._to_sync = self._to_sync, self.dist_sync_on_step
         curve: dict[str, Tensor] = self.compute()
+        self._forward_cache = curve  # type: ignore[assignment]
+        self._to_sync, self._computed = syncs, None
         return curve
 
     def compute(self) -> dict[str, Tensor]:
-        """Return `steps` and `settled`, both `[R]`."""
-        states = self.last_record
-        last_T = torch.cat(list(states)) if isinstance(states, (list, tuple)) and states else torch.as_tensor(states)
-        records_R = torch.arange(len(self.steps), device=last_T.device)
-        settled_R = (last_T.unsqueeze(1) < records_R).float().mean(0) if len(last_T) else records_R.float() * torch.nan
-        return {"steps": torch.tensor(self.steps), "settled": settled_R}
+        """Return `steps` and `settled`, both `[R]`; NaN without any token."""
+        records_R = torch.arange(len(self.steps_R), device=self.steps_R.device)
+        settled_TR = self.last_record_T.unsqueeze(1) < records_R
+        return {"steps": self.steps_R, "settled": settled_TR.float().mean(0)}
 
-    def reset(self) -> None:
-        """Drop all records."""
-        super().reset()
-        self.steps, self._previous_TE = [], None
+    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        wrapped = super()._wrap_compute(compute)
 
-    def plot(self, val: dict[str, Tensor] | None = None, ax: Any = None) -> Any:
-        """Draw a curve, by default the computed one; return figure and axes."""
+        @functools.wraps(compute)
+        def curves() -> dict[str, Tensor]:
+            # torchmetrics squeezes tensors of one entry.
+            return {name: values.reshape(-1) for name, values in wrapped().items()}
+
+        return curves
+
+    def _sync_dist(
+        self, dist_sync_fn: Callable[..., list[Tensor]] = gather_all_tensors, process_group: Any = None
+    ) -> None:
+        """Join the tokens of all processes. torchmetrics would stack states, which requires equal shapes."""
+        gather = functools.partial(dist_sync_fn, group=process_group or self.process_group)
+        steps = gather(self.steps_R)
+        self.last_record_T = torch.cat(gather(self.last_record_T))
+        recorded = [steps_R for steps_R in steps if len(steps_R)]
+        if any(not torch.equal(steps_R, recorded[0]) for steps_R in recorded):
+            raise ValueError(f"processes have recorded different steps: {[s.tolist() for s in recorded]}")
+        self.steps_R = recorded[0] if recorded else self.steps_R
+
+    def _draw(self, result: dict[str, Tensor], ax: Any) -> Any:
+        return self._draw_several([result], ax)
+
+    def _draw_several(self, results: Sequence[dict[str, Tensor]], ax: Any) -> Any:
         from routerzoo.metrics.figures import curves
 
-        val = self.compute() if val is None else val
-        return curves(val["steps"], {"settled": val["settled"]}, ax, xlabel="training step", ylabel="share of tokens")
+        for result in results:
+            _, ax = curves(
+                result["steps"], {"settled": result["settled"]}, ax, xlabel="training step", ylabel=self.unit
+            )
+        return ax.figure, ax

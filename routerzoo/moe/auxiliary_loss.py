@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from routerzoo.functional.losses import Scope, balance_loss, importance_loss, load_loss, scope_of, z_loss
+from routerzoo.functional.topk import topk_indices
 from routerzoo.moe.layer import MoE, inner_router, moe_layers
 from routerzoo.router import LossWeight, Router
 from routerzoo.routing import LayerRouting, Routing, RoutingContext
@@ -155,6 +156,8 @@ def _pooled(routings: list[Routing], context: RoutingContext) -> tuple[Routing, 
         fields["balance_probs_TE"] = torch.cat([routing.balance_scores() for routing in routings])
     if len({type(routing.noise_std) for routing in routings}) > 1:
         raise ValueError("has layers with and without noise, whose losses cannot be pooled: sum them")
+    if len({routing.balances_by_score for routing in routings}) > 1:
+        raise ValueError("has layers with and without a selection bias, whose losses cannot be pooled: sum them")
     if isinstance(first.noise_std, Tensor):
         fields["noise_std"] = torch.cat([r.noise_std for r in routings if isinstance(r.noise_std, Tensor)])
     repeated = {
@@ -170,7 +173,10 @@ def _balance(
     experts_TK = _choices(routing)
     if experts_TK is None:
         return None
-    return balance_loss(routing.balance_scores(), experts_TK, weighted=weighted, **scope_of(scope, context))
+    scores_TE = routing.balance_scores()
+    if routing.balances_by_score:
+        experts_TK = topk_indices(scores_TE.detach(), experts_TK.shape[1])
+    return balance_loss(scores_TE, experts_TK, weighted=weighted, **scope_of(scope, context))
 
 
 def _choices(routing: Routing) -> Tensor | None:

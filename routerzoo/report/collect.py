@@ -1,4 +1,4 @@
-"""The runs of a sweep's folder, as a report reads them."""
+"""Read the runs of a sweep for a report."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ import yaml
 from routerzoo.errors import UserError
 from routerzoo.sweep.ledger import FILE, Ledger, Run
 
-# What a report says of the routing, in words, by the name of the log's column.
+# Labels of the metrics of routing that a report shows, by the name of the log's column.
 HEALTH = {
     "load_max": "most loaded expert, relative to the mean",
     "load_entropy": "entropy of the load",
-    "dead_experts": "experts without tokens",
+    "dead_experts": "dead experts (never selected)",
     "gate_entropy": "entropy of the gate",
     "collapse": "X-MoE's measure of collapse (smaller is more collapsed)",
 }
 STABILITY = {
-    "fluctuation": "tokens' experts that changed since the last record",
-    "saturation": "final experts that a token has already",
+    "fluctuation": "experts that changed since the last record",
+    "saturation": "final experts selected already",
 }
 Curve = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a task's runs came to.
+    """The results of a task's runs.
 
     Args:
         name: of the task.
@@ -52,7 +52,7 @@ class Task:
     curves: Mapping[str, Mapping[int, Mapping[str, Curve]]]
 
     def routing(self, variant: str) -> dict[str, dict[int, Curve]]:
-        """Return what a variant's routers do over training, as means over layers, by what it is called and seed."""
+        """Return metrics of a variant's routing over training, means over layers, by label and seed."""
         panels = [("val", metric, label) for metric, label in HEALTH.items()]
         panels += [("stability", metric, label) for metric, label in STABILITY.items()]
         seeds = self.curves.get(variant, {})
@@ -71,10 +71,10 @@ class Sweep:
         config: the sweep's YAML file, as the latest command had it.
         baseline: label of the router that the others are compared with.
         margin: relative difference that counts as equivalent.
-        tasks: what it found.
+        tasks: with a finished run.
         runs: all planned runs.
-        earlier: finished runs that the plan no longer has.
-        refused: configs that no run can be made of, and why, by label.
+        earlier: finished runs that are no longer in the plan.
+        refused: why configs cannot be run, by label.
     """
 
     folder: Path
@@ -91,7 +91,7 @@ class Sweep:
         return {run.variant for run in self.runs if run.router == router}
 
     def baseline_of(self, variant: str) -> str | None:
-        """Return the baseline that a variant is compared with: that on the same place of the other axes."""
+        """Return the baseline that a variant is compared with: the one with the same values on the other axes."""
         mine = next((run for run in self.runs if run.variant == variant), None)
         if mine is None:
             return None
@@ -103,10 +103,12 @@ def read_sweep(folder: Path) -> Sweep:
     """Read a sweep's folder.
 
     Raises:
-        UserError: it is none, or nothing has finished in it.
+        UserError: it is not a sweep's, or no run has finished.
     """
     if not (folder / FILE).is_file():
-        raise UserError(f"{folder} holds no sweep: there is no {FILE}. Run: python -m routerzoo sweep --config ...")
+        raise UserError(
+            f"{folder} is not the folder of a sweep: it has no {FILE}. Run: python -m routerzoo sweep --config ..."
+        )
     runs = Ledger(folder).runs()
     planned = [run for run in runs if run.planned]
     finished: dict[str, dict[str, dict[int, Run]]] = defaultdict(lambda: defaultdict(dict))
@@ -134,7 +136,7 @@ def read_sweep(folder: Path) -> Sweep:
         plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
         config, baseline, margin = str(plan["config"]), str(plan["baseline"]), float(plan["margin"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'plan.json'} is missing or damaged; the sweep's command writes it anew") from error
+        raise UserError(f"{folder / 'plan.json'} is missing or damaged; the sweep's command rewrites it") from error
     try:
         refused = json.loads((folder / "refused.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -144,7 +146,7 @@ def read_sweep(folder: Path) -> Sweep:
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:
-    """Return what a run has logged over its steps, by column; nothing where there is no log."""
+    """Return what a run has logged by step, by column; empty without a log."""
     curves: dict[str, Curve] = defaultdict(list)
     try:
         with (folder / "logs" / "metrics.csv").open(newline="") as file:
@@ -168,7 +170,7 @@ def read_curves(folder: Path) -> dict[str, Curve]:
 
 
 def tested_k(run: Run, metric: str) -> Curve:
-    """Return a metric of one checkpoint by the k that it was tested with; nothing where that was one alone."""
+    """Return a metric of one checkpoint by the k that it was tested with; empty if it was tested with a single k."""
     rows = run.results.get("test", {}).get("by k", [])
     return sorted((float(row["k"]), float(row[metric])) for row in rows)
 
@@ -185,7 +187,7 @@ def over_layers(curves: Mapping[str, Curve], stage: str, metric: str) -> Curve:
 
 
 def differences(one: str, other: str) -> list[str]:
-    """Say in which keys two configs differ."""
+    """Describe the keys in which two configs differ."""
     first, second = (flat(yaml.safe_load(text)) for text in (one, other))
     return [
         f"{key}: {first.get(key, 'nothing')} became {second.get(key, 'nothing')}"

@@ -1,4 +1,4 @@
-"""The report's files: one HTML page that needs nothing else, Markdown, and tables as CSV."""
+"""The report's files: a self-contained HTML page, Markdown, and tables as CSV."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LARGEST_DIFFERENCES = 12
 
 @dataclass(frozen=True)
 class Row:
-    """A variant in a task's table; texts as they are shown."""
+    """A variant in a task's table, formatted."""
 
     variant: str
     metric: str
@@ -48,7 +48,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawing with what it shows."""
+    """A picture with its caption."""
 
     title: str
     caption: str
@@ -57,7 +57,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Table:
-    """Numbers behind a picture; texts as they are shown, the first of each row a variant."""
+    """Numbers behind a picture, formatted; the first of each row is a variant."""
 
     title: str
     columns: Sequence[str]
@@ -75,7 +75,7 @@ class Section:
 
 
 class Report(NamedTuple):
-    """What was written, and what it says in sentences."""
+    """The files that were written, and the findings in sentences."""
 
     files: list[Path]
     findings: list[str]
@@ -152,7 +152,7 @@ def comparisons(sweep: Sweep, task: Task) -> dict[str, Comparison]:
 def findings(
     sweep: Sweep, compared: Mapping[str, Mapping[str, Comparison]], ranked: Mapping[str, Interval]
 ) -> list[str]:
-    """Say in sentences what the numbers say, and no more."""
+    """Return the findings in sentences."""
     told = []
     for task in sweep.tasks:
         means = {name: interval(list(values.values())).mean for name, values in task.values.items()}
@@ -162,10 +162,10 @@ def findings(
             by_verdict.setdefault(comparison.verdict, []).append(name)
         sentence = f"{task.name}: the best mean {task.metric} is {means[best]:.4f}, of {best}."
         texts = {
-            "better": "Better than {} beyond the noise of seeds: {}.",
-            "worse": "Worse than {}: {}.",
+            "better": "Significantly better than {}: {}.",
+            "worse": "Significantly worse than {}: {}.",
             "equivalent": f"Equivalent to {{}} within {100 * sweep.margin:g} %: {{}}.",
-            "inconclusive": "Neither different from {} nor shown to be equivalent, with so few seeds: {}.",
+            "inconclusive": "Inconclusive against {} with so few seeds: {}.",
         }
         for verdict, text in texts.items():
             if verdict in by_verdict:
@@ -183,7 +183,7 @@ def findings(
     lost = [run for run in sweep.runs if run.status == "failed"]
     waiting = [run for run in sweep.runs if run.status in ("waiting", "running")]
     if lost or waiting:
-        told.append(f"{len(lost)} runs failed and {len(waiting)} are still to come: the numbers are without them.")
+        told.append(f"The numbers exclude {len(lost)} failed and {len(waiting)} pending runs.")
     return told
 
 
@@ -225,7 +225,7 @@ def _pictures(sweep: Sweep, task: Task, names: Sequence[str], command: str) -> l
             "baseline.",
             pictures.by_router(task, names, sweep.baseline),
         ),
-        ("Training", "Mean over seeds; the band is from the lowest to the highest.", pictures.training(task, names)),
+        ("Training", "Mean over seeds; the band is their range.", pictures.training(task, names)),
         (
             "Quality and cost",
             "Means over seeds; lines are 95 % intervals of the metric. Memory is that of the whole process.",
@@ -234,11 +234,11 @@ def _pictures(sweep: Sweep, task: Task, names: Sequence[str], command: str) -> l
         ("Quality and k", "One checkpoint a run, tested with several k.", pictures.by_k(task, names)),
         (
             "Health of the routing",
-            "On the validation split, means over layers and seeds; the band is the span of the seeds.",
+            "On the validation split, means over layers and seeds; the band is the range of the seeds.",
             pictures.health(task, names),
         ),
     ]
-    return [_picture(title, f"{caption} Made by: {command}", figure) for title, caption, figure in drawn if figure]
+    return [_picture(title, f"{caption} Written by: {command}", figure) for title, caption, figure in drawn if figure]
 
 
 def _table_by_k(task: Task, names: Sequence[str]) -> Table:
@@ -257,7 +257,7 @@ def _table_by_k(task: Task, names: Sequence[str]) -> Table:
 
 
 def _table_of_routing(task: Task, names: Sequence[str]) -> Table:
-    """Return what the routers do when training ends, means over layers and seeds."""
+    """Return metrics of the routing at the end of training, means over layers and seeds."""
     by_variant = {name: task.routing(name) for name in names if name in task.runs}
     labels = [label for label in next(iter(by_variant.values()), {}) if any(v[label] for v in by_variant.values())]
     rows = [
@@ -267,12 +267,12 @@ def _table_of_routing(task: Task, names: Sequence[str]) -> Table:
         )
         for name, v in by_variant.items()
     ]
-    return Table("Routing when training ends, on the validation split", labels, rows if labels else [])
+    return Table("Routing at the end of training, on the validation split", labels, rows if labels else [])
 
 
 def _picture(title: str, caption: str, figure: Figure) -> Picture:
     text = io.StringIO()
-    # Equal pictures give equal files.
+    # Equal pictures are written as equal bytes.
     with matplotlib.rc_context({"svg.hashsalt": "routerzoo", "svg.fonttype": "none"}):
         figure.savefig(text, format="svg", metadata={"Date": None})
     return Picture(title, caption, Markup(text.getvalue().partition("<svg")[1] + text.getvalue().partition("<svg")[2]))
@@ -340,7 +340,7 @@ def _by_k_rows(sweep: Sweep) -> list[dict[str, Any]]:
 
 
 def _curve_rows(sweep: Sweep) -> list[dict[str, Any]]:
-    """Return the points of all curves that are drawn over training."""
+    """Return the points of all curves over training."""
     rows = []
     for task in sweep.tasks:
         name = f"validation {task.metric}"
@@ -365,10 +365,10 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _what_differs(run: Run, planned: Sequence[Run]) -> str:
-    """Say in what an earlier run differs from the planned one that is most like it."""
+    """Describe how an earlier run differs from the most similar planned one."""
     alike = [other for other in planned if (other.task, other.router, other.seed) == (run.task, run.router, run.seed)]
     if not alike:
-        return "the plan has no run of this task, router and seed"
+        return "no run of this task, router and seed is planned"
     found = min((differences(run.config, other.config) for other in alike), key=len)
     if not found:
         return f"other options of the test: {' '.join(run.test) or 'none'}"

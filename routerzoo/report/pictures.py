@@ -1,4 +1,4 @@
-"""Pictures of a sweep. Each returns a figure; `page` puts them into the report."""
+"""Pictures of a sweep, as figures; `page` adds them to the report."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from routerzoo.report.collect import Curve, Task, tested_k
 from routerzoo.report.statistics import Interval, interval
 
 
-def colours(names: Sequence[str]) -> dict[str, tuple[float, ...]]:
-    """Return one colour for each name, the same in every picture."""
+def colors(names: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    """Return one color for each name, the same in every picture."""
     palette = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"]
     return {name: palette(place % palette.N) for place, name in enumerate(names)}
 
@@ -27,14 +27,14 @@ def by_router(task: Task, names: Sequence[str], baseline: str) -> Figure:
     """Draw the metric of every router: each seed, the mean and its interval."""
     figure, (ax,) = _panels(1, width=7.0, height=0.5 + 0.38 * len(names))
     known = [name for name in reversed(names) if name in task.values]
-    palette = colours(names)
+    palette = colors(names)
     for place, name in enumerate(known):
         values = list(task.values[name].values())
         middle = interval(values)
         ax.plot(values, [place] * len(values), "o", color=palette[name], alpha=0.35, markersize=5)
         _bar(ax, middle, place, palette[name])
         if name == baseline:
-            ax.axvline(middle.mean, color="grey", linestyle="--", linewidth=1)
+            ax.axvline(middle.mean, color="gray", linestyle="--", linewidth=1)
     ax.set_yticks(range(len(known)), labels=known)
     ax.set(xlabel=f"{task.metric} of the test split ({_direction(task)})")
     ax.grid(axis="x", alpha=0.3)
@@ -42,9 +42,9 @@ def by_router(task: Task, names: Sequence[str], baseline: str) -> Figure:
 
 
 def training(task: Task, names: Sequence[str]) -> Figure:
-    """Draw the validation metric over training: mean over seeds, and the span of them."""
+    """Draw the validation metric over training: mean and range over seeds."""
     figure, (ax,) = _panels(1, width=7.0, height=3.6)
-    palette = colours(names)
+    palette = colors(names)
     for name in names:
         curves = [seeds.get(f"val/{task.metric}", []) for seeds in task.curves.get(name, {}).values()]
         _band(ax, curves, name, palette[name])
@@ -62,9 +62,9 @@ COSTS = {
 
 
 def by_cost(task: Task, names: Sequence[str]) -> Figure:
-    """Draw the metric against what the routers cost."""
+    """Draw the metric against the costs of the routers."""
     figure, axes = _panels(len(COSTS), width=3.0 * len(COSTS), height=3.2)
-    palette = colours(names)
+    palette = colors(names)
     for ax, (key, (label, stage)) in zip(axes, COSTS.items(), strict=True):
         for name in names:
             runs = task.runs.get(name, {})
@@ -88,7 +88,7 @@ def by_cost(task: Task, names: Sequence[str]) -> Figure:
 def by_k(task: Task, names: Sequence[str]) -> Figure | None:
     """Draw the metric against the k that one checkpoint is tested with; None where one k was tested."""
     figure, (ax,) = _panels(1, width=7.0, height=3.6)
-    palette, drawn = colours(names), False
+    palette, drawn = colors(names), False
     for name in names:
         curves = [tested_k(run, task.metric) for run in task.runs.get(name, {}).values()]
         if any(curves):
@@ -102,8 +102,8 @@ def by_k(task: Task, names: Sequence[str]) -> Figure | None:
 
 
 def health(task: Task, names: Sequence[str]) -> Figure | None:
-    """Draw what the routers do over training, on the validation split, as means over layers and seeds."""
-    palette = colours(names)
+    """Draw metrics of the routing over training, on the validation split, as means over layers and seeds."""
+    palette = colors(names)
     by_variant = {name: task.routing(name) for name in names}
     known = [
         (label, {name: list(found[label].values()) for name, found in by_variant.items()})
@@ -119,7 +119,7 @@ def health(task: Task, names: Sequence[str]) -> Figure | None:
         ax.set(xlabel="step")
         ax.set_title(textwrap.fill(label, 30), fontsize=9)
         ax.grid(alpha=0.3)
-        if ax.get_ylim()[0] < 0 <= ax.dataLim.y0:  # a margin that would show what there cannot be
+        if ax.get_ylim()[0] < 0 <= ax.dataLim.y0:  # a margin below 0 would show impossible values
             ax.set_ylim(bottom=0)
     _legend_below(figure, axes[0])
     return figure
@@ -129,7 +129,7 @@ def ranking(mean_ranks: Mapping[str, Interval], names: Sequence[str]) -> Figure:
     """Draw the mean rank over tasks, the best on top."""
     ordered = sorted(mean_ranks, key=lambda name: -mean_ranks[name].mean)
     figure, (ax,) = _panels(1, width=7.0, height=0.5 + 0.38 * len(ordered))
-    palette = colours(names)
+    palette = colors(names)
     for place, name in enumerate(ordered):
         _bar(ax, mean_ranks[name], place, palette[name])
     ax.set_yticks(range(len(ordered)), labels=ordered)
@@ -149,13 +149,13 @@ def _panels(count: int, *, width: float, height: float, columns: int | None = No
     return figure, axes
 
 
-def _bar(ax: Axes, middle: Interval, place: float, colour: tuple[float, ...]) -> None:
+def _bar(ax: Axes, middle: Interval, place: float, color: tuple[float, ...]) -> None:
     if not math.isnan(middle.low):
-        ax.plot([middle.low, middle.high], [place, place], color=colour, linewidth=2)
-    ax.plot([middle.mean], [place], "D", color=colour, markersize=6)
+        ax.plot([middle.low, middle.high], [place, place], color=color, linewidth=2)
+    ax.plot([middle.mean], [place], "D", color=color, markersize=6)
 
 
-def _band(ax: Axes, curves: Sequence[Curve], name: str, colour: tuple[float, ...]) -> None:
+def _band(ax: Axes, curves: Sequence[Curve], name: str, color: tuple[float, ...]) -> None:
     by_step: dict[float, list[float]] = {}
     for curve in curves:
         for step, value in curve:
@@ -163,9 +163,9 @@ def _band(ax: Axes, curves: Sequence[Curve], name: str, colour: tuple[float, ...
     if not by_step:
         return
     steps = sorted(by_step)
-    ax.plot(steps, [float(np.mean(by_step[step])) for step in steps], marker=".", color=colour, label=name)
+    ax.plot(steps, [float(np.mean(by_step[step])) for step in steps], marker=".", color=color, label=name)
     ax.fill_between(
-        steps, [min(by_step[s]) for s in steps], [max(by_step[s]) for s in steps], color=colour, alpha=0.15, linewidth=0
+        steps, [min(by_step[s]) for s in steps], [max(by_step[s]) for s in steps], color=color, alpha=0.15, linewidth=0
     )
 
 

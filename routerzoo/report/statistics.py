@@ -67,7 +67,7 @@ def compare(
 ) -> Comparison | None:
     """Compare with the baseline, paired by seed; None without a common seed.
 
-    Pairing removes what the seed does to both. The verdict is without correction: see `adjusted`.
+    Pairing removes the effect of the seed on both. The verdict is uncorrected: see `adjusted`.
 
     Args:
         values: metric by seed.

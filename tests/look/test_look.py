@@ -14,7 +14,7 @@ from routerzoo.__main__ import main
 from routerzoo.data.tokens import TextBatch
 from routerzoo.errors import UserError
 from routerzoo.look import claims, observe
-from routerzoo.look.drawings import draw, expert_colours
+from routerzoo.look.drawings import draw, expert_colors
 from routerzoo.look.observe import expert_weights
 from routerzoo.runs.routing_pictures import RoutingPictures
 
@@ -71,10 +71,10 @@ def test_what_has_no_routing_is_refused():
 
 
 @pytest.mark.parametrize("num_experts", [2, 10, 16, 64])
-def test_experts_have_different_colours(num_experts):
-    colours = expert_colours(num_experts)
-    assert len(set(colours)) == num_experts
-    assert all(re.fullmatch("#[0-9a-f]{6}", colour) for colour in colours)
+def test_experts_have_different_colors(num_experts):
+    colors = expert_colors(num_experts)
+    assert len(set(colors)) == num_experts
+    assert all(re.fullmatch("#[0-9a-f]{6}", color) for color in colors)
 
 
 @pytest.mark.parametrize("domain", ["language", "vision"])

@@ -1,4 +1,4 @@
-"""What metrics refuse, and in which modes and dtypes they count."""
+"""What metrics refuse."""
 
 import pytest
 import torch
@@ -60,43 +60,3 @@ def test_widths_are_checked_without_reading_ids():
 def test_classes_beyond_the_last_are_refused():
     with pytest.raises(ValueError, match="classes must be below num_classes = 2, got 2"):
         RepresentationCollapse(2, 3).update(torch.zeros(2, 3), torch.tensor([0, 2]))
-
-
-@pytest.mark.parametrize(
-    ("metric", "more"),
-    [
-        (ExpertLoad(4), ()),
-        (GateConfidence(4), ()),
-        (CoActivation(4), ()),
-        (Specialization(4, 2, min_count=1), (LABELS_T,)),
-        (metrics.RoutingFluctuation(4), (routing([[0], [1]]),)),
-        (metrics.RouterSaturation(4), (routing([[0], [1]]),)),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_updates_work_after_inference_mode_and_in_float32(metric, more):
-    given = routing([[0], [2]], width=4)
-    with torch.inference_mode():
-        metric.update(given, *more)
-        metric.compute()
-        metric.reset()
-    metric.update(given, *more)
-    expected = metric.compute()
-    metric.reset()
-    metric.set_dtype(torch.float32)
-    metric.update(given, *more)
-    torch.testing.assert_close(metric.compute(), expected, equal_nan=True)
-
-
-def test_collapse_counts_in_float32_too():
-    metric = RepresentationCollapse(2, 1).set_dtype(torch.float32)
-    with torch.inference_mode():
-        metric.update(torch.zeros(2, 1), torch.tensor([0, 1]))
-        metric.reset()
-    metric.update(torch.tensor([[0.0], [2.0], [10.0], [12.0]]), torch.tensor([0, 0, 1, 1]))
-    assert float(metric.compute()) == pytest.approx(0.04)  # 1 within, 25 between
-
-
-def test_no_run_has_no_consistency():
-    with pytest.raises(ValueError, match="InterRunConsistency has no runs"):
-        metrics.InterRunConsistency().correlations()

@@ -25,6 +25,7 @@ SHAZEER, FASTMOE = "Shazeer et al. 2017, arXiv:1701.06538", "FastMoE, noisy_gate
 HYPER, HYPER_CODE = "Do et al. 2023, arXiv:2312.07035", "HyperRouter's code at 13a7d3c"
 XMOE, TUTEL = "Chi et al. 2022, arXiv:2204.09179", "Tutel, cosine_top.py at 82af7aa"
 STABLEMOE, STABLEMOE_CODE = "Dai et al. 2022, arXiv:2204.08396", "StableMoE's code at 73ea6ef"
+RMOE_CODE = "RMoE's code at 3c513e8, rnn.py: init_weights"
 DROPOUT_CODE = "SMoE-Dropout (Chen et al. 2023), the code that HyperRouter shares"
 OURS = "no source: this library's choice"
 
@@ -104,6 +105,13 @@ def switches_at(router):
 def weights_of(router):
     context = routerzoo.RoutingContext(token_ids=torch.arange(4))
     return router(torch.randn(4, SPEC.d_model), context).weights_TK.unique().tolist()
+
+
+def bias_of_two_experts(router):
+    """Return the selection bias after a step whose quantiles were 2 and 1."""
+    router = type(router)(LayerSpec(2, 2), top_k=1)
+    router.update({"beta_E": torch.tensor([2.0, 1.0]), "batches": torch.tensor(1.0)})
+    return router.selection_bias.tolist()
 
 
 NORMAL, UNIFORM = 3.0, 1.8
@@ -257,7 +265,22 @@ PLUGINS = [
     Number("DynMoLERouter", attribute("entropy_threshold"), 0.9, "Li et al. 2025, arXiv:2504.00661"),
     Number("SimBalRouter", gram("weight"), [1.0, 0.0], "arXiv:2506.14038: orthogonal"),
     Number("BaseLayerRouter", gram("expert_embedding"), [0.01, 0.0], "fairseq, base_layer.py: gain 0.1"),
+    Number("TopKRouter", attribute("balances_by_score"), True, "DeepSeek-V3, equation 18; Megatron-core"),
+    Number("QuantileBalancingRouter", bias_of_two_experts, [-0.5, 0.5], "Megatron-core, _update_router_qb_beta"),
     Number("RMoERouter", lambda r: r.up.shape[1], 256, "Qiu et al. 2024, arXiv:2408.06793"),
+    Number("RMoERouter", std("down"), 0.02, RMOE_CODE, rel=0.03),
+    Number("RMoERouter", std("up"), 0.02, RMOE_CODE, rel=0.03),
+    Number("RMoERouter", std("state_bias"), 0.02, RMOE_CODE, rel=0.1),
+    Number("RMoERouter", lambda r: float(r.input_cell.weight.detach().std()), 0.02, RMOE_CODE, rel=0.03),
+    Number("RMoERouter", lambda r: float(r.input_cell.bias.detach().std()), 0.02, RMOE_CODE, rel=0.1),
+    Number("VQMoERouter", largest("codebook"), 1 / 64, "VQMoE's code, vqmoe.py: VectorQuantizer", rel=0.01),
+    Number("VQMoERouter", kurtosis("codebook"), UNIFORM, "VQMoE's code, vqmoe.py: VectorQuantizer", rel=0.05),
+    Number("VQMoERouter", largest("branch_bias"), 0.0, "VQMoE's code, train.py: weights_init"),
+    Number("TaskRouter", attribute("temperature"), 5.0, "CrossTaskMoE, routing_bart_v2.py: Selection"),
+    Number("TaskRouter", lambda r: len(r.hidden), 64, "CrossTaskMoE, routing_bart_config.py: router_hidden_dim"),
+    Number("TaskRouter", std("hidden"), 0.02, "BartConfig.init_std", rel=0.05),
+    Number("TaskRouter", std("up"), 0.02, "BartConfig.init_std", rel=0.05),
+    Number("TaskRouter", largest("up_bias"), 0.0, "BartPreTrainedModel"),
 ]
 
 

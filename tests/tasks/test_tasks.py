@@ -1,8 +1,10 @@
 """Tasks through Lightning's Trainer, in Python."""
 
 import json
+import os
 import subprocess
 import sys
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.testing import assert_close
 
 import routerzoo
-from routerzoo import ImageClassification, ImageData, LanguageModeling, TextData, moe_layers
+from routerzoo import ImageClassification, ImageData, LanguageModeling, ShardedStrategy, TextData, moe_layers
 from routerzoo.callbacks import KSchedule
 from routerzoo.errors import UserError
 from routerzoo.moe.auxiliary_loss import loss_of
@@ -365,6 +367,11 @@ def test_the_number_of_steps_is_planned_once():
 
 def test_a_sharded_model_does_not_generate():
     task = language("LinearRouter")
-    task._costs_before_sharding = []  # as `configure_model` leaves it
-    with pytest.raises(UserError, match=r"a sharded model cannot generate: predict with trainer\.devices 1"):
-        Trainer(**QUIET).predict(task, [torch.zeros(1, 4).long()])
+    trainer = Trainer(**QUIET, devices=1, strategy=ShardedStrategy())
+    with (
+        patch.dict(os.environ),  # Lightning sets the address of the process group
+        pytest.raises(UserError, match=r"a sharded model cannot generate: predict with trainer\.devices 1"),
+    ):
+        trainer.predict(task, [torch.zeros(1, 4).long()])
+    torch.distributed.destroy_process_group()
+    assert task.is_sharded

@@ -44,14 +44,15 @@ class RMoERouter(LogitRouter):
     as they read the state. The state is a token's own, so the router is causal and generation needs no other tokens.
 
     Loss `balance`, in the authors' release transformers' over the tokens of all layers together with coefficient 1e-3,
-    which at balance is k where ours is 1: 1e-3 k, for the k at construction. A starts as N(0, 1 / D), the
-    GRU as torch's linear layers with the state's bias 0; the release draws all weights from its model's initializer.
+    which at balance is k where ours is 1: 1e-3 k, for the k at construction. All weights and biases start as N(0,
+    init_std), as the release draws them all from its model's initializer. The logits then start small: at
+    D = 256 with a standard deviation of 0.017, where a linear gate's is 0.32.
 
     Args:
         spec: sizes of the layer the router sits in.
         top_k: experts per token.
         recurrent_dim: width R of the recurrence.
-        init_std: standard deviation of the initial weights of O.
+        init_std: standard deviation of all initial weights and biases.
 
     Raises:
         UnmetRequirementError: the model does not number its layers.
@@ -68,18 +69,20 @@ class RMoERouter(LogitRouter):
         super().__init__(spec, top_k=top_k)
         layer = self.required_layer()
         self.default_loss_weights: Mapping[str, float | LossWeight] = {"balance": LossWeight(1e-3 * top_k, "pooled")}
-        self.down = nn.Parameter(torch.randn(recurrent_dim, spec.d_model) * spec.d_model**-0.5)
-        self.up = nn.Parameter(torch.randn(spec.num_experts, recurrent_dim) * init_std)
+        self.down = nn.Parameter(torch.empty(recurrent_dim, spec.d_model))
+        self.up = nn.Parameter(torch.empty(spec.num_experts, recurrent_dim))
         self.input_cell = nn.Linear(recurrent_dim, 3 * recurrent_dim) if layer == 0 else None
-        self.input_bias = nn.Parameter(torch.zeros(3 * recurrent_dim)) if layer == 0 else None
+        self.state_bias = nn.Parameter(torch.empty(3 * recurrent_dim)) if layer == 0 else None
         self.state_cell = nn.Linear(recurrent_dim, 3 * recurrent_dim, bias=False) if layer == 1 else None
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=init_std)
 
     def logits(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
         """Return `O r` of the new state r, which the next layer continues from."""
         layer, step_TR = self.required_layer(), gate_linear(x_TD, self.down)
         carried: Carried | None
-        if self.input_cell is not None and self.input_bias is not None:
-            carried = Carried(torch.zeros_like(step_TR), self.input_cell.weight, self.input_cell.bias, self.input_bias)
+        if self.input_cell is not None and self.state_bias is not None:
+            carried = Carried(torch.zeros_like(step_TR), self.input_cell.weight, self.input_cell.bias, self.state_bias)
         else:
             carried = context.carry.get((RMoERouter, layer - 1))
             if carried is None or len(carried.state_TR) != len(x_TD):

@@ -19,10 +19,15 @@ from routerzoo.functional.losses import masked_mean
 class VQMoERouter(Router):
     """Two branches: a gate chooses k experts, and the nearest code of a learned codebook names one more.
 
-    The expert of code c is `c mod E`. Weights are `softmax(W_c x)` over the branches, times the softmax over the gate's
-    k largest in the first one; where both choose an expert, its weights add up. Losses: `balance` of the gate (0.01),
-    `codebook`, the squared distance of the code to the hidden state that chose it (0.08), and `commitment`, that of the
-    hidden state to its code (0.25 * 0.08); means over tokens and channels, with the authors' coefficients.
+    The expert of code c is `c mod E`. Weights are `softmax(W_c x + b)` over the branches, times the softmax over the
+    gate's k largest in the first one; where both choose an expert, its weights add up. Losses: `balance` of the gate
+    (0.01), `codebook`, the squared distance of the code to the hidden state that chose it (0.08), and `commitment`,
+    that of the hidden state to its code (0.25 * 0.08); means over tokens and channels, with the authors' coefficients.
+
+    The C codes start as U(-1 / C, 1 / C), as in the authors' `vqmoe.py`, so near each other that their loads are even:
+    at D = 256 the most loaded of 64 experts starts with 1.2 times its share; with N(0, 1) it would be 8 times. (Their
+    language-modeling script takes the codebook for an embedding and draws it again, as N(0, 0.02): 1.5 times.) b
+    starts at 0.
 
     Inspired by: in the paper the second branch computes its expert on `LN(x (1 - r) + code r)`, r = 0.05, and
     normalizes what comes out. Here all experts compute on x, since what experts read is not a router's to change.
@@ -48,7 +53,9 @@ class VQMoERouter(Router):
         super().__init__(spec, top_k=top_k)
         self.weight = nn.Parameter(torch.randn(spec.num_experts, spec.d_model) * init_std)
         self.branches = nn.Parameter(torch.randn(2, spec.d_model) * init_std)
-        self.codebook = nn.Parameter(torch.randn(codes_per_expert * spec.num_experts, spec.d_model))
+        self.branch_bias = nn.Parameter(torch.zeros(2))
+        codes = codes_per_expert * spec.num_experts
+        self.codebook = nn.Parameter(torch.empty(codes, spec.d_model).uniform_(-1 / codes, 1 / codes))
 
     @torch.no_grad()
     def scale_initial_logits(self, factor: float) -> None:
@@ -64,7 +71,7 @@ class VQMoERouter(Router):
         codebook_CD = self.codebook.detach()
         code_T = gate_linear(x_TD.detach(), codebook_CD, -0.5 * codebook_CD.square().sum(-1)).argmax(-1)
         coded_T1 = (code_T % self.spec.num_experts).unsqueeze(1)
-        branch_T2 = gate_linear(x_TD, self.branches).softmax(-1)
+        branch_T2 = gate_linear(x_TD, self.branches, self.branch_bias).softmax(-1)
         again_TK = experts_TK == coded_T1
         new_T1 = ~again_TK.any(1, keepdim=True)
         weights_TK = weights_TK * branch_T2[:, :1] + again_TK * branch_T2[:, 1:]

@@ -37,6 +37,8 @@ VARIANTS = {
     "attention": AttentionRouter,
     "attention, both ways": partial(AttentionRouter, causal=False),
     "task": partial(TaskRouter, task_dim=8),
+    "task, Gumbel noise": partial(TaskRouter, task_dim=8, selection="gumbel"),
+    "task, straight through": partial(TaskRouter, task_dim=8, selection="straight-through"),
     "VQMoE": VQMoERouter,
     "VQMoE, more codes": partial(VQMoERouter, codes_per_expert=3),
     "THOR": ThorRouter,
@@ -97,13 +99,12 @@ def test_omni_says_what_is_missing():
 def test_rmoe_carries_the_state_through_one_cell():
     torch.manual_seed(0)
     routers, context = layers(RMoERouter, recurrent_dim=6), RoutingContext()
-    torch.nn.init.normal_(routers[0].input_bias)
     cell = torch.nn.GRUCell(6, 6)
     weights = {
         "weight_ih": routers[0].input_cell.weight,
         "bias_ih": routers[0].input_cell.bias,
         "weight_hh": routers[1].state_cell.weight,
-        "bias_hh": routers[0].input_bias,
+        "bias_hh": routers[0].state_bias,
     }
     cell.load_state_dict(weights)
     assert len(list(routers[2].parameters())) == 2  # its own maps alone
@@ -330,13 +331,43 @@ def test_a_task_has_its_experts():
     router = TaskRouter(LayerSpec(4, 6, num_tasks=2), top_k=2)
     tasks = torch.tensor([0, 1, 0])
     routing = router(torch.randn(3, 4), RoutingContext(task_ids=tasks))
-    expected = (router.task_embedding @ router.hidden.T).relu() @ router.up.T
+    network = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 6))
+    own = (router.hidden, router.hidden_bias, router.up, router.up_bias)
+    network.load_state_dict(dict(zip(network.state_dict(), own, strict=True)))
+    expected = network(router.task_embedding) / 5.0
     assert_close(routing.logits_TE, expected[tasks])
     assert torch.equal(routing.experts_TK[0], routing.experts_TK[2])
     with pytest.raises(UnmetRequirementError, match="num_tasks"):
         TaskRouter(LayerSpec(4, 6))
     with pytest.raises(UnmetRequirementError, match="task_ids"):
         decoder(TaskRouter)
+
+
+def test_a_tasks_softmax_is_the_releases_where_all_experts_are_selected():
+    torch.manual_seed(0)
+    router = TaskRouter(LayerSpec(4, 6, num_tasks=2), top_k=6, init_std=1.0)
+    routing = router(torch.randn(2, 4), RoutingContext(task_ids=torch.arange(2)))
+    weights_TE = torch.zeros(2, 6).scatter(1, routing.experts_TK, routing.weights_TK)
+    assert_close(weights_TE, routing.logits_TE.softmax(-1))
+
+
+@pytest.mark.parametrize(("selection", "hard"), [("gumbel", False), ("straight-through", True)])
+def test_a_tasks_noisy_selections_are_torchs(selection, hard):
+    torch.manual_seed(0)
+    router = TaskRouter(LayerSpec(4, 6, num_tasks=2), top_k=6, selection=selection, temperature=2.0, init_std=1.0)
+    context, probe = RoutingContext(task_ids=torch.arange(2)), torch.randn(2, 6)
+    with torch.no_grad():
+        logits_QE = router.eval()(torch.randn(2, 4), context).logits_TE * 2.0
+    logits_QE.requires_grad_()
+    torch.manual_seed(1)
+    expected = nn.functional.gumbel_softmax(logits_QE, tau=2.0, hard=hard)
+    (expected_gradient,) = torch.autograd.grad((expected * probe).sum(), logits_QE)
+    torch.manual_seed(1)
+    routing = router.train()(torch.zeros(2, 4), context)
+    weights_TE = torch.zeros(2, 6).scatter(1, routing.experts_TK, routing.weights_TK)
+    assert_close(weights_TE, expected.detach())
+    (gradient,) = torch.autograd.grad((weights_TE * probe).sum(), router.up_bias)
+    assert_close(gradient, expected_gradient.sum(0))
 
 
 def test_a_decoder_is_told_the_task():
@@ -352,11 +383,13 @@ def test_a_decoder_is_told_the_task():
 def test_vqmoe_by_hand():
     torch.manual_seed(0)
     router = VQMoERouter(LayerSpec(4, 3), top_k=1, codes_per_expert=2)
+    nn.init.normal_(router.codebook)
+    nn.init.normal_(router.branch_bias)
     x_TD = torch.randn(7, 4)
     routing = router(x_TD)
     code = torch.cdist(x_TD, router.codebook).argmin(-1)
     gate = (x_TD @ router.weight.T).argmax(-1)
-    branch = (x_TD @ router.branches.T).softmax(-1)
+    branch = (x_TD @ router.branches.T + router.branch_bias).softmax(-1)
     for token in range(7):
         expected = torch.zeros(3)
         expected[gate[token]] += branch[token, 0]
@@ -370,6 +403,14 @@ def test_vqmoe_by_hand():
     assert_close(
         gradient[code[0]], 2 * (router.codebook[code[0]] * (code == code[0]).sum() - x_TD[code == code[0]].sum(0)) / 28
     )
+
+
+@pytest.mark.parametrize("num_experts", [16, 64])
+def test_vqmoes_codes_start_with_even_loads(num_experts):
+    torch.manual_seed(0)
+    codebook_CD, x_TD = VQMoERouter(LayerSpec(256, num_experts)).codebook.detach(), torch.randn(20000, 256)
+    load_C = torch.bincount(torch.cdist(x_TD, codebook_CD).argmin(-1), minlength=num_experts)
+    assert load_C.max() < 1.5 * load_C.float().mean()  # with codes N(0, 1): 6 and 8 times
 
 
 def test_vqmoe_balances_its_gate():
@@ -408,6 +449,8 @@ def test_thor_draws_one_expert_a_pass():
         (RMoERouter, {"recurrent_dim": 0}, "recurrent_dim must be at least 1, got 0"),
         (SimilarityRouter, {"temperature": 0.0}, "temperature must be above 0, got 0.0"),
         (TaskRouter, {"task_dim": 0}, "task_dim must be at least 1, got 0"),
+        (TaskRouter, {"temperature": 0.0}, "temperature must be above 0, got 0.0"),
+        (TaskRouter, {"selection": "top-k"}, "selection must be one of softmax, gumbel, straight-through, got 'top-k'"),
         (VQMoERouter, {"codes_per_expert": 0}, "codes_per_expert must be at least 1, got 0"),
         (ThorRouter, {"evaluate": "none"}, "evaluate must be sampled or ensemble, got 'none'"),
     ],

@@ -41,6 +41,7 @@ class QuantileBalancingRouter(LogitRouter):
 
     paper = "Megatron-core 0.19, moe_utils.py"
     trained_buffers = frozenset({"selection_bias"})
+    balances_by_score = True
     needs_updates = True
     selection_bias: Tensor
 
@@ -93,4 +94,4 @@ class QuantileBalancingRouter(LogitRouter):
         """Set the bias to the mean of the batches' quantiles; keep it where there were none."""
         batches = statistics["batches"]
         beta_E = statistics["beta_E"] / batches.clamp_min(1)
-        self.selection_bias.copy_(torch.where(batches > 0, -beta_E, self.selection_bias))
+        self.selection_bias.copy_(torch.where(batches > 0, beta_E.mean() - beta_E, self.selection_bias))

@@ -29,8 +29,9 @@ class TopKRouter(LogitRouter):
     and over all processes, without padding. The bias has no gradient, and evaluation leaves it alone.
 
     The gates of Mixtral, OLMoE, Qwen3 and gpt-oss are this one without bias and groups; `routerzoo_topk.PRESETS` has
-    their arguments. The loss `sequence_balance` is DeepSeek-V3's (equations 17 to 20), but for counting the experts
-    that were selected, where equation 18 counts those of the largest unbiased scores.
+    their arguments. The losses `sequence_balance` (DeepSeek-V3, equations 17 to 20) and `balance` count the experts of
+    the largest unbiased scores in all groups, not those that were selected (equation 18; Megatron-core counts so in all
+    its balance losses): once the bias has leveled the load, what is selected would leave the loss nothing to do.
 
     Args:
         spec: sizes of the layer the router sits in.
@@ -50,6 +51,7 @@ class TopKRouter(LogitRouter):
 
     paper = "DeepSeek-AI 2024, arXiv:2412.19437; Wang et al. 2024, arXiv:2408.15664"
     trained_buffers = frozenset({"selection_bias"})
+    balances_by_score = True
     selection_bias: Tensor
 
     def __init__(

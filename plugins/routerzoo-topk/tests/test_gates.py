@@ -123,7 +123,8 @@ def test_quantile_balancing_by_hand():
     x_TD = torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0], [4.0, 0.0]])
     assert router(x_TD).experts_TK.flatten().tolist() == [0, 0, 0, 0]
     update(router, x_TD)
-    assert_close(router.selection_bias, torch.tensor([-2.0, 0.0]))  # the third largest margins: 2, and 0
+    # The third largest margins, 2 and 0, without their mean.
+    assert_close(router.selection_bias, torch.tensor([-1.0, 1.0]))
     assert router(x_TD).experts_TK.flatten().tolist() in ([1, 0, 0, 0], [1, 1, 0, 0])  # the second is a tie
 
 
@@ -133,7 +134,16 @@ def test_quantiles_are_averaged_over_gradient_accumulation():
     x_TD = torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0], [4.0, 0.0]])
     first, second = (router.statistics(router(x), RoutingContext()) for x in (x_TD, 2 * x_TD))
     router.update({name: first[name] + second[name] for name in first})
-    assert_close(router.selection_bias, torch.tensor([-3.0, 0.0]))  # between 2 and 4
+    assert_close(router.selection_bias, torch.tensor([-1.5, 1.5]))  # 3, between 2 and 4, and 0
+
+
+@torch.no_grad()
+def test_the_bias_of_quantile_balancing_does_not_drift():
+    router = QuantileBalancingRouter(LayerSpec(16, 8), top_k=2, init_std=1.0)
+    for _ in range(200):
+        update(router, torch.randn(64, 16))
+        assert abs(float(router.selection_bias.mean())) < 1e-5
+    assert router.selection_bias.abs().max() < 10  # without re-centering 58, and growing
 
 
 def test_quantile_balancing_levels_the_load_and_leaves_padding_out():

@@ -9,7 +9,9 @@ import torch
 from routerzoo_topk import TopKRouter
 from torch.testing import assert_close
 
-from routerzoo import LayerSpec, MoE, RoutingContext, SwiGLUExperts, attach
+from routerzoo import LayerSpec, LossWeight, MoE, RoutingContext, SwiGLUExperts, attach, auxiliary_loss
+from routerzoo.functional.losses import balance_loss, scope_of
+from routerzoo.moe.auxiliary_loss import loss_of
 from routerzoo.moe.dispatch import dense_forward
 
 TOLERANCE = 5e-6
@@ -122,3 +124,42 @@ def test_groups_by_hand():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         TopKRouter(LayerSpec(8, 8), **arguments)
+
+
+@pytest.mark.parametrize(("name", "length"), [("sequence_balance", 10), ("balance", 30)])
+@pytest.mark.parametrize("groups", [{}, {"num_groups": 4, "top_groups": 2}])
+def test_balance_losses_count_the_largest_unbiased_scores(name, length, groups):
+    """DeepSeek-V3, equations 17 to 20, written out; Megatron-core counts so over the batch too."""
+    torch.manual_seed(0)
+    top_k, num_experts = 2, 8
+    router = TopKRouter(
+        LayerSpec(6, num_experts), top_k=top_k, score="sigmoid", bias_speed=1e-3, init_std=1.0, **groups
+    )
+    router.selection_bias.copy_(torch.randn(num_experts))
+    x_TD, context = torch.randn(30, 6), RoutingContext(sequence_ids=torch.arange(30) // 10)
+    routing = router(x_TD, context)
+    loss = loss_of(name, routing, context)
+    (gradient,) = torch.autograd.grad(loss, router.weight)
+
+    weight = router.weight.detach().clone().requires_grad_()
+    expected = 0.0
+    for tokens in (x_TD @ weight.T).sigmoid().split(length):
+        largest = tokens.topk(top_k, dim=-1).indices.flatten()
+        f = num_experts / (top_k * length) * torch.bincount(largest, minlength=num_experts)
+        P = (tokens / tokens.sum(-1, keepdim=True)).mean(0)
+        expected += (f * P).sum() * length / 30
+    (expected_gradient,) = torch.autograd.grad(expected, weight)
+    assert_close(loss, expected, rtol=1e-5, atol=0)
+    assert (gradient - expected_gradient).abs().max() < 1e-5 * expected_gradient.abs().max()
+    # What was selected would have given something else.
+    selected = balance_loss(routing.balance_scores(), routing.experts_TK, **scope_of("batch", context))
+    assert abs(float(selected - expected)) > 1e-3
+
+
+def test_balance_losses_of_layers_with_and_without_a_bias_are_not_pooled():
+    layers = [MoE(LayerSpec(2, 2), router) for router in (TopKRouter, "LinearRouter")]
+    context = RoutingContext()
+    for layer in layers:
+        layer(torch.ones(3, 2), context)
+    with pytest.raises(ValueError, match="with and without a selection bias, whose losses cannot be pooled"):
+        auxiliary_loss(layers, context, {"balance": LossWeight(0.01, "pooled")})
