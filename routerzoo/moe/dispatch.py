@@ -48,14 +48,13 @@ def apply_experts(
         return _merged(x_TD, routing, experts, mesh)
     if routing.dense:
         return _soft(x_TD, routing, experts, mesh)
-    assignments = routing.assignments()
     if mesh is None and isinstance(experts, (MLPExperts, SwiGLUExperts)) and _may_be_one_operator(x_TD, low_memory):
         means = means_for(x_TD, experts.network())
         if means is not None:
-            rows, weight_N = sorted_rows(assignments, len(x_TD), num_experts)
+            rows, weight_N = sorted_rows(routing, len(x_TD), num_experts)
             y_TD: Tensor = experts(x_TD, rows.ends_E, Assigned(rows, weight_N, means))
             return y_TD
-    return _sparse(x_TD, assignments, experts, num_experts, mesh)
+    return _sparse(x_TD, routing.assignments(), experts, num_experts, mesh)
 
 
 def _may_be_one_operator(x_TD: Tensor, low_memory: bool | None) -> bool:

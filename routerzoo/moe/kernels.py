@@ -20,12 +20,12 @@ from routerzoo.moe.rows import Rows
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton's interpreter runs the kernels, on a CPU."""
-_WIDEN = tl.constexpr(INTERPRETED)  # its dot product takes bfloat16's raw bits for numbers
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
 def _dot(a, b, sum, PRECISION: tl.constexpr):
-    if _WIDEN:
+    if _INTERPRETED:  # its dot product takes bfloat16's raw bits for numbers
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, sum, input_precision=PRECISION)
@@ -104,7 +104,9 @@ def _activate_backward(
     weight_ptr,
     expert_ptr,
     order_ptr,
+    source_ptr,
     seed_ptr,
+    bias_part_ptr,
     dz_ptr,
     wa_ptr,
     dweight_ptr,
@@ -114,12 +116,13 @@ def _activate_backward(
     Z: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BIAS: tl.constexpr,
+    DOWN_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
     BH: tl.constexpr,
 ):
     """One pass over a row: the gradient of the pre-activations, the weighted activations, the weight's gradient.
 
-    The last is `<dy, y> = <dy W_down, a>`, so that no expert's output is kept.
+    The last is `<dy, y> = <dy W_down, a> + <dy, b_down>`, so that no expert's output is kept.
     """
     row = tl.program_id(0).to(tl.int64)
     expert = tl.load(expert_ptr + row).to(tl.int64)
@@ -147,7 +150,11 @@ def _activate_backward(
         dweight_H += da * value
         tl.store(wa_ptr + row * H + h, (value * weight).to(wa_ptr.dtype.element_ty), mask=inside)
         tl.store(dz_ptr + row * Z + h, (da * weight * slope).to(dz_ptr.dtype.element_ty), mask=inside)
-    tl.store(dweight_ptr + n, tl.sum(dweight_H, 0))
+    dweight = tl.sum(dweight_H, 0)
+    if DOWN_BIAS:
+        token = tl.load(source_ptr + row).to(tl.int64)
+        dweight += tl.load(bias_part_ptr + token * E + expert).to(tl.float32)
+    tl.store(dweight_ptr + n, dweight)
 
 
 @triton.jit
@@ -285,6 +292,36 @@ def _product(
 
 
 @triton.jit
+def _add_rows(
+    grad,
+    g_ptr,
+    x_ptr,
+    source_ptr,
+    start,
+    end,
+    o,
+    i,
+    O: tl.constexpr,
+    I: tl.constexpr,
+    GATHERED_G: tl.constexpr,
+    GATHERED_X: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BK: tl.constexpr,
+):
+    rows = start + tl.arange(0, BK)
+    inside = rows < end
+    g_at = rows.to(tl.int64)
+    x_at = g_at
+    if GATHERED_G:
+        g_at = tl.load(source_ptr + rows, mask=inside, other=0).to(tl.int64)
+    if GATHERED_X:
+        x_at = tl.load(source_ptr + rows, mask=inside, other=0).to(tl.int64)
+    g = tl.load(g_ptr + g_at[None, :] * O + o[:, None], mask=inside[None, :] & (o < O)[:, None], other=0.0)
+    x = tl.load(x_ptr + x_at[:, None] * I + i[None, :], mask=inside[:, None] & (i < I)[None, :], other=0.0)
+    return _dot(g, x, grad, PRECISION)
+
+
+@triton.jit
 def _weight_grad(
     g_ptr,
     x_ptr,
@@ -307,19 +344,17 @@ def _weight_grad(
     start = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
     end = tl.load(ends_ptr + expert)
     grad = tl.zeros((BO, BI), tl.float32)
-    while start < end:
-        rows = start + tl.arange(0, BK)
-        inside = rows < end
-        g_at = rows.to(tl.int64)
-        x_at = g_at
-        if GATHERED_G:
-            g_at = tl.load(source_ptr + rows, mask=inside, other=0).to(tl.int64)
-        if GATHERED_X:
-            x_at = tl.load(source_ptr + rows, mask=inside, other=0).to(tl.int64)
-        g = tl.load(g_ptr + g_at[None, :] * O + o[:, None], mask=inside[None, :] & (o < O)[:, None], other=0.0)
-        x = tl.load(x_ptr + x_at[:, None] * I + i[None, :], mask=inside[:, None] & (i < I)[None, :], other=0.0)
-        grad = _dot(g, x, grad, PRECISION)
-        start += BK
+    if _INTERPRETED:  # Triton 3.6's interpreter knows no range of tensors
+        while start < end:
+            grad = _add_rows(
+                grad, g_ptr, x_ptr, source_ptr, start, end, o, i, O, I, GATHERED_G, GATHERED_X, PRECISION, BK
+            )
+            start += BK
+    else:  # a loop that the compiler pipelines
+        for begin in range(start, end, BK):
+            grad = _add_rows(
+                grad, g_ptr, x_ptr, source_ptr, begin, end, o, i, O, I, GATHERED_G, GATHERED_X, PRECISION, BK
+            )
     grad_ptrs = grad_ptr + expert * O * I + o[:, None] * I + i[None, :]
     tl.store(grad_ptrs, grad.to(grad_ptr.dtype.element_ty), mask=(o < O)[:, None] & (i < I)[None, :])
 
@@ -353,7 +388,7 @@ def _width(columns: int, most: int = 1024) -> dict[str, Any]:
 
 
 def activate(
-    z_NZ: Tensor, bias_EZ: Tensor | None, rows: Rows, hidden_dim: int, activation: str, dropout: float, seed: Tensor
+    z_NZ: Tensor, bias_EZ: Tensor | None, rows: Rows, hidden_dim: int, activation: str, dropout: float, seed: Tensor | None
 ) -> Tensor:
     """Return the hidden units of each row, `[N, H]`."""
     (num_rows, width), num_experts = z_NZ.shape, len(rows.ends_E)
@@ -363,7 +398,7 @@ def activate(
         z_NZ,
         bias_EZ if bias_EZ is not None else z_NZ,
         rows.expert_N,
-        seed,
+        seed if seed is not None else rows.order_N,
         a_NH,
         dropout,
         E=num_experts,
@@ -371,7 +406,7 @@ def activate(
         Z=width,
         ACTIVATION=activation,
         BIAS=bias_EZ is not None,
-        DROPOUT=dropout > 0,
+        DROPOUT=seed is not None,
         **sizes,
     )
     return a_NH
@@ -382,12 +417,25 @@ def activate_backward(
     z_NZ: Tensor,
     bias_EZ: Tensor | None,
     weight_N: Tensor,
+    bias_part_TE: Tensor | None,
     rows: Rows,
     activation: str,
     dropout: float,
-    seed: Tensor,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of pre-activations, `[N, Z]`, the weighted hidden units, and the gradients of weights."""
+    """Return the gradients of pre-activations, `[N, Z]`, the weighted hidden units, and the gradients of weights.
+
+    Args:
+        da_NH: the gradient of the hidden units, without the weights.
+        z_NZ: pre-activations, without the bias.
+        bias_EZ: their bias.
+        weight_N: the weight of each assignment.
+        bias_part_TE: the product of each token's gradient and each expert's second bias, where there is one.
+        rows: which rows are whose.
+        activation: its name.
+        dropout: probability of dropping a hidden unit.
+        seed: of the dropout; None for none.
+    """
     (num_rows, hidden_dim), width = da_NH.shape, z_NZ.shape[1]
     dz_NZ, wa_NH, dweight_N = torch.empty_like(z_NZ), torch.empty_like(da_NH), torch.empty_like(weight_N)
     _activate_backward[(num_rows,)](
@@ -397,7 +445,9 @@ def activate_backward(
         weight_N,
         rows.expert_N,
         rows.order_N,
-        seed,
+        rows.source_N,
+        seed if seed is not None else rows.order_N,
+        bias_part_TE if bias_part_TE is not None else da_NH,
         dz_NZ,
         wa_NH,
         dweight_N,
@@ -407,7 +457,8 @@ def activate_backward(
         Z=width,
         ACTIVATION=activation,
         BIAS=bias_EZ is not None,
-        DROPOUT=dropout > 0,
+        DOWN_BIAS=bias_part_TE is not None,
+        DROPOUT=seed is not None,
         **_width(hidden_dim),
     )
     return dz_NZ, wa_NH, dweight_N

@@ -69,9 +69,7 @@ def apply_low_memory(x_TD: Tensor, assigned: Assigned, network: FeedForward) -> 
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x_TD.dtype
     if rows.num_tokens == 0 or len(rows.source_N) == 0:
         return (x_TD * 0.0).to(dtype)
-    seed = torch.zeros((), dtype=torch.int64, device=x_TD.device)
-    if network.dropout > 0:
-        seed = torch.randint(2**31, (), device=x_TD.device)
+    seed = torch.randint(2**31, (), device=x_TD.device) if network.dropout > 0 else None
     tensors = (x_TD, weight_N, network.up, network.up_bias, network.down, network.down_bias)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     out_TD: Tensor = _experts(
@@ -122,7 +120,7 @@ def _experts(
     source_N: Tensor,
     row_N: Tensor,
     begin_T: Tensor | None,
-    seed: Tensor,
+    seed: Tensor | None,
     top_k: int,
     activation: str,
     dropout: float,
@@ -164,7 +162,7 @@ def _experts_backward(
     source_N: Tensor,
     row_N: Tensor,
     begin_T: Tensor | None,
-    seed: Tensor,
+    seed: Tensor | None,
     z_NZ: Tensor,
     top_k: int,
     activation: str,
@@ -178,8 +176,11 @@ def _experts_backward(
     needs_x, needs_weight, needs_up, needs_up_bias, needs_down, needs_down_bias = needs
     grad_TD = grad_TD.to(dtype).contiguous()
     da_NH = compute.product(grad_TD, down_EDH.to(dtype).transpose(1, 2), rows, gather=True)
+    bias_part_TE = None
+    if needs_weight and down_bias_ED is not None:
+        bias_part_TE = grad_TD @ down_bias_ED.to(dtype).T
     dz_NZ, wa_NH, dweight_N = compute.activate_backward(
-        da_NH, z_NZ, up_bias_EZ, weight_N, rows, activation, dropout, seed
+        da_NH, z_NZ, up_bias_EZ, weight_N, bias_part_TE, rows, activation, dropout, seed
     )
     del da_NH
     if needs_down:
@@ -187,8 +188,6 @@ def _experts_backward(
     del wa_NH
     if needs_down_bias and down_bias_ED is not None:
         ddown_bias_ED = compute.column_sums(grad_TD, rows, weight_N).to(down_bias_ED.dtype)
-    if needs_weight and down_bias_ED is not None:
-        dweight_N = dweight_N + _bias_part(grad_TD, down_bias_ED, rows)
     if needs_up_bias and up_bias_EZ is not None:
         dup_bias_EZ = compute.column_sums(dz_NZ, rows).to(up_bias_EZ.dtype)
     if needs_up:
@@ -197,15 +196,6 @@ def _experts_backward(
         dx_ND = compute.product(dz_NZ, up_EZD.to(dtype).transpose(1, 2), rows)
         dx_TD = compute.combine(dx_ND, None, None, rows).to(x_TD.dtype)
     return [dx_TD, dweight_N, dup_EZD, dup_bias_EZ, ddown_EDH, ddown_bias_ED]
-
-
-def _bias_part(grad_TD: Tensor, down_bias_ED: Tensor, rows: Rows) -> Tensor:
-    """Return the part of each weight's gradient that comes from the second bias, 0 for what names no expert."""
-    num_experts = len(rows.ends_E)
-    part_TE = grad_TD @ down_bias_ED.to(grad_TD.dtype).T
-    expert_N, source_N = (values.index_select(0, rows.row_N).long() for values in (rows.expert_N, rows.source_N))
-    places_N = source_N * num_experts + expert_N.clamp_max(num_experts - 1)
-    return part_TE.flatten().index_select(0, places_N) * (expert_N < num_experts)
 
 
 @_experts_backward.register_fake
@@ -305,10 +295,10 @@ class _Torch:
         hidden_dim: int,
         activation: str,
         dropout: float,
-        seed: Tensor,
+        seed: Tensor | None,
     ) -> Tensor:
         a_NH = _activated(_with_bias(z_NZ, bias_EZ, rows), hidden_dim, activation)
-        return a_NH * _dropout_factor(a_NH, dropout, seed) if dropout else a_NH
+        return a_NH * _dropout_factor(a_NH, dropout, seed) if seed is not None else a_NH
 
     @staticmethod
     def activate_backward(
@@ -316,15 +306,16 @@ class _Torch:
         z_NZ: Tensor,
         bias_EZ: Tensor | None,
         weight_N: Tensor,
+        bias_part_TE: Tensor | None,
         rows: Rows,
         activation: str,
         dropout: float,
-        seed: Tensor,
+        seed: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         weight_N1 = weight_N.index_select(0, rows.order_N).to(da_NH.dtype).unsqueeze(1)
         z_NZ = _with_bias(z_NZ, bias_EZ, rows)
         dz_NZ = torch.empty_like(z_NZ)
-        factor_NH = _dropout_factor(da_NH, dropout, seed) if dropout else None
+        factor_NH = _dropout_factor(da_NH, dropout, seed) if seed is not None else None
         gated = z_NZ.shape[1] > da_NH.shape[1]
         gate_NH, up_NH = z_NZ.chunk(2, dim=-1) if gated else (z_NZ, None)
         dgate_NH, dup_NH = dz_NZ.chunk(2, dim=-1) if gated else (dz_NZ, None)
@@ -333,6 +324,10 @@ class _Torch:
         if factor_NH is not None:
             a_NH = a_NH * factor_NH
         dweight_N = (da_NH * a_NH).sum(1)
+        if bias_part_TE is not None:
+            num_experts = bias_part_TE.shape[1]
+            places_N = rows.source_N.long() * num_experts + rows.expert_N.clamp_max(num_experts - 1)
+            dweight_N += bias_part_TE.flatten().index_select(0, places_N)
         dweight_N[int(rows.ends_E[-1]) :] = 0
         dweight_N = dweight_N.index_select(0, rows.row_N).to(weight_N.dtype)
         da_NH = da_NH.mul_(weight_N1) if factor_NH is None else da_NH.mul_(weight_N1).mul_(factor_NH)

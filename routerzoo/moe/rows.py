@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from routerzoo.routing import Assignments
+from routerzoo.routing import Routing
 
 
 class Rows(NamedTuple):
@@ -35,32 +35,36 @@ class Rows(NamedTuple):
     num_tokens: int
 
 
-def sorted_rows(assignments: Assignments, num_tokens: int, num_experts: int) -> tuple[Rows, Tensor]:
-    """Sort assignments by expert, without a host synchronization.
+def sorted_rows(routing: Routing, num_tokens: int, num_experts: int) -> tuple[Rows, Tensor]:
+    """Sort the assignments of a routing by expert, without a host synchronization.
 
     Args:
-        assignments: token-expert pairs.
+        routing: sparse or flat.
         num_tokens: T.
         num_experts: E.
 
     Returns:
         The rows, and the weight of each assignment in the order of tokens.
     """
-    token_N, expert_N, weight_N, top_k, may_drop = assignments
-    begin_T = None
-    if top_k is None:
+    begin_T, top_k = None, None
+    if routing.experts_TK is not None and routing.weights_TK is not None:
+        top_k = routing.experts_TK.shape[1]
+        expert_N, weight_N = routing.experts_TK.reshape(-1), routing.weights_TK.reshape(-1)
+    else:
+        token_N, expert_N, weight_N, _, _ = routing.assignments()
         token_N, by_token_N = token_N.sort(stable=True)
         expert_N, weight_N = expert_N.index_select(0, by_token_N), weight_N.index_select(0, by_token_N)
         bounds_T = torch.arange(num_tokens + 1, device=token_N.device, dtype=token_N.dtype)
         begin_T = torch.searchsorted(token_N, bounds_T, out_int32=True)
     # Of few bits, which a GPU sorts in fewer passes; what names no expert goes behind the last one.
     key_N = expert_N.to(torch.int16 if num_experts < 2**15 else torch.int32)
-    if may_drop:
+    if routing.may_drop:
         key_N = key_N.remainder(num_experts + 1)
     sorted_N, order_N = key_N.sort(stable=True)
     bounds_E = torch.arange(num_experts, device=sorted_N.device, dtype=sorted_N.dtype)
     ends_E = torch.searchsorted(sorted_N, bounds_E, right=True, out_int32=True)
     rising_N = torch.arange(len(order_N), device=order_N.device, dtype=torch.int32)
     row_N = torch.empty_like(rising_N).scatter_(0, order_N, rising_N)
-    source_N = (order_N // top_k if top_k is not None else token_N.index_select(0, order_N)).int()
-    return Rows(ends_E, sorted_N, order_N.int(), source_N, row_N, begin_T, top_k, num_tokens), weight_N
+    order_N = order_N.int()
+    source_N = order_N // top_k if top_k is not None else token_N.index_select(0, order_N).int()
+    return Rows(ends_E, sorted_N, order_N, source_N, row_N, begin_T, top_k, num_tokens), weight_N

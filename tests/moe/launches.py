@@ -13,8 +13,8 @@ from routerzoo.moe import dispatch, kernels, low_memory
 
 # What makes no kernel: views, allocations, questions.
 FREE = frozenset(
-    "alias as_strided chunk detach empty empty_like empty_strided expand is_contiguous lift_fresh new_empty "
-    "new_empty_strided permute reshape select slice split split_with_sizes squeeze sym_size t transpose unsqueeze view "
+    "alias T as_strided chunk detach empty empty_like empty_strided expand flatten is_contiguous lift_fresh new_empty "
+    "new_empty_strided numpy_T permute reshape select slice split split_with_sizes squeeze sym_size t transpose unsqueeze view "
     "_unsafe_view _local_scalar_dense".split()
 )
 KERNELS = ("activate", "activate_backward", "combine", "column_sums", "product", "weight_grad")
@@ -33,10 +33,12 @@ class Launches(TorchDispatchMode):
             if name == operator._qualname:
                 with self:
                     return operator._init_fn(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         short = name.split("::")[1]
-        if short not in FREE:
+        free = short in FREE or (short in ("to", "contiguous") and result is args[0])
+        if not free:
             self.counts[short] += 1
-        return func(*args, **(kwargs or {}))
+        return result
 
     @property
     def total(self):
