@@ -7,7 +7,7 @@ into a model that exists. Tasks and data modules for Lightning are loaded on fir
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from routerzoo.models.sparsify import sparsify
+from routerzoo.models.sparsify import plan_sparsify, sparsify
 from routerzoo.moe.attach import attach
 from routerzoo.moe.auxiliary_loss import auxiliary_loss
 from routerzoo.moe.averaging import copy_router_state
@@ -89,6 +89,7 @@ __all__ = [
     "grouped_linear",
     "list_routers",
     "moe_layers",
+    "plan_sparsify",
     "provide_context",
     "register_router",
     "sparsify",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -11,13 +14,14 @@ OVERVIEW = """usage: python -m routerzoo COMMAND [OPTIONS]
 Mixture-of-Experts routers, compared, used and invented.
 
 commands:
-  fit        train:                              python -m routerzoo fit --config configs/language/HyperRouter.yaml
+  fit        train:                              python -m routerzoo fit --config language/HyperRouter
   validate   evaluate on the validation split:   python -m routerzoo validate --ckpt_path last
   test       evaluate on the test split:         python -m routerzoo test --ckpt_path best
   predict    continue text, or classify images:  python -m routerzoo predict --ckpt_path best
   look       show the routing of text or images: python -m routerzoo look --ckpt_path best
+  configs    list the configs that are packaged: python -m routerzoo configs
   routers    list routers, sizes and papers:     python -m routerzoo routers
-  sweep      run a grid, and go on with it:      python -m routerzoo sweep --config configs/sweeps/quick.yaml
+  sweep      run a grid, and go on with it:      python -m routerzoo sweep --config sweeps/quick
   report     say what came of a sweep:           python -m routerzoo report sweeps/quick
   plan       memory, FLOPs, traffic of a run:    python -m routerzoo plan --config ... --processes 64 --strategy sharded
   check      check what routers declare:         python -m routerzoo check HyperRouter
@@ -27,8 +31,14 @@ python -m routerzoo fit --model LanguageModeling --model.router.help HyperRouter
 """
 
 
+# Those of their own; the others are LightningCLI's.
+COMMANDS = ("routers", "configs", "check", "plan", "sweep", "look", "report")
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command; import no more than it needs."""
+    from routerzoo.errors import in_a_sentence
+
     owns_process = args is None
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help"):
@@ -37,31 +47,10 @@ def main(args: Sequence[str] | None = None) -> None:
         from importlib.metadata import version
 
         print(version("routerzoo"))
-    elif args[0] == "routers":
-        from routerzoo.cli.routers import main as list_routers
-
-        list_routers(args[1:])
-    elif args[0] == "check":
-        from routerzoo.cli.check import main as check
-
-        check(args[1:])
-    elif args[0] == "plan":
-        from routerzoo.cli.plan import main as plan
-
-        plan(args[1:])
-    elif args[0] == "sweep":
-        from routerzoo.cli.sweep import main as sweep
-
-        sweep(args[1:])
-    elif args[0] == "look":
-        from routerzoo.cli.look import main as look
-
-        look(args[1:])
-    elif args[0] == "report":
-        from routerzoo.cli.report import main as report
-
-        report(args[1:])
-    else:
+    elif args[0] in COMMANDS:
+        with in_a_sentence():
+            importlib.import_module(f"routerzoo.cli.{args[0]}").main(args[1:])
+    elif args[0] in ("fit", "validate", "test", "predict"):
         if owns_process and os.environ.get("ROUTERZOO_TUNE_CPU", "1") != "0":
             from routerzoo.tune_cpu import tune_cpu
 
@@ -69,6 +58,11 @@ def main(args: Sequence[str] | None = None) -> None:
         from routerzoo.cli.main import main as run
 
         run(args)
+    else:
+        known = re.findall(r"^  (\w+) ", OVERVIEW, re.MULTILINE)
+        near = difflib.get_close_matches(args[0], known, n=1)
+        meant = f"; did you mean {near[0]!r}?" if near else "."
+        sys.exit(f"error: there is no command {args[0]!r}{meant} Commands: {', '.join(known)}")
 
 
 if __name__ == "__main__":

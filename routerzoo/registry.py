@@ -168,9 +168,10 @@ def router_arguments(cls: type[Router]) -> list[str]:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return the end of a sentence about an unknown name: the nearest known one, if any is near."""
-    by_lower = {candidate.lower(): candidate for candidate in known}
-    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
-    return f"; did you mean {by_lower[near[0]]!r}?" if near else "."
+    # Routers share an ending that says nothing of which is meant.
+    by_stem = {candidate.lower().removesuffix("router"): candidate for candidate in known}
+    near = difflib.get_close_matches(name.lower().removesuffix("router"), by_stem, n=1, cutoff=0.6)
+    return f"; did you mean {by_stem[near[0]]!r}?" if near else "."
 
 
 def broken_plugins() -> list[BrokenPlugin]:

@@ -153,6 +153,9 @@ class Router(Reinitializable, ABC):
     default_loss_weights: Mapping[str, float | LossWeight] = {}
     """The published coefficient of each auxiliary loss, used where none are given; a number is summed over layers."""
 
+    checked_with: ClassVar[Mapping[str, Any]] = {}
+    """What `check_router` builds the class with, where defaults hide what it declares (a rare branch of training)."""
+
     is_registered: bool = False
     """The registry knows this class by its name. A subclass is not, though it inherits this."""
 
@@ -487,7 +490,8 @@ class Router(Reinitializable, ABC):
 class LogitRouter(Router):
     """Scores every expert for every token, selects the k largest logits and weights their experts.
 
-    A subclass implements `logits`. The rest follows from a few attributes, of the class or set by `__init__`:
+    A subclass implements `logits`. The rest follows from a few attributes, of the class or set by `__init__`; so do
+    `normalized` and `trains_at_top_1`, unless the class declares them:
 
     - Selection looks at the logits, not at the scores, so that a score function that saturates makes no ties.
     - With `score_fn="softmax"` and `renormalize`, the weights are the softmax over the selected logits; else the scores
@@ -532,8 +536,10 @@ class LogitRouter(Router):
         self.score_fn = checked_score_fn(self.score_fn if score_fn is None else score_fn)
         self.renormalize = self.renormalize if renormalize is None else renormalize
         self.scale = self.scale if scale is None else scale
-        self.normalized = self.renormalize and self.scale == 1.0
-        self.trains_at_top_1 = not self.renormalize
+        if _declares(type(self), "normalized") is Router:
+            self.normalized = self.renormalize and self.scale == 1.0
+        if _declares(type(self), "trains_at_top_1") is Router:
+            self.trains_at_top_1 = not self.renormalize
 
     @abstractmethod
     def logits(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
@@ -556,13 +562,18 @@ class LogitRouter(Router):
         """Return raw losses that are no function of a routing; called in training, where somebody reads them."""
         return {}
 
+    def noisy_logits(
+        self, x_TD: Tensor, context: RoutingContext
+    ) -> tuple[Tensor, Tensor | None, float | Tensor | None]:
+        """Return the logits, with noise in training where there is any; then those without, and its `noise_std`."""
+        logits_TE, std = self.logits(x_TD, context), self.noise_std(x_TD) if self.training else None
+        if std is None:
+            return logits_TE, None, None
+        return logits_TE + torch.randn_like(logits_TE) * std, logits_TE, std
+
     def route(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Select by the logits, and weight."""
-        logits_TE = self.logits(x_TD, context)
-        clean_TE, std = None, self.noise_std(x_TD) if self.training else None
-        if std is not None:
-            clean_TE = logits_TE
-            logits_TE = clean_TE + torch.randn_like(clean_TE) * std
+        logits_TE, clean_TE, std = self.noisy_logits(x_TD, context)
         experts_TK = self.select_experts(logits_TE)
         weights_TK = self.combine_weights(logits_TE, experts_TK, may_drop=False)
         read = self.training and context.compute_aux_losses
@@ -601,6 +612,11 @@ class LogitRouter(Router):
 
 class LoadedTopKWarning(UserWarning):
     """A checkpoint's k is another than the one that the router was built with."""
+
+
+def _declares(cls: type, name: str) -> type:
+    """Return the class that an attribute comes from."""
+    return next(base for base in cls.__mro__ if name in vars(base))
 
 
 def _subclasses(cls: type) -> Iterator[type]:

@@ -34,6 +34,7 @@ LAYERS = [
     "look",
     "runs",
     "cli.parser_errors",
+    "cli.configs",
     "cli.main",
     "sweep",
     "report",

@@ -9,6 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from routerzoo.checkpoints.single import read_checkpoint
 from routerzoo.errors import UserError
+from routerzoo.models.vit import ViTMoE
 from routerzoo.moe.layer import inner_router, moe_layers
 from routerzoo.router import Router
 
@@ -19,7 +20,8 @@ class FineTune(Callback):
 
     X-MoE (Chi et al. 2022, section 3) freezes router *and* experts when it fine-tunes, and keeps the balance loss,
     which then trains the hidden states alone; it reports 72.2 against 71.7 on XNLI. That is the default here, for any
-    router. Each router's k is that of the new run.
+    router. Each router's k is that of the new run. Of images of another size, vision transformers keep the learned
+    positions, resampled.
 
     Args:
         checkpoint: file of the run to start from.
@@ -60,11 +62,13 @@ class FineTune(Callback):
         if not self.checkpoint.is_file():
             raise UserError(f"no checkpoint to fine-tune from: {self.checkpoint} does not exist")
         own = pl_module.state_dict()
+        state = read_checkpoint(self.checkpoint)["state_dict"]
+        for name, module in pl_module.named_modules():
+            if isinstance(module, ViTMoE):
+                state = module.resample_positions(state, f"{name}.")
         kept = {f"{name}.k" for name, module in pl_module.named_modules() if isinstance(module, Router)}
         saved = {
-            name: value
-            for name, value in read_checkpoint(self.checkpoint)["state_dict"].items()
-            if name not in kept and not name.startswith(self.except_for)
+            name: value for name, value in state.items() if name not in kept and not name.startswith(self.except_for)
         }
         unfit = [
             name for name in own if name not in saved and name not in kept and not name.startswith(self.except_for)

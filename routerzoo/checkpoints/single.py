@@ -9,6 +9,7 @@ from typing import Any, final
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from torch import Tensor
 
 from routerzoo.checkpoints import sharded as folders
 from routerzoo.errors import UserError
@@ -60,6 +61,44 @@ def _reason(error: BaseException) -> str:
     return str(known.strerror) if isinstance(known, OSError) else str(error).splitlines()[0]
 
 
+def expect_checkpoint(path: Path) -> None:
+    """Refuse, without reading it, what cannot be a checkpoint.
+
+    Raises:
+        UserError: it does not exist, or is another kind of file.
+    """
+    if folders.is_folder(path):
+        return
+    if not path.exists():
+        raise UserError(f"the checkpoint {path} does not exist")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is not a checkpoint, or a broken one: it is not an archive as torch.save writes it")
+
+
+ALWAYS = {"global_step": int, "epoch": int}
+RESUMED = {"loops": dict, "optimizer_states": list, "lr_schedulers": list, "callbacks": dict, "random_state": Tensor}
+"""What a checkpoint holds beside weights, for any use and to resume from. Lightning would do without some of it."""
+
+
+def refuse_incomplete(path: Path, content: dict[str, Any], *, resumes: bool) -> None:
+    """Refuse a checkpoint that lacks what its use needs.
+
+    Args:
+        path: of the checkpoint.
+        content: see `read_outline`.
+        resumes: training is to continue from it, as if it had not stopped.
+
+    Raises:
+        UserError: something is missing, or of another type; it says what.
+    """
+    for name, kind in {**ALWAYS, **(RESUMED if resumes else {})}.items():
+        if isinstance(content.get(name), kind):
+            continue
+        lacks = f"its {name} is a {type(content[name]).__name__}" if name in content else f"it has no {name}"
+        way_out = "It cannot be resumed: train again" if name in RESUMED else "Take another checkpoint of the run"
+        raise UserError(f"the checkpoint {path} is incomplete: {lacks}. {way_out}")
+
+
 def read_outline(path: Path) -> dict[str, Any]:
     """Read a checkpoint; of a folder of several processes, all but its tensors.
 
@@ -84,8 +123,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     if folders.is_folder(path):
         return folders.read_whole(path)
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"{path} is not a checkpoint, or a broken one: it is not an archive as torch.save writes it")
+    expect_checkpoint(path)
     try:
         # torch reads past a checksum that is wrong.
         with zipfile.ZipFile(path) as archive:

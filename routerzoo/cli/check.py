@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from routerzoo.cli.parser_errors import CommandParser
 from routerzoo.registry import UnknownRouterError, list_routers, router_class
 from routerzoo.testing import CHECKS, QUICK_EXAMPLES, RouterCheckError, run_checks
 
 
 def main(args: Sequence[str]) -> None:
     """Check routers, show what holds, and exit with 1 where anything does not."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m routerzoo check",
         description="Check that routers keep the contract and have the properties that they declare.",
-        allow_abbrev=False,
     )
     parser.add_argument("routers", nargs="*", metavar="ROUTER", help="names of routers; all, where none is given")
     parser.add_argument(

@@ -18,6 +18,7 @@ from rich.console import Console
 from routerzoo.checkpoints.single import read_checkpoint
 from routerzoo.cli.main import RouterZooCLI
 from routerzoo.cli.main import main as run
+from routerzoo.cli.parser_errors import CommandParser
 from routerzoo.data.tokens import TextBatch
 from routerzoo.errors import UserError
 from routerzoo.look.drawings import draw, label_names, pieces
@@ -31,11 +32,10 @@ PAGE, PICTURE = "look.html", "look.png"
 
 def main(args: Sequence[str]) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m routerzoo look",
         description="Show where a checkpoint sends patches of images, or pieces of text, and what each expert claims. "
         f"Writes {PAGE} and {PICTURE} into the run's folder. All other options are those of test.",
-        allow_abbrev=False,
     )
     parser.add_argument("--split", choices=("val", "test"), default="test", help="data to look at; by default test")
     parser.add_argument("--examples", type=int, default=6, help="images, or texts, to show; by default 6")
@@ -62,13 +62,18 @@ class _LookCLI(RouterZooCLI):
     ) -> None:
         if not isinstance(model, MoETask) or datamodule is None:
             raise UserError(f"look shows routerzoo's tasks with their data, not a {type(model).__name__}")
+        trainer = self.trainer
+        assert trainer is not None  # it is built before
         if ckpt_path is not None:
-            model.load_state_dict(read_checkpoint(Path(ckpt_path))["state_dict"])
+            try:
+                model.load_state_dict(read_checkpoint(Path(ckpt_path))["state_dict"])
+            except RuntimeError as error:  # names or shapes
+                raise UserError(f"{ckpt_path} does not fit the model: {' '.join(str(error).split())}") from None
         split, batches, examples = self.options.split, self.options.batches, self.options.examples
         datamodule.prepare_data()
         datamodule.setup("test" if split == "test" else "validate")
         loader: Any = datamodule.test_dataloader() if split == "test" else datamodule.val_dataloader()
-        device = self.trainer.strategy.root_device
+        device = trainer.strategy.root_device
         model.to(device)
         console = Console(highlight=False, soft_wrap=True)
         with console.status(f"looking at {batches} batches"):
@@ -77,7 +82,7 @@ class _LookCLI(RouterZooCLI):
                 for batch in itertools.islice(loader, batches)
             ]
         first, names = seen[0], label_names(datamodule)
-        folder = Path(self.trainer.default_root_dir)
+        folder = Path(trainer.default_root_dir)
         figure = draw(model, datamodule, first, examples)
         text = first.batch if isinstance(first.batch, TextBatch) else None
         write_page(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
+import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,26 +13,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse.typing import register_type
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning_utilities.core.enums import StrEnum
 from rich.console import Console
 
 import routerzoo.data
 import routerzoo.tasks
 from routerzoo.callbacks import RoutingMonitor, StopOnNonFiniteLoss
-from routerzoo.checkpoints.sharded import is_folder
-from routerzoo.checkpoints.single import WholeCheckpoints, read_outline
-from routerzoo.cli.parser_errors import explain
+from routerzoo.checkpoints.single import WholeCheckpoints, expect_checkpoint, read_outline, refuse_incomplete
+from routerzoo.cli.checkpoints import LINKED, init_arg, refuse_another_model, router_name, run_name
+from routerzoo.cli.configs import with_config_files
+from routerzoo.cli.parser_errors import explain, explain_bare_help, option_names, refused_by_lightning
 from routerzoo.errors import UserError, in_a_sentence
 from routerzoo.runs import folder as runs
-from routerzoo.runs.atomic import atomic_write
-from routerzoo.runs.checkpoint import TERMINATED, RunCheckpoint
+from routerzoo.runs.atomic import atomic_write, is_writable
+from routerzoo.runs.checkpoint import RunCheckpoint, StopSignal
+from routerzoo.runs.final_validation import FinalValidation
 from routerzoo.runs.loggers import AppendingCSVLogger
 from routerzoo.runs.predictions import PredictionWriter
 from routerzoo.runs.progress_file import ProgressFile
@@ -40,32 +45,14 @@ from routerzoo.runs.routing_pictures import RoutingPictures
 from routerzoo.tasks import class_paths
 from routerzoo.tasks.base import MoETask
 
-# Callbacks have devices as defaults, which a run's config has to name.
+# Callbacks have devices, and members of Lightning's enumerations of strings, as defaults, which a config has to name.
 register_type(torch.device, fail_already_registered=False)
+yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, member: dumper.represent_str(member.value))
 
 PROGRESS_VARIABLE = "ROUTERZOO_PROGRESS_FILE"
 """A run whose environment has this writes how far it is into that file."""
 TRUST, TRUST_VARIABLE = "--trust", "ROUTERZOO_TRUST"
 """The option, or the environment variable, that lets configs name any package's classes. No config can set it."""
-# The data decides these sizes of the model.
-LINKED = ("vocab_size", "metric", "max_length", "num_tasks", "num_classes", "image_size", "in_channels")
-# What may differ between a checkpoint and the command that uses it. All else decides what its numbers mean.
-FREE = frozenset(
-    {
-        *(
-            "optimizer",
-            "lr_scheduler",
-            "loss_weights",
-            "eval_top_k",
-            "initial_logit_std",
-            "dropout",
-            "consistency",
-            "label_smoothing",
-            "backend",
-        ),
-        *("activation_checkpointing", "predict_tokens", "temperature", "top_p", "pretrained"),
-    }
-)
 
 
 class Parser(LightningArgumentParser):
@@ -80,7 +67,7 @@ class Parser(LightningArgumentParser):
         if not self.exit_on_error:
             # The trial parse of a nested class, which must raise for the outer parser to see.
             super().error(message, ex)
-        self.exit(2, f"error: {explain(str(message))}\n")
+        self.exit(2, f"error: {explain(str(message), option_names(self))}\n")
 
 
 class RouterZooCLI(LightningCLI):
@@ -88,12 +75,25 @@ class RouterZooCLI(LightningCLI):
 
     - A checkpoint's hyper-parameters never override the command: where they differ in what matters, it is refused.
     - `--ckpt_path last` that finds nothing is an error, and a resumed run says from which step.
+    - A run has a folder of its own. It is never overwritten, and goes again where nothing was trained.
+    - Ctrl-C and SIGTERM leave a checkpoint, and the command that resumes from it.
     - A value for something that the data decides is refused unless it is the data's.
     """
 
     def __init__(self, args: Sequence[str]) -> None:
         self.run_dir: Path | None = None
+        self.trainer: Trainer | None = None  # type: ignore[assignment]
+        self._run_folder: _RunFolder | None = None
+        self._resumed_step: int | None = None
+        self._run_name = ""
         self._given_links: dict[str, Any] = {}
+        try:
+            self._run(list(args))
+        except BaseException as error:
+            self._end(error)
+            raise
+
+    def _run(self, args: list[str]) -> None:
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -104,8 +104,35 @@ class RouterZooCLI(LightningCLI):
             save_config_callback=None,
             parser_class=Parser,
             trainer_defaults={"num_sanity_val_steps": -1, "log_every_n_steps": 10, "enable_model_summary": False},
-            args=list(args),
+            args=args,
         )
+
+    def _end(self, error: BaseException) -> None:
+        """Leave no folder of a run that has trained nothing, and say how to resume one that was stopped.
+
+        Raises:
+            SystemExit: a signal has ended the run.
+        """
+        ended, folder = self._run_folder, self.run_dir
+        if isinstance(error, OSError) and error.filename is None and folder is not None:
+            error.filename = str(folder)  # a full disk has no name for what it is full of
+        if isinstance(error, KeyboardInterrupt) or (ended is not None and ended.interrupted):
+            number = int(signal.SIGINT)
+        else:
+            number = error.number if isinstance(error, StopSignal) else 0
+        sentence = f"stopped by {signal.Signals(number).name}" if number else ""
+        if ended is not None and ended.claimed and (self.trainer is None or not self.trainer.global_step):
+            runs.discard(ended.folder, ended.is_new)
+            removed = f"removed {ended.folder}, where nothing was trained"
+            sentence = f"{sentence}; {removed}" if sentence else removed
+        elif number and folder is not None and self.subcommand == "fit" and runs.has_checkpoint(folder, "last"):
+            step = read_outline(folder / runs.CHECKPOINTS / "last.ckpt")["global_step"]
+            command = f"python -m routerzoo fit --run_dir {shlex.quote(str(folder))} --ckpt_path last"
+            sentence = f"{sentence}; step {step} is saved. Resume with: {command}"
+        if sentence and is_first_process():
+            print(sentence, file=sys.stderr)
+        if number:
+            raise SystemExit(128 + number) from None
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the given arguments alone."""
@@ -123,6 +150,11 @@ class RouterZooCLI(LightningCLI):
             "--run_dir", type=str, default=None, help="Folder of the run (default: runs/<data>-<router>/<next number>)."
         )
         parser.add_argument(
+            "--overwrite",
+            action="store_true",
+            help="Replace the run in --run_dir: fit deletes its config, checkpoints, logs, results and pictures.",
+        )
+        parser.add_argument(
             "--checkpoint_every", type=int, default=500, help="Steps between two checkpoints called last."
         )
         for name in LINKED:
@@ -137,68 +169,47 @@ class RouterZooCLI(LightningCLI):
             kwargs["return_predictions"] = False
         return kwargs
 
+    def _set_seed(self) -> None:
+        seed = self.config[self.config["subcommand"]]["seed_everything"]
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise UserError(f"seed_everything must be between 0 and {2**32 - 1}, got {seed}")
+        super()._set_seed()
+
     def _parse_ckpt_path(self) -> None:
         # Lightning would let the checkpoint's hyper-parameters override the command, router included, in silence
         # (https://github.com/Lightning-AI/pytorch-lightning/pull/21116 and issues since).
         config = self.config[self.config["subcommand"]]
-        self._given_links = {name: value for name in LINKED if (value := _init_arg(config, name)) is not None}
-        checkpoint = config.get("ckpt_path")
-        name = self._run_name(config)
+        self._given_links = {name: value for name in LINKED if (value := init_arg(config, name)) is not None}
+        self._run_name = run_name(config)
+        checkpoint, run_dir = config.get("ckpt_path"), Path(config["run_dir"]) if config["run_dir"] else None
+        if not checkpoint:
+            self.run_dir = run_dir
+            return
         if checkpoint in ("last", "best"):
-            folder = Path(config["run_dir"]) if config["run_dir"] else runs.latest_run(checkpoint, name)
-            path = folder / runs.CHECKPOINTS / f"{checkpoint}.ckpt"
-            if not path.is_file() and not is_folder(path):
+            run_dir = run_dir or runs.latest_run(checkpoint, self._run_name)
+            path = run_dir / runs.CHECKPOINTS / f"{checkpoint}.ckpt"
+            if not runs.has_checkpoint(run_dir, checkpoint):
                 raise UserError(f"no checkpoint to continue from: {path} does not exist")
             config["ckpt_path"] = str(path)
-        elif checkpoint:
-            path = Path(checkpoint)
-            if not is_folder(path) and not path.exists():
-                raise UserError(f"the checkpoint {path} does not exist")
-        if config.get("ckpt_path"):
-            self.run_dir = Path(config["run_dir"]) if config["run_dir"] else runs.run_of(Path(config["ckpt_path"]))
-            self._check_checkpoint(path, config)
         else:
-            self.run_dir = Path(config["run_dir"]) if config["run_dir"] else runs.new_run(name)
-
-    def _run_name(self, config: Any) -> str:
-        router = _init_arg(config, "router")
-        router_name = str(router["class_path"]).rpartition(".")[2] if router else "LinearRouter"
-        if _init_arg(config, "moe_blocks") in ("none", []):
-            router_name = "dense"
-        data = config.get("data") or {}
-        dataset = (data.get("init_args") or {}).get("dataset") or str(data.get("class_path", "run")).rpartition(".")[2]
-        names = dataset if isinstance(dataset, list) else [dataset]
-        return f"{'+'.join(Path(str(name)).stem for name in names)}-{router_name}"
-
-    def _check_checkpoint(self, path: Path, config: Any) -> None:
-        """Refuse a checkpoint of another model than the command describes, and say where a run goes on."""
+            path = Path(checkpoint)
+            expect_checkpoint(path)
+        self.run_dir = run_dir or runs.run_of(path)
         saved = read_outline(path)
-        asked = config["model"]
-        hparams = dict(saved.get("hyper_parameters", {}))
-        hparams.pop("_instantiator", None)
-        saved_class = str(hparams.pop("_class_path", asked["class_path"]))
-        clashes = _differences("", {"class_path": saved_class}, {"class_path": asked["class_path"]})
-        if not clashes:
-            arguments = _plain(asked.get("init_args") or {})  # a namespace would list nested values, leaf by leaf
-            known = {key: value for key, value in arguments.items() if key not in (*FREE, *LINKED)}
-            for key, default in (("router", "LinearRouter"), ("experts", "MLPExperts")):
-                for chosen in (known, hparams):
-                    if key in chosen and chosen[key] is None:
-                        chosen[key] = {"class_path": default}
-            clashes = _differences("", {key: hparams[key] for key in known if key in hparams}, known)
-        if clashes:
-            hint = ""
-            if any("top_k" in clash for clash in clashes):
-                hint = " To evaluate at another k, set model.eval_top_k."
-            raise UserError(
-                f"{path} is the checkpoint of another model: {'; '.join(clashes)}. "
-                f"Leave these options out, or train anew.{hint}"
+        fitting = self.config["subcommand"] == "fit"
+        refuse_incomplete(path, saved, resumes=fitting)
+        refuse_another_model(path, saved, config["model"])
+        step = saved["global_step"]
+        finished = ""
+        if fitting and 0 <= config["trainer"]["max_steps"] <= step:
+            finished = " It had reached trainer.max_steps: raise that to train on."
+        if runs.run_of(path).resolve() == self.run_dir.resolve():
+            self._resumed_step = step
+        if is_first_process():
+            what = "resuming" if fitting else f"{self.config['subcommand']} of"
+            Console(soft_wrap=True, highlight=False).print(
+                f"{what} {path} at step {step}, epoch {saved['epoch']}: {router_name(config)}.{finished}"
             )
-        if self.config["subcommand"] == "fit":
-            step, epoch = saved["global_step"], saved["epoch"]
-            limit = config["trainer"]["max_steps"]
-            finished = " It had reached trainer.max_steps: raise that to train on." if 0 <= limit <= step else ""
-            Console(soft_wrap=True, highlight=False).print(f"resuming {path} at step {step}, epoch {epoch}.{finished}")
 
     def instantiate_classes(self) -> None:
         """Instantiate, then refuse values that the data decides otherwise."""
@@ -219,31 +230,37 @@ class RouterZooCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer with the run's folder, loggers and callbacks."""
         config = self.config_init[self.subcommand] if self.subcommand else self.config_init
-        folder = self.run_dir
-        assert folder is not None  # `_parse_ckpt_path` chose one
         fitting = self.subcommand == "fit"
         given: Any = config["trainer"]
+        callbacks = list(given["callbacks"] or [])
+        refuse_tuners(callbacks)
+        kept = self._run_folder = self._claim_folder(config, dry=bool(given["fast_dev_run"]))
+        folder = self.run_dir = kept.folder
         if given["strategy"] == "sharded":
             import routerzoo.distributed.strategy  # noqa: F401  (registers the name; takes a second)
         if given["logger"] in (None, True):
             kwargs["logger"] = [
                 AppendingCSVLogger(folder, name="", version="logs"),
-                TensorBoardLogger(folder, name="", version="logs", default_hp_metric=False),
+                # What a resumed run logs again replaces what it had logged.
+                TensorBoardLogger(
+                    folder, name="", version="logs", default_hp_metric=False, purge_step=self._resumed_step
+                ),
             ]
         if given["default_root_dir"] is None:
             kwargs["default_root_dir"] = str(folder)
         plugins = given["plugins"] if isinstance(given["plugins"], list) else [given["plugins"]]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*(plugin for plugin in plugins if plugin is not None), WholeCheckpoints()]
-        callbacks = list(given["callbacks"] or [])
         kinds = tuple(type(callback) for callback in callbacks)
-        added: list[Callback] = []
+        added: list[Callback] = [kept]
         if not issubclass(RoutingMonitor, kinds):
             added.append(RoutingMonitor())
         if not issubclass(PredictionWriter, kinds):
             added.append(PredictionWriter(str(folder)))
         if fitting and not issubclass(StopOnNonFiniteLoss, kinds):
             added.append(StopOnNonFiniteLoss())
+        if fitting and not given["fast_dev_run"]:
+            added.append(FinalValidation())
         if not issubclass(RoutingPictures, kinds):
             added.append(RoutingPictures())
         if PROGRESS_VARIABLE in os.environ:
@@ -252,8 +269,6 @@ class RouterZooCLI(LightningCLI):
             # Evaluation has no use for them, but a checkpoint's callbacks are expected whenever it is read.
             if given["enable_checkpointing"] in (None, True):
                 added += self._checkpoints(folder, config["checkpoint_every"])
-            if fitting:
-                added.append(_RunFolder(folder, self._config_text()))
             if fitting and given["logger"] is not False:
                 added.append(LearningRateMonitor("step"))
         trainer = super().instantiate_trainer(**{**kwargs, "callbacks": [*callbacks, *added]})
@@ -264,6 +279,26 @@ class RouterZooCLI(LightningCLI):
             # Behind the progress bar, which Lightning puts last: the report comes when the bar has gone.
             trainer.callbacks.append(RunReport(str(folder)))  # type: ignore[attr-defined]
         return trainer
+
+    def _claim_folder(self, config: Any, dry: bool) -> _RunFolder:
+        """Create the folder of a new run, or take that of the run that is resumed or evaluated."""
+        text, fitting = self._config_text(), self.subcommand == "fit"
+        if dry or not is_first_process():
+            # Nothing is written there, or else the first process says where.
+            return _RunFolder(self.run_dir or runs.DEFAULT_ROOT / self._run_name, text)
+        if self.run_dir is not None and self._resumed_step is not None:
+            if fitting or is_writable(self.run_dir):
+                return _RunFolder(self.run_dir, text, writes=fitting)
+            folder, is_new = runs.claim(None, self._run_name)
+            print(f"{self.run_dir} cannot be written to: what this command writes goes to {folder}")
+            return _RunFolder(folder, text, claimed=True, is_new=is_new)
+        if fitting and config["overwrite"] and self.run_dir is not None:
+            runs.clear(self.run_dir)
+        folder, is_new = runs.claim(self.run_dir, self._run_name)
+        kept = self._run_folder = _RunFolder(folder, text, claimed=True, is_new=is_new)
+        if fitting:
+            runs.write_config(folder, text)
+        return kept
 
     def _checkpoints(self, folder: Path, every_n_steps: int) -> list[Callback]:
         checkpoints = str(folder / runs.CHECKPOINTS)
@@ -277,68 +312,70 @@ class RouterZooCLI(LightningCLI):
     def _config_text(self) -> str:
         config = self.config[self.subcommand].clone() if self.subcommand else self.config.clone()
         # A run of the same config is a run of its own.
-        config["ckpt_path"] = config["run_dir"] = None
+        config["ckpt_path"], config["run_dir"], config["overwrite"] = None, None, False
         parser = self.parser if self.subcommand is None else self._parser(self.subcommand)
         return str(parser.dump(config, skip_link_targets=True, skip_check=True))
 
 
 class _RunFolder(Callback):
-    """Writes the config when training starts, and keeps the log of a resumed run free of steps that come again."""
+    """The folder of a run, on all processes, and its config and log where the run is resumed.
 
-    def __init__(self, folder: Path, config: str) -> None:
+    Args:
+        folder: of the run, as the first process has it; the others learn it.
+        config: of the run.
+        claimed: it is a new run's.
+        is_new: the folder did not exist before.
+        writes: the config replaces that of the run.
+    """
+
+    def __init__(
+        self, folder: Path, config: str, *, claimed: bool = False, is_new: bool = False, writes: bool = False
+    ) -> None:
         self.folder, self.config = folder, config
+        self.claimed, self.is_new, self.writes = claimed, is_new, writes
+        self.interrupted = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and trainer.is_global_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            atomic_write(self.folder / runs.CONFIG, self.config)
+        self.folder = trainer.strategy.broadcast(self.folder)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, (RoutingMonitor, PredictionWriter, RunReport)):
+                callback.folder = self.folder
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.writes:  # not before: the resume may be refused
+            atomic_write(self.folder / runs.CONFIG, self.config)
         if trainer.global_step > 0:
             for logger in trainer.loggers:
                 if isinstance(logger, AppendingCSVLogger):
                     logger.forget_after(trainer.global_step)
 
-
-def _init_arg(config: Any, name: str) -> Any:
-    return ((config.get("model") or {}).get("init_args") or {}).get(name)
-
-
-def _differences(prefix: str, saved: Any, asked: Any) -> list[str]:
-    """Describe where two configs differ, key by key."""
-    saved, asked = _plain(saved), _plain(asked)
-    if isinstance(saved, dict) and isinstance(asked, dict):
-        if saved.get("class_path", "") != asked.get("class_path", ""):
-            return [
-                f"it has {prefix or 'model '}{saved.get('class_path')}, the command asks for {asked.get('class_path')}"
-            ]
-        found = []
-        for key in sorted(saved.keys() & asked.keys()):
-            found += _differences(f"{prefix}{key} " if key != "init_args" else prefix, saved[key], asked[key])
-        return found
-    if saved == asked:
-        return []
-    return [f"it has {prefix}{_named(saved)}, the command asks for {_named(asked)}"]
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # Lightning exits with 1 where it is interrupted.
+        self.interrupted = isinstance(exception, KeyboardInterrupt)
 
 
-def _named(value: Any) -> str:
-    return str(value["class_path"]) if isinstance(value, dict) and "class_path" in value else repr(value)
+def refuse_tuners(callbacks: Sequence[Callback]) -> None:
+    """Refuse callbacks that change a size or a rate behind the config's back.
 
-
-def _plain(value: Any) -> Any:
-    """Turn what names a class, or a function that builds one, into a dict with the class's name alone.
-
-    A class may have several paths.
+    Raises:
+        UserError: there is one.
     """
-    if hasattr(value, "as_dict"):
-        value = value.as_dict()
-    if isinstance(value, functools.partial):  # in a checkpoint that was made in Python
-        value = {"class_path": value.func.__name__, "init_args": value.keywords}
-    elif isinstance(value, type):
-        value = {"class_path": value.__name__}
-    if isinstance(value, dict):
-        return {k: str(v).rpartition(".")[2] if k == "class_path" else v for k, v in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+    for callback in callbacks:
+        if isinstance(callback, BatchSizeFinder):
+            raise UserError(
+                "BatchSizeFinder trains with another batch size than the run's config says: leave it out, and set "
+                "data.batch_size; python -m routerzoo plan tells what a batch needs"
+            )
+        if isinstance(callback, LearningRateFinder):
+            raise UserError(
+                "LearningRateFinder finds no learning rate here, which is the optimizer's: leave it out, and compare "
+                "values of model.optimizer.init_args.lr in a sweep"
+            )
+
+
+def is_first_process() -> bool:
+    """Whether this is the first process of the run, or the only one, before processes know each other."""
+    return getattr(rank_zero_only, "rank", 0) == 0 and os.environ.get("NODE_RANK", "0") == "0"
 
 
 def _quiet_needless_warnings(datamodule: Any) -> None:
@@ -376,6 +413,7 @@ def _with_saved_config(args: list[str]) -> list[str]:
         folder = Path(folders[-1]) if folders else runs.latest_run(value)
         args = [*args, "--ckpt_path", str(folder / runs.CHECKPOINTS / f"{value}.ckpt")]
     else:
+        expect_checkpoint(Path(value))
         folder = runs.run_of(Path(value))
     config = folder / runs.CONFIG
     if not config.is_file():
@@ -399,9 +437,11 @@ def main(args: Sequence[str] | None = None, cli: Callable[[list[str]], object] =
     trust = options != given or os.environ.get(TRUST_VARIABLE, "0") != "0"
     with in_a_sentence(), class_paths.known_classes_only(class_paths.packages_named(options), trust=trust):
         try:
-            cli(_with_saved_config(options))
-        except SIGTERMException:
-            print("stopped by SIGTERM; the same command with --ckpt_path last goes on", file=sys.stderr)
-            sys.exit(TERMINATED)
-        except MisconfigurationException as error:
-            raise UserError(str(error)) from None
+            explain_bare_help(options)
+            cli(with_config_files(_with_saved_config(options)))
+        except KeyboardInterrupt:
+            raise SystemExit(128 + signal.SIGINT) from None
+        except Exception as error:
+            if isinstance(error, (UserError, OSError)) or (told := refused_by_lightning(error)) is None:
+                raise
+            raise UserError(told) from None

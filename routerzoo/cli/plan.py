@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from routerzoo.cli.main import RouterZooCLI
 from routerzoo.cli.main import main as run
+from routerzoo.cli.parser_errors import CommandParser
 from routerzoo.costs import short
 from routerzoo.errors import UserError
 from routerzoo.moe.dispatch import apply_experts
@@ -315,10 +316,9 @@ class _PlanningCLI(RouterZooCLI):
 
 def main(args: Sequence[str]) -> None:
     """Print what a run needs, from the options of `fit`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m routerzoo plan",
         description="What a training run will need of each process. All other options are those of fit.",
-        allow_abbrev=False,
     )
     parser.add_argument("--processes", type=int, default=1, help="processes of the run, one a GPU")
     parser.add_argument("--strategy", choices=("ddp", "sharded"), default="ddp")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
+from routerzoo.cli.parser_errors import CommandParser
 from routerzoo.registry import broken_plugins, create_router, list_routers, router_class, router_package
 from routerzoo.router import LossWeight, Router
 from routerzoo.routing import LayerSpec
@@ -41,10 +41,9 @@ def router_table() -> list[dict[str, str]]:
 
 def main(args: Sequence[str]) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m routerzoo routers",
         description="List every router, installed plugins' included. Numbers are for 16 experts and width 256.",
-        allow_abbrev=False,
     )
     parser.add_argument("--names", action="store_true", help="print the names alone, one a line")
     options = parser.parse_args(args)

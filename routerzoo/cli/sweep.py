@@ -20,6 +20,8 @@ import torch
 import yaml
 from rich.console import Console
 
+from routerzoo.cli.configs import find_config
+from routerzoo.cli.parser_errors import CommandParser
 from routerzoo.errors import UserError
 from routerzoo.runs.atomic import atomic_write
 from routerzoo.sweep import work
@@ -40,11 +42,10 @@ TAKEN_SECONDS = 5.0
 
 def main(args: Sequence[str]) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m routerzoo sweep",
         description="Run a grid of routers, tasks, seeds and anything else that a config holds. The same command goes "
         "on where it was stopped, however it was.",
-        allow_abbrev=False,
     )
     parser.add_argument("--config", type=Path, required=True, help="the sweep: a YAML file, see configs/sweeps")
     parser.add_argument("--folder", type=Path, help="where everything goes; by default sweeps/ and the file's name")
@@ -65,18 +66,19 @@ def main(args: Sequence[str]) -> None:
     if options.gpus > 1:
         parser.exit(2, f"error: --gpus must be at most 1, got {options.gpus:g}: a run of a sweep is one process\n")
     try:
-        plan = read_plan(options.config)
+        plan = read_plan(find_config(str(options.config)))
         folder = options.folder or Path("sweeps") / options.config.stem
         gpus = torch.cuda.device_count() if options.engine == "local" else 0
         workers = options.workers or gpus or max(cores // options.threads, 1)
-        failed = _sweep(plan, folder, workers, gpus, options)
+        missing = _sweep(plan, folder, workers, gpus, options)
     except (UserError, OSError) as error:  # the latter names a file, and what the system has against it
         raise SystemExit(f"error: {error}") from None
-    if failed:
+    if missing:
         raise SystemExit(1)
 
 
 def _sweep(plan: Plan, folder: Path, workers: int, gpus: int, options: argparse.Namespace) -> int:
+    """Return how many points of the grid have no result: their runs failed, or their configs were refused."""
     console = Console(highlight=False, soft_wrap=True)
     local = LocalEngine(workers, options.threads, gpus)
     ledger = Ledger(folder)
@@ -110,13 +112,14 @@ def _sweep(plan: Plan, folder: Path, workers: int, gpus: int, options: argparse.
         engine.close()
     planned = [run for run in ledger.runs() if run.planned]
     counts = Counter(run.status for run in planned)
-    summary = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
+    counts["refused"] = len(refused)
+    summary = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()) if count)
     console.print(f"{summary}; {shown_size(size_of(folder))} in {folder}.", markup=False)
     console.print(f"What came of it: python -m routerzoo report {shlex.quote(str(folder))}", markup=False)
     for run in planned:
         if run.status == "failed":
             console.print(f"failed: {run.label}: {run.reason} ({folder / run.folder / work.LOG})", markup=False)
-    return counts["failed"]
+    return counts["failed"] + counts["refused"]
 
 
 def _enter(

@@ -17,7 +17,7 @@ from routerzoo.models.blocks import MoEBlocks, moe_block_indices
 from routerzoo.moe.dispatch import dense_forward
 from routerzoo.moe.experts import MLPExperts
 from routerzoo.moe.grouped_linear import Backend
-from routerzoo.moe.layer import ExpertsFactory, MoE, RouterFactory, moe_layers
+from routerzoo.moe.layer import ExpertsFactory, MoE, RouterFactory, inner_router, moe_layers
 from routerzoo.routing import LayerSpec, RoutingContext
 
 PROVIDED_CONTEXT = frozenset({"token_ids", "positions", "sequence_ids", "attention", "step", "total_steps"})
@@ -149,7 +149,7 @@ class Block(nn.Module):
     @property
     def reads_attention(self) -> bool:
         """Whether the router wants to see the attention weights."""
-        return isinstance(self.feed_forward, MoE) and "attention" in self.feed_forward.router.requires
+        return isinstance(self.feed_forward, MoE) and "attention" in inner_router(self.feed_forward).requires
 
     def forward(
         self, x_BSD: Tensor, rotation: Rotation, context: RoutingContext, past: KeyValues | None
@@ -377,7 +377,7 @@ class Decoder(nn.Module):
         if temperature < 0 or not 0 < top_p <= 1:
             raise ValueError(f"temperature must be >= 0 and top_p in (0, 1], got {temperature} and {top_p}")
         ids_BS, past, seen = ids_BS[:, -self.max_length :], None, 0
-        one_by_one = all(layer.router.properties.tokenwise for layer in moe_layers(self))
+        one_by_one = all(inner_router(layer).properties.tokenwise for layer in moe_layers(self))
         cache: dict[Any, Any] = {}
         while True:
             x_BSD, _, present = self._run(ids_BS, past, task_ids_B=task_ids_B, seen=seen, cache=cache)

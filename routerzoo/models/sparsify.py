@@ -2,30 +2,79 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from routerzoo.models.blocks import MoEBlocks, moe_block_indices
+from routerzoo.models.feed_forward import FeedForward, find_feed_forward, substitute
 from routerzoo.models.missing_weights import initialize_missing_weights
-from routerzoo.moe.experts import ACTIVATIONS, Activation, MLPExperts, SwiGLUExperts, gate_up_down
+from routerzoo.models.weight_decay import spare_biases
+from routerzoo.moe.experts import FeedForwardWeights, MLPExperts, SwiGLUExperts
 from routerzoo.moe.grouped_linear import Backend
 from routerzoo.moe.layer import ExpertsFactory, MoE, RouterFactory, moe_layers
 from routerzoo.routing import LayerSpec
 
 M = TypeVar("M", bound=nn.Module)
 
-# Names of the linear layers (first into the hidden units, last out of them) that make a feed-forward network.
-_MLP = ("fc1", "fc2")
-_GATED = [("fc1_g", "fc1_x", "fc2"), ("gate_proj", "up_proj", "down_proj")]
+
+@dataclass(frozen=True)
+class SparsifyPlan:
+    """What `sparsify` would do to a model. Prints as a table.
+
+    Args:
+        replaced: the name of each feed-forward network that becomes a MoE layer, and what it is.
+        kept: the name of each that stays, and why.
+    """
+
+    replaced: dict[str, str]
+    kept: dict[str, str]
+
+    def __str__(self) -> str:
+        rows = [("replace", *item) for item in self.replaced.items()] + [("keep", *item) for item in self.kept.items()]
+        width = max((len(row[1]) for row in rows), default=0)
+        return "\n".join(f"{what:7}  {name:{width}}  {why}" for what, name, why in rows)
 
 
-def is_feed_forward(module: nn.Module) -> bool:
-    """Whether a module is a feed-forward network as timm or transformers write it."""
-    return any(all(isinstance(getattr(module, name, None), nn.Linear) for name in names) for names in (_MLP, *_GATED))
+def plan_sparsify(
+    model: nn.Module,
+    *,
+    blocks: MoEBlocks = "every-other",
+    match: Callable[[nn.Module], bool] | None = None,
+) -> SparsifyPlan:
+    """Return which feed-forward networks `sparsify` would replace, which not, and why; the model stays as it is.
+
+    Args:
+        model: any module.
+        blocks: see `sparsify`.
+        match: see `sparsify`.
+
+    Raises:
+        ValueError: blocks that do not exist.
+
+    Example:
+        >>> import timm
+        >>> print(plan_sparsify(timm.create_model("vit_tiny_patch16_224", depth=2)))
+        replace  blocks.1.mlp  Mlp: 192 -> 768 -> 192, gelu
+        keep     blocks.0.mlp  blocks leaves it out
+    """
+    found = find_feed_forward(model, match)
+    taken = _taken(found, match)
+    chosen = [taken[index] for index in moe_block_indices(blocks, len(taken))]
+    return SparsifyPlan(
+        {_path(network): network.describe() for network in chosen if network.reading is not None},
+        {
+            _path(network): network.reason or "blocks leaves it out"
+            for network in found
+            if network not in chosen or network.reading is None
+        },
+    )
 
 
 def sparsify(
@@ -37,7 +86,7 @@ def sparsify(
     blocks: MoEBlocks = "every-other",
     upcycle: bool = False,
     num_shared_experts: int = 0,
-    match: Callable[[nn.Module], bool] = is_feed_forward,
+    match: Callable[[nn.Module], bool] | None = None,
     provides: frozenset[str] = frozenset(),
     vocab_size: int | None = None,
     num_positions: int | None = None,
@@ -46,17 +95,23 @@ def sparsify(
 ) -> M:
     """Replace dense feed-forward networks of a model by MoE layers, in place.
 
+    A network is two linear maps with an activation between them, or three of a gated one, however their module is
+    called; each is tried, to know that it computes nothing else. What surrounds it (attention, norms, residual paths,
+    dropout) stays. `plan_sparsify` says what would be replaced, what not, and why.
+
     Args:
         model: any module with feed-forward networks as submodules.
         num_experts: experts per layer.
         router: name of a router, or a function that builds one from a `LayerSpec`.
-        experts: a function that builds the experts from a `LayerSpec`. By default those of the same shape, activation
-            and biases as the dense network.
+        experts: a function that builds the experts from a `LayerSpec`. By default those of the same shape, activation,
+            dropout and biases as the dense network.
         blocks: which of the feed-forward networks found, in the order of the model.
         upcycle: start every expert from the dense network's weights (Komatsuzaki et al. 2023,
-            https://arxiv.org/abs/2212.05055). Where the combine weights sum to 1, the model's output stays the same.
+            https://arxiv.org/abs/2212.05055). Where the combine weights sum to 1, and without shared experts, the
+            model's output stays the same.
         num_shared_experts: experts per layer that see every token.
-        match: tells what is a feed-forward network.
+        match: tells which modules to replace; one that cannot be is an error. By default the feed-forward networks of
+            blocks: not those that mix tokens, nor those of class attention, pooling heads, adapters.
         provides: the context fields that you will provide with `routerzoo.provide_context`, for routers that
             require any.
         vocab_size: number of token ids, where you provide them.
@@ -68,7 +123,7 @@ def sparsify(
         The model.
 
     Raises:
-        ValueError: no feed-forward network found, or blocks that do not exist.
+        ValueError: no feed-forward network found, one that experts cannot replace, or blocks that do not exist.
         UnmetRequirementError: the router requires a field that is not provided.
 
     Example:
@@ -78,18 +133,24 @@ def sparsify(
         >>> [layer.spec.layer for layer in moe_layers(model)]
         [0, 1]
     """
-    found = [name for name, module in model.named_modules() if match(module)]
-    if not found:
-        kinds = sorted({type(module).__name__ for module in model.modules()})
-        raise ValueError(
-            f"no feed-forward network found in {type(model).__name__}, which consists of {', '.join(kinds)}; "
-            "pass match=, a function that tells one"
-        )
-    chosen = moe_block_indices(blocks, len(found))
+    found = find_feed_forward(model, match, exact=experts is None or upcycle)
+    taken = _taken(found, match)
+    if not any(network.reading for network in taken):
+        raise ValueError(_nothing_found(model, found))
+    chosen = [taken[index] for index in moe_block_indices(blocks, len(taken))]
+    for network in chosen:
+        if network.reading is None:
+            raise ValueError(f"{_called(network)} cannot become a MoE layer: {network.reason}")
+    if match is None and (misread := [network for network in found if network.misread]):
+        left = "; ".join(f"{_called(network)}: {network.reason}" for network in misread[:3])
+        more = f"; and {len(misread) - 3} more" if len(misread) > 3 else ""
+        warnings.warn(f"sparsify leaves as they are: {left}{more}. See routerzoo.plan_sparsify", stacklevel=2)
     numbered = sum(1 for _ in moe_layers(model))
-    for layer, index in enumerate(chosen, start=numbered):
-        dense = model.get_submodule(found[index])
-        d_model, hidden_dim = _widths(dense)
+    # All layers are built before the first is put in place, so that a refusal leaves the model as it was.
+    built = []
+    for layer, network in enumerate(chosen, start=numbered):
+        weights = network.weights()
+        hidden_dim, d_model = weights.up.weight_OI.shape
         spec = LayerSpec(
             d_model,
             num_experts,
@@ -101,48 +162,83 @@ def sparsify(
             provides=provides,
             decoder=decoder,
         )
-        moe = MoE(
-            spec,
-            router,
-            experts if experts is not None else _same_experts(dense),
-            num_shared_experts=num_shared_experts,
-            backend=backend,
-        )
+        weight = weights.up.weight_OI
+        with torch.device("meta") if weight.is_meta else nullcontext():
+            moe = MoE(
+                spec,
+                router,
+                experts if experts is not None else _same_experts(network, weights),
+                num_shared_experts=num_shared_experts,
+                backend=backend,
+            )
+        _check_dropout(network, moe)
         if upcycle:
-            moe.experts.upcycle_from(dense)
-        weight = next(dense.parameters())
-        parent, _, name = found[index].rpartition(".")
-        setattr(
-            model.get_submodule(parent), name, moe.to(device=weight.device, dtype=weight.dtype).train(dense.training)
-        )
+            moe.experts.upcycle_from(weights)
+        built.append(moe.to(device=weight.device, dtype=weight.dtype).train(network.holder.training))
+    for network, moe in zip(chosen, built, strict=True):
+        _put(model, network, moe)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):  # nested tensors are for its fast path alone
+            module.enable_nested_tensor = module.use_nested_tensor = False
     initialize_missing_weights(model)
+    spare_biases(model)
     return model
 
 
-def _widths(dense: nn.Module) -> tuple[int, int]:
-    """Return the model width and the hidden width of a feed-forward network."""
-    linears = [module for module in dense.modules() if isinstance(module, nn.Linear)]
-    if not linears:
-        raise ValueError(f"{type(dense).__name__} has no linear layer to take its width from")
-    return linears[0].in_features, linears[-1].in_features
+def _taken(found: list[FeedForward], match: Callable[[nn.Module], bool] | None) -> list[FeedForward]:
+    """Return the networks that `blocks` counts: those that can be replaced, or those that the caller has named."""
+    return found if match is not None else [network for network in found if network.reading is not None]
 
 
-def _same_experts(dense: nn.Module) -> ExpertsFactory:
-    function = getattr(dense, "act", getattr(dense, "act_fn", None))
-    try:
-        gate, _, _ = gate_up_down(dense)
-    except NotImplementedError:
-        first = getattr(dense, "fc1", None)
-        bias = first is None or first.bias is not None
-        return partial(MLPExperts, activation=_activation(function, "gelu"), bias=bias)
-    return partial(SwiGLUExperts, activation=_activation(function, "silu"), bias=gate.bias is not None)
+def _put(model: nn.Module, network: FeedForward, moe: MoE) -> None:
+    reading = network.reading
+    assert reading is not None
+    if reading.place:
+        substitute(network.holder, reading, moe)
+        return
+    replacement: nn.Module = moe
+    if reading.output_dropout:
+        replacement = nn.Sequential(moe, nn.Dropout(reading.output_dropout)).train(moe.training)
+    for place in network.names:
+        parent, _, name = place.rpartition(".")
+        setattr(model.get_submodule(parent), name, replacement)
 
 
-def _activation(function: Any, default: Activation) -> Activation:
-    if not callable(function):
-        return default
-    probe = torch.linspace(-3, 3, 13)
-    for name, known in ACTIVATIONS.items():
-        if torch.allclose(function(probe), known(probe), atol=1e-5):
-            return name
-    raise ValueError(f"no experts with the activation {function} are built in; pass experts=")
+def _same_experts(network: FeedForward, weights: FeedForwardWeights) -> ExpertsFactory:
+    reading = network.reading
+    assert reading is not None
+    maps = (weights.up, weights.down, weights.gate)
+    bias = any(linear is not None and linear.bias_O is not None for linear in maps)
+    experts = SwiGLUExperts if reading.layers.gated else MLPExperts
+    return partial(experts, activation=weights.activation, dropout=reading.dropout, bias=bias)
+
+
+def _check_dropout(network: FeedForward, moe: MoE) -> None:
+    p = network.reading.dropout if network.reading is not None else 0.0
+    if p and not getattr(moe.experts, "dropout", 0.0):
+        raise ValueError(
+            f"{_called(network)} drops hidden units with a probability of {p:g}, the experts drop none: give them "
+            f"dropout={p:g}, or build the dense model without"
+        )
+
+
+def _nothing_found(model: nn.Module, found: list[FeedForward]) -> str:
+    name = type(model).__name__
+    if found:
+        reasons = "; ".join(f"{_called(network)}: {network.reason}" for network in found[:3])
+        return f"no feed-forward network of {name} can become a MoE layer: {reasons}"
+    kinds = sorted({type(module).__name__ for module in model.modules()})
+    return (
+        f"no feed-forward network found in {name}, which consists of {', '.join(kinds)}; "
+        "pass match=, a function that tells one"
+    )
+
+
+def _path(network: FeedForward) -> str:
+    """Return where the MoE layer comes, or the network is."""
+    place = network.reading.place if network.reading is not None else ""
+    return ".".join(part for part in (network.names[0], place) if part)
+
+
+def _called(network: FeedForward) -> str:
+    return f"{network.names[0] or 'the model'} ({type(network.holder).__name__})"

@@ -4,23 +4,25 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, final
 
 import timm
 import torch
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from routerzoo.models.blocks import MoEBlocks
-from routerzoo.models.patch_ids import PatchIdKind, PatchIds, create_patch_ids
+from routerzoo.models.patch_ids import PatchIdKind, PatchIds, PositionIds, create_patch_ids
 from routerzoo.models.sparsify import sparsify
 from routerzoo.moe.context import provide_context
 from routerzoo.moe.experts import MLPExperts
 from routerzoo.moe.grouped_linear import Backend
-from routerzoo.moe.layer import ExpertsFactory, MoE, RouterFactory
+from routerzoo.moe.layer import ExpertsFactory, MoE, RouterFactory, inner_router, moe_layers
 from routerzoo.router import UnmetRequirementError
 from routerzoo.routing import RoutingContext
 
@@ -44,16 +46,20 @@ class ViTMoE(nn.Module):
         num_shared_experts: experts per MoE layer that see every token.
         moe_blocks: which blocks have a MoE layer; see `routerzoo.models.blocks.moe_block_indices`.
         image_size: height and width of the images, pixels; by default the backbone's.
+        patch_size: height and width of a patch, pixels, where the backbone's do not cut images into at least 4 x 4
+            patches; `backbone_arguments` and a pretrained backbone go before it.
         in_channels: channels of the images.
         pretrained: start from timm's pretrained weights, and every expert from those of the MLP it replaces.
-        backbone_arguments: further arguments of `timm.create_model`, such as `depth` or `embed_dim`.
+        backbone_arguments: further arguments of `timm.create_model`, such as `depth` or `embed_dim`. With
+            `checkpoint_path`, a file of the dense model's weights, every expert starts from the file's MLP.
         patch_ids: what token ids are, for routers that route by them: `position`, `lsh` or `codebook`.
         num_patch_ids: number of patch ids for `lsh` (a power of 2) and `codebook`.
         activation_checkpointing: keep only the blocks' inputs and compute the rest again in the backward pass.
         backend: see `routerzoo.grouped_linear`.
 
     Raises:
-        ValueError: not a vision transformer, or an image size that the patch size does not divide.
+        ValueError: not a vision transformer; an image size that the patch size does not divide; a backbone whose MLPs
+            see other tokens than the prefix tokens and all patches.
         UnmetRequirementError: a router needs what the model does not provide.
     """
 
@@ -68,6 +74,7 @@ class ViTMoE(nn.Module):
         num_shared_experts: int = 0,
         moe_blocks: MoEBlocks = "every-other",
         image_size: int | None = None,
+        patch_size: int | None = None,
         in_channels: int = 3,
         pretrained: bool = False,
         backbone_arguments: dict[str, Any] | None = None,
@@ -80,27 +87,36 @@ class ViTMoE(nn.Module):
         arguments = {"num_classes": num_classes, "in_chans": in_channels, **(backbone_arguments or {})}
         if image_size is not None:
             arguments["img_size"] = image_size
+        for name in ("patch_drop_rate", "dynamic_img_size"):
+            if arguments.get(name):
+                raise ValueError(f"MoE layers are given all patches of images of one size: leave {name} out")
+        upcycle = pretrained or bool(arguments.get("checkpoint_path"))
+        if patch_size is not None and image_size is not None and not upcycle and "patch_size" not in arguments:
+            with torch.device("meta"):
+                own: tuple[int, int] = tuple(_create_vit(backbone, False, arguments).patch_embed.patch_size)
+            if any(image_size % side or image_size < 4 * side for side in own):
+                arguments["patch_size"] = patch_size
         self.vit: Any = _create_vit(backbone, pretrained, arguments)
         patch_embed = self.vit.patch_embed
         self.grid_size: tuple[int, int] = tuple(patch_embed.grid_size)
         self.in_channels = in_channels
         self.image_size: tuple[int, int] = tuple(patch_embed.img_size)
-        patch_size: tuple[int, int] = tuple(patch_embed.patch_size)
-        if any(image % patch for image, patch in zip(self.image_size, patch_size, strict=True)):
+        patch: tuple[int, int] = tuple(patch_embed.patch_size)
+        if any(image % side for image, side in zip(self.image_size, patch, strict=True)):
             raise ValueError(
-                f"patches of {patch_size[0]} x {patch_size[1]} pixels do not divide images of "
+                f"patches of {patch[0]} x {patch[1]} pixels do not divide images of "
                 f"{self.image_size[0]} x {self.image_size[1]}: choose another image_size, or patch_size in "
                 "backbone_arguments"
             )
         self.num_prefix_tokens = int(self.vit.num_prefix_tokens)
         num_patches = self.grid_size[0] * self.grid_size[1]
+        _check_tokens(self.vit, backbone, in_channels, self.image_size, num_patches + self.num_prefix_tokens)
         self.patch_ids: PatchIds | None = None
         vocab_size = None
         if patch_ids is not None:
-            if getattr(self.vit, "patch_drop", None) is not None and not isinstance(self.vit.patch_drop, nn.Identity):
-                raise ValueError("patch_ids need all patches: leave patch_drop_rate out")
-            self.patch_ids = create_patch_ids(patch_ids, patch_size, in_channels, num_patches, num_patch_ids)
+            self.patch_ids = create_patch_ids(patch_ids, patch, in_channels, num_patches, num_patch_ids)
             vocab_size = self.patch_ids.vocab_size + self.num_prefix_tokens
+        mlps = {block.mlp for block in self.vit.blocks}
         try:
             sparsify(
                 self.vit,
@@ -108,9 +124,9 @@ class ViTMoE(nn.Module):
                 router=router,
                 experts=experts,
                 blocks=moe_blocks,
-                upcycle=pretrained,
+                upcycle=upcycle,
                 num_shared_experts=num_shared_experts,
-                match=lambda module: module in {block.mlp for block in self.vit.blocks},
+                match=lambda module: module in mlps,
                 provides=PROVIDED_CONTEXT | ({"token_ids"} if patch_ids is not None else set()),
                 vocab_size=vocab_size,
                 num_positions=num_patches + self.num_prefix_tokens,
@@ -122,8 +138,9 @@ class ViTMoE(nn.Module):
                 raise UnmetRequirementError(error.router, error.missing, hint) from None
             raise
         for block in self.vit.blocks:
-            if isinstance(block.mlp, MoE) and "attention" in block.mlp.router.requires:
-                _show_attention(block)
+            layer = _moe_of(block)
+            if layer is not None and "attention" in inner_router(layer).requires:
+                _show_attention(block, layer)
         if activation_checkpointing:
             if type(self.vit.blocks) is not nn.Sequential:
                 raise ValueError(f"{backbone} does not run its blocks in sequence: leave activation_checkpointing out")
@@ -169,6 +186,37 @@ class ViTMoE(nn.Module):
             logits_BL: Tensor = self.vit(images_BCHW)
         return logits_BL, context
 
+    def resample_positions(self, state: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+        """Return another model's weights with its positions resampled to this one's grid of patches.
+
+        Position embeddings are interpolated as timm does it. What routers hold for each position, where token ids are
+        positions, is that of the nearest patch.
+
+        Args:
+            state: state dict of a model whose images had another size, but for that the same as this one.
+            prefix: of this model's keys.
+        """
+        state, own, key = dict(state), self.state_dict(), "vit.pos_embed"
+        saved = state.get(prefix + key)
+        if saved is None or key not in own or saved.shape[1] == own[key].shape[1]:
+            return state
+        fixed = 0 if getattr(self.vit, "no_embed_class", False) else self.num_prefix_tokens
+        side = math.isqrt(saved.shape[1] - fixed)
+        if side**2 != saved.shape[1] - fixed:
+            return state  # no square: that it does not fit is for the caller to say
+        state[prefix + key] = resample_abs_pos_embed(saved, list(self.grid_size), [side, side], fixed)
+        if isinstance(self.patch_ids, PositionIds):
+            rows, columns = (torch.arange(n) * side // n for n in self.grid_size)
+            patches = (rows.unsqueeze(1) * side + columns).flatten()
+            nearest = torch.cat([patches, side**2 + torch.arange(self.num_prefix_tokens)])
+            before = side**2 + self.num_prefix_tokens
+            for name, value in own.items():
+                held = state.get(prefix + name)
+                by_position = ".router." in name and value.ndim > 0 and value.shape[0] == len(nearest)
+                if held is not None and by_position and held.ndim > 0 and held.shape[0] == before:
+                    state[prefix + name] = held.index_select(0, nearest.to(held.device))
+        return state
+
     def token_ids(self, images_BCHW: Tensor) -> Tensor | None:
         """Return the id of every token, int64 `[B * S]`; None without patch ids."""
         if self.patch_ids is None:
@@ -178,15 +226,44 @@ class ViTMoE(nn.Module):
         return torch.cat([prefix.expand(len(ids_BN), -1), ids_BN], dim=1).reshape(-1)
 
 
-def _show_attention(block: Any) -> None:
+def _moe_of(block: Any) -> MoE | None:
+    return next(moe_layers(block.mlp), None)
+
+
+def _check_tokens(vit: Any, backbone: str, channels: int, size: tuple[int, int], described: int) -> None:
+    """Refuse a backbone whose MLPs see other tokens than those that the context describes.
+
+    Its forward pass is run without values.
+    """
+    shapes: list[torch.Size] = []
+    handles = [
+        block.mlp.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape)) for block in vit.blocks
+    ]
+    tensors = {name: tensor.to("meta") for name, tensor in (*vit.named_parameters(), *vit.named_buffers())}
+    training = vit.training
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            torch.func.functional_call(vit.eval(), tensors, (torch.empty(2, channels, *size),))
+    finally:
+        vit.train(training)
+        for handle in handles:
+            handle.remove()
+    if odd := [shape for shape in shapes if tuple(shape[:-1]) != (2, described)]:
+        raise ValueError(
+            f"{backbone} hands its MLPs tokens of the shape {list(odd[0][1:-1])} for an image, where prefix tokens and "
+            f"patches are {described}: routers would be told of other tokens than they see; take a plain vit_* backbone"
+        )
+
+
+def _show_attention(block: Any, layer: MoE) -> None:
     """Hand the attention weights of a timm block to its MoE layer's router."""
     if not (hasattr(block.attn, "fused_attn") and isinstance(getattr(block.attn, "attn_drop", None), nn.Module)):
         raise ValueError(
-            f"{type(block.mlp.router).__name__} requires attention, which timm's {type(block.attn).__name__} does not "
-            "show; take a plain vit_* backbone"
+            f"{type(inner_router(layer)).__name__} requires attention, which timm's {type(block.attn).__name__} "
+            "does not show; take a plain vit_* backbone"
         )
     block.attn.fused_attn = False  # the fused kernel keeps the weights to itself
-    block.attn.attn_drop = _AttentionTap(block.attn.attn_drop, block.mlp)
+    block.attn.attn_drop = _AttentionTap(block.attn.attn_drop, layer)
 
 
 class _AttentionTap(nn.Module):
@@ -217,7 +294,7 @@ class _CheckpointedBlocks(nn.Sequential):
                 x_BSD = block(x_BSD)
             return x_BSD
         for block in self:
-            layer = block.mlp if isinstance(block.mlp, MoE) else None
+            layer = _moe_of(block)
             context = None if layer is None else layer._provided_context
             options: dict[str, Any] = {} if context is None else {"context_fn": partial(_contexts, block, context)}
             x_BSD = checkpoint(block, x_BSD, use_reentrant=False, **options)

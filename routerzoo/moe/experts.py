@@ -16,14 +16,40 @@ from routerzoo.moe.grouped_linear import Backend, grouped_linear
 from routerzoo.moe.low_memory import Assigned, FeedForward, apply_low_memory
 from routerzoo.routing import LayerSpec
 
-Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "sigmoid", "silu"]
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # CLIP's
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),  # Primer's (So et al. 2021)
+    "sigmoid": torch.sigmoid,  # the gate of a plain GLU
     "silu": F.silu,
 }
+
+
+class LinearWeights(NamedTuple):
+    """Weights of a linear map: `weight_OI`, and `bias_O` or None."""
+
+    weight_OI: Tensor
+    bias_O: Tensor | None
+
+
+class FeedForwardWeights(NamedTuple):
+    """A dense feed-forward network, for experts to start from.
+
+    Args:
+        up: the map into the hidden units.
+        down: the map out of them.
+        gate: of a gated network, the map that the activation follows; `up` is the other one.
+        activation: the function between the maps.
+    """
+
+    up: LinearWeights
+    down: LinearWeights
+    gate: LinearWeights | None
+    activation: Activation
 
 
 class Experts(Reinitializable, ABC):
@@ -60,13 +86,14 @@ class Experts(Reinitializable, ABC):
             `[N, D]`, in the same order.
         """
 
-    def upcycle_from(self, dense: nn.Module) -> None:
+    def upcycle_from(self, dense: FeedForwardWeights) -> None:
         """Start every expert from a dense feed-forward network's weights (sparse upcycling).
 
         Raises:
             NotImplementedError: this class has no counterpart of that network.
+            ValueError: experts of another shape or function.
         """
-        raise NotImplementedError(f"{type(self).__name__} cannot start from the weights of a {type(dense).__name__}")
+        raise NotImplementedError(f"{type(self).__name__} does not implement upcycle_from")
 
 
 @final
@@ -112,12 +139,13 @@ class MLPExperts(Experts):
         hidden_NH = F.dropout(hidden_NH, self.dropout, self.training)
         return grouped_linear(hidden_NH, self.down, ends_E, self.down_bias, self.backend)
 
-    def upcycle_from(self, dense: nn.Module) -> None:
-        """Copy `fc1` and `fc2` (timm's `Mlp`) into every expert."""
-        _require_layers(self, dense, "fc1", "fc2")
-        _require_same_function(self.activation, dense)
-        _copy_to_all(self.up, self.up_bias, dense.fc1)
-        _copy_to_all(self.down, self.down_bias, dense.fc2)
+    def upcycle_from(self, dense: FeedForwardWeights) -> None:
+        """Copy the maps of a network without a gate into every expert."""
+        if dense.gate is not None:
+            raise NotImplementedError("MLPExperts have no gate, the dense network has one: take SwiGLUExperts")
+        _require_activation(self.activation, dense.activation)
+        _copy_to_all(self.up, self.up_bias, dense.up)
+        _copy_to_all(self.down, self.down_bias, dense.down)
 
     def extra_repr(self) -> str:
         """Show the sizes."""
@@ -170,15 +198,16 @@ class SwiGLUExperts(Experts):
         hidden_NH = F.dropout(_gated(gate_up_NH, self.activation), self.dropout, self.training)
         return grouped_linear(hidden_NH, self.down, ends_E, self.down_bias, self.backend)
 
-    def upcycle_from(self, dense: nn.Module) -> None:
-        """Copy timm's `SwiGLU` or `GluMlp`, or `gate_proj`, `up_proj` and `down_proj`, into every expert."""
-        gate, up, down = gate_up_down(dense)
-        _require_same_function(self.activation, dense)
+    def upcycle_from(self, dense: FeedForwardWeights) -> None:
+        """Copy the maps of a gated network into every expert."""
+        if dense.gate is None:
+            raise NotImplementedError("SwiGLUExperts have a gate, the dense network has none: take MLPExperts")
+        _require_activation(self.activation, dense.activation)
         half = self.hidden_dim
         bias = self.gate_up_bias
-        _copy_to_all(self.gate_up[:, :half], None if bias is None else bias[:, :half], gate)
-        _copy_to_all(self.gate_up[:, half:], None if bias is None else bias[:, half:], up)
-        _copy_to_all(self.down, self.down_bias, down)
+        _copy_to_all(self.gate_up[:, :half], None if bias is None else bias[:, :half], dense.gate)
+        _copy_to_all(self.gate_up[:, half:], None if bias is None else bias[:, half:], dense.up)
+        _copy_to_all(self.down, self.down_bias, dense.down)
 
     def extra_repr(self) -> str:
         """Show the sizes."""
@@ -223,33 +252,6 @@ class _SiluAndMul(torch.autograd.Function):
         return grad_gate_up_NH
 
 
-class _LinearLayer(NamedTuple):
-    weight: Tensor
-    bias: Tensor | None
-
-
-def gate_up_down(dense: Any) -> tuple[_LinearLayer, _LinearLayer, _LinearLayer]:
-    """Return the three linear maps of a gated feed-forward network as timm or transformers writes it.
-
-    Raises:
-        NotImplementedError: it is not one.
-    """
-    for names in (("fc1_g", "fc1_x", "fc2"), ("gate_proj", "up_proj", "down_proj")):
-        layers = [getattr(dense, name, None) for name in names]
-        if all(isinstance(layer, nn.Linear) for layer in layers):
-            gate, up, down = (_LinearLayer(layer.weight, layer.bias) for layer in layers if layer is not None)
-            return gate, up, down
-    first, last = getattr(dense, "fc1", None), getattr(dense, "fc2", None)
-    if isinstance(first, nn.Linear) and isinstance(last, nn.Linear) and first.out_features == 2 * last.in_features:
-        # timm's GluMlp holds both maps in one layer, the gate in the second half unless told otherwise.
-        weights, biases = first.weight.chunk(2), (None, None) if first.bias is None else first.bias.chunk(2)
-        halves = [_LinearLayer(weights[0], biases[0]), _LinearLayer(weights[1], biases[1])]
-        up, gate = halves if getattr(dense, "gate_last", True) else halves[::-1]
-        return gate, up, _LinearLayer(last.weight, last.bias)
-    children = ", ".join(name for name, _ in dense.named_children()) or "none"
-    raise NotImplementedError(f"{type(dense).__name__} is no gated feed-forward network; it has the layers {children}")
-
-
 def _stacked_weight(num_experts: int, out_features: int, in_features: int) -> nn.Parameter:
     # Each expert starts as a `torch.nn.Linear` would.
     bound = in_features**-0.5
@@ -275,34 +277,21 @@ def _checked_dropout(dropout: float) -> float:
     return dropout
 
 
-def _require_layers(experts: Experts, dense: Any, *names: str) -> None:
-    if not all(isinstance(getattr(dense, name, None), nn.Linear) for name in names):
-        raise NotImplementedError(
-            f"{type(experts).__name__} starts from a network with linear layers {', '.join(names)}; "
-            f"{type(dense).__name__} has {', '.join(n for n, _ in dense.named_children()) or 'none'}"
-        )
-
-
-def _require_same_function(activation: Activation, dense: nn.Module) -> None:
-    """Refuse a dense network that computes something else between its linear layers."""
-    function = getattr(dense, "act", getattr(dense, "act_fn", None))
-    probe = torch.linspace(-3, 3, 13)
-    if callable(function) and not torch.allclose(function(probe), ACTIVATIONS[activation](probe), atol=1e-5):
-        raise ValueError(f"the dense network's activation is {function}, the experts' {activation}: set activation")
-    norm = getattr(dense, "norm", None)
-    if norm is not None and not isinstance(norm, nn.Identity):
-        raise ValueError(f"the dense network normalises its hidden units ({norm}); experts that do so are not built in")
+def _require_activation(own: Activation, dense: Activation) -> None:
+    if own != dense:
+        raise ValueError(f"the dense network's activation is {dense}, the experts' {own}: set activation={dense!r}")
 
 
 @torch.no_grad()
-def _copy_to_all(weight_EOI: Tensor, bias_EO: Tensor | None, linear: Any) -> None:
-    if weight_EOI.shape[1:] != linear.weight.shape:
+def _copy_to_all(weight_EOI: Tensor, bias_EO: Tensor | None, dense: LinearWeights) -> None:
+    weight_OI, bias_O = dense
+    if weight_EOI.shape[1:] != weight_OI.shape:
         raise ValueError(
-            f"an expert's weights are {list(weight_EOI.shape[1:])}, the dense network's {list(linear.weight.shape)}: "
+            f"an expert's weights are {list(weight_EOI.shape[1:])}, the dense network's {list(weight_OI.shape)}: "
             "to start from a dense network, leave hidden_dim to it"
         )
-    if bias_EO is None and linear.bias is not None:
+    if bias_EO is None and bias_O is not None:
         raise ValueError("the dense network has biases: to start from it, give the experts bias=True")
-    weight_EOI.copy_(linear.weight.expand_as(weight_EOI))
+    weight_EOI.copy_(weight_OI.expand_as(weight_EOI))
     if bias_EO is not None:
-        bias_EO.copy_(torch.zeros_like(bias_EO) if linear.bias is None else linear.bias.expand_as(bias_EO))
+        bias_EO.copy_(torch.zeros_like(bias_EO) if bias_O is None else bias_O.expand_as(bias_EO))

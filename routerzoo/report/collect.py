@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections import defaultdict
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 
 from routerzoo.errors import UserError
+from routerzoo.runs.loggers import read_log
 from routerzoo.sweep.ledger import FILE, Ledger, Run
 
 # Labels of the metrics of routing that a report shows, by the name of the log's column.
@@ -149,15 +149,13 @@ def read_curves(folder: Path) -> dict[str, Curve]:
     """Return what a run has logged by step, by column; empty without a log."""
     curves: dict[str, Curve] = defaultdict(list)
     try:
-        with (folder / "logs" / "metrics.csv").open(newline="") as file:
-            for row in csv.DictReader(file):
-                step = row.pop("step", None)
-                if not step:
-                    continue
-                for name, value in row.items():
-                    if value:
-                        curves[name].append((float(step), float(value)))
-    except (OSError, ValueError, TypeError):
+        _, rows = read_log(folder / "logs" / "metrics.csv")
+        for row in rows:
+            step = row.pop("step")
+            for name, value in row.items():
+                if value:
+                    curves[name].append((float(step), float(value)))
+    except (OSError, ValueError):
         return dict(curves)
     try:
         stability = json.loads((folder / "stability.json").read_text(encoding="utf-8"))

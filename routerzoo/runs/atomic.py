@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 TEMPORARY, BACKUP = ".part", ".backup"
@@ -11,13 +13,31 @@ TEMPORARY, BACKUP = ".part", ".backup"
 
 
 def atomic_write(path: Path, text: str) -> None:
-    """Write a text file in UTF-8. Several processes may write the same one; a reader sees the old or the new text."""
+    """Write a text file in UTF-8. Several processes may write the same one; a reader sees the old or the new text.
+
+    Raises:
+        OSError: the system refuses; what was there is as it was.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, f"cannot write it: {error.strerror}", str(path)) from error
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether files can be created in a folder; its mode alone does not say, as on a disk that is mounted read-only."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def atomic_replace(temporary: Path, path: Path) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, final
@@ -15,14 +18,31 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 TERMINATED = 143
 """Exit code of a run that SIGTERM stopped, as shells report it."""
+SAVE_SECONDS = 60.0
+"""Time after which the latest is saved, whatever the step."""
+SAVE_SHARE = 20
+"""So many times as long as saving takes lies between two saves by time."""
+
+
+class StopSignal(SIGTERMException):
+    """A signal has ended the run at a step that is saved.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)  # as shells report it
+        self.number = number
 
 
 @final
 class RunCheckpoint(ModelCheckpoint):
     """Keeps one checkpoint under a fixed name, which a resumed run overwrites.
 
-    The latest is saved once a step is trained, logged and validated. On SIGTERM the run finishes its step, saves it,
-    and exits.
+    The latest is saved once a step is trained, logged and validated: at intervals, after the first step, after each
+    validation, and once a minute, so that a run that is killed loses little. On SIGTERM and on Ctrl-C the run finishes
+    its step, saves it, and exits; a second Ctrl-C ends it at once.
 
     Args:
         folder: of the checkpoint.
@@ -53,7 +73,10 @@ class RunCheckpoint(ModelCheckpoint):
             save_on_train_epoch_end=False if monitor is not None else None,
         )
         self._steps = 0
-        self._terminates = False
+        self._signal: int | None = None
+        self._handler: Any = None
+        self._validated = False
+        self._saved_at = self._pause = 0.0
 
     @property
     def state_key(self) -> str:
@@ -90,20 +113,45 @@ class RunCheckpoint(ModelCheckpoint):
 
         def on_sigterm(number: Any, frame: Any) -> None:
             launcher = trainer.strategy.launcher
-            if launcher is not None and not self._terminates:
+            if launcher is not None and self._signal is None:
                 launcher.kill(number)
-            self._terminates = True
+            self._signal = number
 
         # Lightning's handler broadcasts amid other collectives, and each process stops where it is. Here they agree at
         # the end of a step.
-        self._terminates = False
+        self._signal = None
         signals: Any = trainer._signal_connector
         signals._sigterm_notifier_fn = on_sigterm
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count optimizer steps from where a resumed run continues."""
+        """Count optimizer steps from where a resumed run continues, and wait for Ctrl-C."""
         super().on_train_start(trainer, pl_module)
-        self._steps = trainer.global_step
+        self._steps, self._validated = trainer.global_step, False
+        self._saved_at, self._pause = time.monotonic(), SAVE_SECONDS
+        # Before, there is nothing to save.
+        if self.monitor is None and threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGINT, self._on_interrupt)
+
+    def _on_interrupt(self, number: int, frame: Any) -> None:
+        if self._signal is not None:
+            raise KeyboardInterrupt
+        self._signal = number
+
+    def _stop_waiting(self) -> None:
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+            self._handler = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave Ctrl-C to who had it before, unless it is what has ended the run: more of it must not disturb."""
+        super().on_exception(trainer, pl_module, exception)
+        if not isinstance(exception, KeyboardInterrupt):
+            self._stop_waiting()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the best; the latest is saved at the end of the step."""
+        super().on_validation_end(trainer, pl_module)
+        self._validated = not trainer.sanity_checking
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -121,22 +169,30 @@ class RunCheckpoint(ModelCheckpoint):
         self._steps = trainer.global_step
         if self._steps == steps_before:  # gradients are accumulated
             return
+        due = self._validated or steps_before == 0 or self._steps == trainer.max_steps
+        due = due or self._steps % max(self._every_n_train_steps, 1) == 0
+        stops, late = self._signal is not None, time.monotonic() - self._saved_at >= self._pause
         # All processes or none: they write a checkpoint together.
-        ends = trainer.strategy.reduce_boolean_decision(self._terminates, all=False)
-        if ends or self._steps % max(self._every_n_train_steps, 1) == 0 or self._steps == trainer.max_steps:
+        asked = trainer.strategy.reduce_boolean_decision(stops or late, all=False)
+        if due or asked:
             with _as_in_on_train_batch_end(trainer, validated_before):
                 self._save_unless_saved(trainer)
-        if ends:
-            raise SIGTERMException(TERMINATED)
+            self._validated = False
+        if asked and trainer.strategy.reduce_boolean_decision(stops, all=False):
+            raise StopSignal(self._signal or signal.SIGTERM)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end, where the latest is kept."""
         if self.monitor is None:
             self._save_unless_saved(trainer)
+        self._stop_waiting()
 
     def _save_unless_saved(self, trainer: Trainer) -> None:
         if trainer.global_step > self._last_global_step_saved and not self._should_skip_saving_checkpoint(trainer):
+            start = time.monotonic()
             self._save_checkpoint(trainer, str(Path(str(self.dirpath)) / f"{self.filename}.ckpt"))
+            self._saved_at = time.monotonic()
+            self._pause = max(SAVE_SECONDS, SAVE_SHARE * (self._saved_at - start))
 
     def _ModelCheckpoint__warn_if_dir_not_empty(self, dirpath: Any) -> None:
         # Lightning warns of a folder that holds checkpoints; a resumed run's does.

@@ -9,25 +9,121 @@ results.json
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
-from routerzoo.errors import UserError
+from routerzoo.errors import UserError, reason_of
+from routerzoo.runs.atomic import recover, remove
 
 DEFAULT_ROOT = Path("runs")
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
+LOGS = "logs"
+RESULTS = "results.json"
+OWN = (CONFIG, CHECKPOINTS, LOGS, RESULTS)
+"""What a folder that holds a run has, if not all of it."""
+WRITTEN = (*OWN, "predictions*.jsonl", "predictions*.csv", "*.png", "look.html")
+"""All that commands write into the folder of a run."""
+LISTED = 5
 
 
-def new_run(name: str, root: Path = DEFAULT_ROOT) -> Path:
-    """Return the next free folder for a run of that name, without creating it."""
-    folder = root / _safe(name)
-    numbers = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
-    return folder / f"{max(numbers, default=-1) + 1:03d}"
+def claim(folder: Path | None, name: str, root: Path = DEFAULT_ROOT) -> tuple[Path, bool]:
+    """Create a folder that no other run has; of runs that start together, each gets its own.
+
+    Args:
+        folder: the folder; None for the next number of `root/name`.
+        name: of the run.
+        root: folder of the runs.
+
+    Returns:
+        The folder, and whether it did not exist before.
+
+    Raises:
+        UserError: the folder holds a run, or cannot be created.
+    """
+    try:
+        if folder is None:
+            return _next_number(root / _safe(name)), True
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            refuse_run(folder)
+            if not folder.is_dir():
+                raise
+            return folder, False
+    except OSError as error:
+        place = root / _safe(name) if folder is None else folder
+        raise UserError(
+            f"cannot create the run folder {place} ({reason_of(error)}); choose another with --run_dir"
+        ) from error
+    return folder, True
+
+
+def _next_number(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    number = max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=-1)
+    while True:
+        number += 1
+        with contextlib.suppress(FileExistsError):
+            (folder / f"{number:03d}").mkdir()
+            return folder / f"{number:03d}"
+
+
+def write_config(folder: Path, text: str) -> None:
+    """Write the config of a new run, which marks the folder as its own.
+
+    Raises:
+        UserError: another run has done so.
+    """
+    try:
+        with (folder / CONFIG).open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        refuse_run(folder)
+    except OSError as error:
+        raise UserError(f"cannot write the run's config {reason_of(error)}") from error
+
+
+def refuse_run(folder: Path) -> None:
+    """Refuse a folder that holds a run.
+
+    Raises:
+        UserError: it does.
+    """
+    if not any((folder / name).exists() for name in OWN):
+        return
+    resume = f"resume it with --run_dir {folder} --ckpt_path last, " if has_checkpoint(folder, "last") else ""
+    raise UserError(f"{folder} holds a run: {resume}replace it with --overwrite, or choose another --run_dir")
+
+
+def clear(folder: Path) -> None:
+    """Delete all that a run has written into its folder."""
+    for pattern in WRITTEN:
+        for path in folder.glob(pattern):
+            remove(path)
+
+
+def discard(folder: Path, whole: bool) -> None:
+    """Delete what a run has written, or its whole folder, with the folders above that this leaves empty."""
+    if not whole:
+        clear(folder)
+        return
+    remove(folder)
+    with contextlib.suppress(OSError):  # other runs are there
+        for above in (folder.parent, folder.parent.parent):
+            if above.is_relative_to(DEFAULT_ROOT):
+                above.rmdir()
+
+
+def has_checkpoint(folder: Path, checkpoint: str) -> bool:
+    """Whether a run has `last` or `best`."""
+    return recover(folder / CHECKPOINTS / f"{checkpoint}.ckpt")
 
 
 def latest_run(checkpoint: str, name: str | None = None, root: Path = DEFAULT_ROOT) -> Path:
-    """Return the latest run that has a checkpoint of that name.
+    """Return the run that was started, or resumed, last, if it has a checkpoint of that name.
 
     Args:
         checkpoint: `last` or `best`.
@@ -35,17 +131,23 @@ def latest_run(checkpoint: str, name: str | None = None, root: Path = DEFAULT_RO
         root: folder of the runs.
 
     Raises:
-        UserError: there is no such run.
+        UserError: there is no such run, or it has no such checkpoint; another run's is never taken instead.
     """
-    pattern = f"{_safe(name) if name is not None else '*'}/*/{CHECKPOINTS}/{checkpoint}.ckpt"
-    found = list(root.glob(pattern))
-    if not found:
+    pattern = f"{_safe(name) if name is not None else '*'}/*"
+    configs = sorted(root.glob(f"{pattern}/{CONFIG}"), key=lambda path: (path.stat().st_mtime_ns, path), reverse=True)
+    if not configs:
         raise UserError(
-            f"no checkpoint to continue from: nothing matches {root / pattern}. Train first, or give --ckpt_path a file"
+            f"no checkpoint to continue from: no run matches {root / pattern}. Train first, or give --ckpt_path a file"
         )
-    # Runs of one name are ordered by number, others by time.
-    newest = max(found, key=lambda path: (0, path.parts[-3]) if name is not None else (path.stat().st_mtime, ""))
-    return newest.parent.parent
+    newest, *others = (config.parent for config in configs)
+    if has_checkpoint(newest, checkpoint):
+        return newest
+    found = [f"--run_dir {run}" for run in others if has_checkpoint(run, checkpoint)]
+    more = f" and {len(found) - LISTED} more" if len(found) > LISTED else ""
+    ways_out = f"choose one that has: {', '.join(found[:LISTED])}{more}" if found else "no other run has one either"
+    raise UserError(
+        f"no checkpoint to continue from: {newest}, the run that was started last, has no {checkpoint}.ckpt; {ways_out}"
+    )
 
 
 def run_of(checkpoint: Path) -> Path:

@@ -19,15 +19,34 @@ class _AppendingWriter(ExperimentWriter):
         # Lightning's writer deletes an existing file.
         path = Path(self.metrics_file_path)
         if path.is_file():
-            with path.open(newline="") as file:
-                self.metrics_keys = list(next(csv.reader(file), []))
+            self.metrics_keys, _ = read_log(path)
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         # Lightning truncates the file first: a run that is killed then loses its log.
         path = Path(self.metrics_file_path)
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        _, rows = read_log(path)
         atomic_write(path, _table(fieldnames, rows))
+
+
+def read_log(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Return the columns of a log, and its rows without those that are damaged.
+
+    A crash may cut the last row. Our fields hold no line breaks: whatever is damaged is so in its own line.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    names, rows = _fields(lines[0]) if lines else [], []
+    for line in lines[1:]:
+        row = dict(zip(names, _fields(line), strict=False))
+        if len(row) == len(names) and row.get("step", "").isdecimal():
+            rows.append(row)
+    return names, rows
+
+
+def _fields(line: str) -> list[str]:
+    try:
+        return next(csv.reader([line]), [])
+    except csv.Error:  # a field that is too long
+        return []
 
 
 def _table(names: list[str], rows: list[dict[str, Any]]) -> str:
@@ -56,9 +75,5 @@ class AppendingCSVLogger(CSVLogger):
         path = Path(self.log_dir) / ExperimentWriter.NAME_METRICS_FILE
         if not path.is_file():
             return
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            # A row that a crash truncated has no step.
-            rows = [row for row in reader if (row.get("step") or "").isdigit() and int(row["step"]) < step]
-            names = list(reader.fieldnames or [])
-        atomic_write(path, _table(names, rows))
+        names, rows = read_log(path)
+        atomic_write(path, _table(names, [row for row in rows if int(row["step"]) < step]))

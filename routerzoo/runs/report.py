@@ -17,14 +17,17 @@ from rich.console import Console
 from rich.table import Table
 
 from routerzoo.callbacks.routing_monitor import RoutingMonitor
-from routerzoo.callbacks.stability import StabilityMonitor
 from routerzoo.costs import Costs, short
 from routerzoo.metrics.figures import quality_by_cost
 from routerzoo.moe.layer import inner_router, moe_layers
+from routerzoo.router import Router
 from routerzoo.runs.atomic import atomic_write
+from routerzoo.runs.folder import CHECKPOINTS, CONFIG, LOGS, RESULTS
 from routerzoo.tasks.base import MoETask
 
-RESULTS = "results.json"
+LABELS = {CHECKPOINTS: "checkpoints", LOGS: "logs", CONFIG: "config", RESULTS: "results"}
+EARLIER = "earlier"
+"""Name in `results.json` of the results that later ones have replaced."""
 
 
 @final
@@ -32,13 +35,14 @@ class RunReport(Callback):
     """Prints the model before training, and the results after each stage.
 
     After training these are the headline metric of the validation split at step 0, at its best and at the end, beside a
-    baseline (for text, predicting each token by its frequency); the model's costs; the routing of every MoE layer; and
-    the files of the run. The value at step 0 comes from Lightning's sanity check, where that covers the whole split
+    baseline (for text, predicting each token by its frequency); the costs of the trained model; and the routing of
+    every MoE layer. The value at step 0 comes from Lightning's sanity check, where that covers the whole split
     (`trainer.num_sanity_val_steps: -1`).
 
     After an evaluation at several k (`eval_top_k`) it prints and draws quality against cost. `results.json` in the
     run's folder has the same numbers by stage, with the name of the headline metric and whether higher is better: a
-    module's `headline_metric` and `headline_higher_is_better`.
+    module's `headline_metric` and `headline_higher_is_better`. Results of a stage that later ones replace are kept
+    under `earlier`. Each stage ends with the files that it has written.
 
     Args:
         folder: of the run.
@@ -53,6 +57,7 @@ class RunReport(Callback):
         self._started: float | None = None
         self._seconds_before = 0.0
         self._costs: list[Costs] = []
+        self._files_before: dict[Path, int] = {}
 
     @property
     def _console(self) -> Console:  # not an attribute: a console cannot be copied
@@ -77,6 +82,27 @@ class RunReport(Callback):
         costs = self._costs[0]
         return f"{short(costs.total)} parameters, {short(costs.active)} active per token"
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remember the files that are there."""
+        self._files_before = self._files(trainer)
+
+    def _files(self, trainer: Trainer) -> dict[Path, int]:
+        """Return the files and folders of the run, with the times of their last change."""
+        folders = {Path(trainer.default_root_dir), *([self.folder] if self.folder is not None else [])}
+        found = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
+        return {path: path.stat().st_mtime_ns for path in found if path.is_file() or path.name in LABELS}
+
+    def _print_files(self, trainer: Trainer) -> None:
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        written = [
+            path
+            for path, changed in sorted(self._files(trainer).items())
+            if self._files_before.get(path) != changed or (fitting and path.name in LABELS)
+        ]
+        for path in written:
+            picture = "picture" if path.suffix == ".png" else "file"
+            self._console.print(f"{LABELS.get(path.name, picture)}: {path}", markup=False)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the model."""
         self._started = time.monotonic()
@@ -91,7 +117,7 @@ class RunReport(Callback):
             router = inner_router(first)
             what = (
                 f"{type(router).__name__} · {len(layers)} MoE layers of {first.num_experts} "
-                f"{type(first.experts).__name__}, top {router.top_k}"
+                f"{type(first.experts).__name__}, {_choices(router)}"
             )
         self._console.print(f"[bold]{what}[/bold]; {self._sizes(pl_module)}")
         if self.folder is not None:
@@ -125,12 +151,17 @@ class RunReport(Callback):
         baseline = pl_module.baseline(getattr(trainer, "datamodule", None))
         if baseline is not None:
             rows.append(baseline)
-        rows += [("best", self.best), (f"step {self._last_step}", self._last)]
-        table = Table(title=f"validation {name}", title_justify="left", title_style="bold")
-        for label, _ in rows:
-            table.add_column(label, justify="right")
-        table.add_row(*("-" if value is None else f"{value:.4f}" for _, value in rows))
-        print_(table)
+        if self._last is None:
+            print_(
+                "Nothing was validated (trainer.limit_val_batches is 0): there is no best checkpoint, and no picture."
+            )
+        else:
+            rows += [("best", self.best), (f"last (step {self._last_step})", self._last)]
+            table = Table(title=f"validation {name}", title_justify="left", title_style="bold")
+            for label, _ in rows:
+                table.add_column(label, justify="right")
+            table.add_row(*("-" if value is None else f"{value:.4f}" for _, value in rows))
+            print_(table)
         self._print_costs(pl_module)
         self._print_routing(trainer)
         results = {
@@ -140,8 +171,7 @@ class RunReport(Callback):
             f"best {name}": self.best,
         }
         self._save("fit", trainer, pl_module, {**results, f"step 0 {name}": self.metric_at_start})
-        for label, path in self._files(trainer).items():
-            print_(f"{label}: {path}")
+        self._print_files(trainer)
 
     def _print_routing(self, trainer: Trainer) -> None:
         monitor = _monitor(trainer)
@@ -165,20 +195,6 @@ class RunReport(Callback):
             table.add_row(*(show(row) for show in columns.values()))
         self._console.print(table)
 
-    def _files(self, trainer: Trainer) -> dict[str, Any]:
-        files: dict[str, Any] = {}
-        if self.folder is not None:
-            for label, name in (("checkpoints", "checkpoints"), ("logs", "logs"), ("config", "config.yaml")):
-                if (self.folder / name).exists():
-                    files[label] = self.folder / name
-        monitor = _monitor(trainer)
-        if monitor is not None and monitor.picture is not None and monitor.picture_path(trainer).exists():
-            files["picture of the routing"] = monitor.picture_path(trainer)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, StabilityMonitor) and callback.picture is not None:
-                files["picture of its stability"] = Path(trainer.default_root_dir) / callback.picture
-        return files
-
     def _print_results(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
         if not trainer.is_global_zero:
             return
@@ -187,17 +203,20 @@ class RunReport(Callback):
             for name, value in trainer.callback_metrics.items()
             if name.startswith(f"{split}/") and name.count("/") == 1
         }
-        table = Table(title=f"{split} split", title_justify="left", title_style="bold")
+        by_k = self._by_k(trainer, pl_module, split)
+        at_k = f" at k = {by_k[0]['k']:.0f}, the first of eval_top_k" if by_k else ""
+        table = Table(title=f"{split} split{at_k}", title_justify="left", title_style="bold")
         for name in shown:
             table.add_column(name, justify="right")
         table.add_row(*(f"{value:.4f}" for value in shown.values()))
         self._console.print(table)
         self._print_costs(pl_module)
         self._print_routing(trainer)
-        by_k = self._by_k(trainer, pl_module, split)
-        self._save(split, trainer, pl_module, {**shown, **({"by k": by_k} if by_k else {})})
+        checkpoint = {} if trainer.ckpt_path is None else {"checkpoint": Path(trainer.ckpt_path).name}
+        self._save(split, trainer, pl_module, {**checkpoint, **shown, **({"by k": by_k} if by_k else {})})
         if by_k:
             self._show_by_k(pl_module, split, by_k)
+        self._print_files(trainer)
 
     def _by_k(self, trainer: Trainer, pl_module: LightningModule, split: str) -> list[dict[str, float]]:
         if not isinstance(pl_module, MoETask) or len(pl_module.eval_top_ks) == 1:
@@ -212,7 +231,7 @@ class RunReport(Callback):
     def _show_by_k(self, pl_module: LightningModule, split: str, rows: list[dict[str, float]]) -> None:
         headline = str(self._headline(pl_module))
         table = Table(title=f"{split} split, one checkpoint at several k", title_justify="left", title_style="bold")
-        for column in ("k", headline, "active parameters", "FLOPs per token", "of the first", "router FLOPs"):
+        for column in ("k", headline, "active parameters", "FLOPs per token", "relative FLOPs", "router FLOPs"):
             table.add_column(column, justify="right")
         for row in rows:
             table.add_row(
@@ -228,7 +247,6 @@ class RunReport(Callback):
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / f"{split}_by_k.png"
             quality_by_cost(rows, headline, f"{split} split, one checkpoint").savefig(path, dpi=110)
-            self._console.print(f"picture: {path}")
 
     def _print_costs(self, pl_module: LightningModule) -> None:
         if not self._costs:
@@ -252,7 +270,7 @@ class RunReport(Callback):
         if self.folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         path = self.folder / RESULTS
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        known = self._known_results(path)
         layers = list(moe_layers(pl_module))
         router: dict[str, Any] = {}
         if layers:
@@ -263,9 +281,31 @@ class RunReport(Callback):
         name = self._headline(pl_module)
         if name is not None:
             router |= {"headline_metric": name, "higher_is_better": _higher_is_better(pl_module)}
-        known[stage] = {**router, **results, **costs, "peak memory, bytes": peak_memory(pl_module.device)}
+        found = {**router, **results, **costs, "peak memory, bytes": peak_memory(pl_module.device)}
+        if stage in known and _measured(known[stage]) != _measured(found):
+            known.setdefault(EARLIER, []).append({"stage": stage, **known[stage]})
+        known[stage] = found
         self.folder.mkdir(parents=True, exist_ok=True)
         atomic_write(path, json.dumps(known, indent=2) + "\n")
+
+    def _known_results(self, path: Path) -> dict[str, Any]:
+        """Read the results so far; set a file aside that is damaged, instead of losing the new ones to it."""
+        if not path.exists():
+            return {}
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(known, dict) and isinstance(known.get(EARLIER, []), list):
+                return known
+        except ValueError:
+            pass
+        aside = path.with_suffix(".damaged.json")
+        path.replace(aside)
+        self._console.print(f"[yellow]{path} was damaged; it is now {aside}, and new results start a new file[/yellow]")
+        return {}
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count the costs of the trained model: a schedule may have changed k, and a resumed run has the last one."""
+        self._count(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the costs."""
@@ -327,3 +367,12 @@ def _numbers(costs: Costs) -> dict[str, float]:
         "FLOPs per token": costs.flops,
         "router FLOPs per token": costs.router_flops,
     }
+
+
+def _choices(router: Router) -> str:
+    return f"top {router.top_k}" if router.max_top_k > 1 or router.spec.num_experts == 1 else "k by the router itself"
+
+
+def _measured(results: dict[str, Any]) -> dict[str, Any]:
+    """Return what would be the same if it were measured again."""
+    return {name: value for name, value in results.items() if not name.startswith(("seconds", "peak memory"))}

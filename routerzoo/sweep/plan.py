@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from routerzoo.cli.configs import find_config, read_config
 from routerzoo.errors import UserError
 
 KEYS = ("tasks", "routers", "seeds", "grid", "set", "test", "baseline", "margin")
@@ -195,14 +196,17 @@ def _mapping(path: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]
 
 
 def _paths(path: Path, value: Any, where: str) -> tuple[Path, ...]:
-    """Find config files, from the working directory or from the sweep's folder."""
+    """Find config files: in the working directory, in the sweep's folder or among those that ship with the package."""
     found = []
     for name in [value] if isinstance(value, str) else value:
-        candidates = [Path(str(name)), path.parent / str(name)]
-        existing = [candidate for candidate in candidates if candidate.is_file()]
-        if not existing:
-            raise UserError(f"{path}: {where} names {name}, which is neither here nor in {path.parent}")
-        found.append(existing[0].resolve())
+        existing = [file for file in (Path(str(name)), path.parent / str(name)) if file.is_file()]
+        try:
+            found.append((existing[0] if existing else find_config(str(name))).resolve())
+        except UserError:
+            raise UserError(
+                f"{path}: {where} names {name}, which is neither here nor in {path.parent} nor a packaged config"
+            ) from None
+        read_config(found[-1])  # refused here, by name, if it cannot be read
     return tuple(found)
 
 

@@ -26,7 +26,7 @@ from routerzoo.distributed.collectives import all_ranks
 from routerzoo.errors import UserError
 from routerzoo.moe.auxiliary_loss import auxiliary_losses
 from routerzoo.moe.averaging import copy_router_state
-from routerzoo.moe.layer import moe_layers
+from routerzoo.moe.layer import inner_router, moe_layers
 from routerzoo.optim import EXECUTION, WarmupCosine, parameter_groups, use_fused_kernel
 from routerzoo.router import LossWeight, Router
 from routerzoo.routers.logit_scale import match_logit_std
@@ -109,10 +109,10 @@ class MoETask(LightningModule, ABC):
             raise UserError(f"eval_top_k is {eval_top_k}, but the model has no MoE layer")
         for layer in moe_layers(net):
             for top_k in self.eval_top_ks:
-                if top_k is not None and not 1 <= top_k <= layer.router.max_top_k:
-                    raise UserError(f"eval_top_k must be between 1 and {layer.router.max_top_k}, got {top_k}")
-            if initial_logit_std is not None:
-                match_logit_std(layer.router, initial_logit_std)
+                if top_k is not None and not 1 <= top_k <= inner_router(layer).max_top_k:
+                    raise UserError(f"eval_top_k must be between 1 and {inner_router(layer).max_top_k}, got {top_k}")
+        if initial_logit_std is not None:
+            match_logit_std(map(inner_router, moe_layers(net)), initial_logit_std)
         self.evaluated = nn.ModuleList([nn.ModuleDict(evaluation_metrics()) for _ in self.eval_top_ks])
         self._random_state: Tensor | None = None
         self._total_steps: int | None = None
@@ -326,7 +326,7 @@ class MoETask(LightningModule, ABC):
         with ExitStack() as stack:
             for layer in moe_layers(self.net) if top_k is not None else ():
                 assert top_k is not None
-                stack.enter_context(layer.router.override_top_k(top_k))
+                stack.enter_context(inner_router(layer).override_top_k(top_k))
             yield
 
     def _evaluation_step(self, stage: str, batch: Any) -> None:
@@ -344,10 +344,13 @@ class MoETask(LightningModule, ABC):
                 self.log_dict(each, on_step=False, on_epoch=True)
 
     def on_validation_epoch_start(self) -> None:
-        """Start the metrics anew: those that an evaluation in inference mode reset are of no use outside one."""
+        """Reset the metrics: those that an evaluation in inference mode reset cannot be updated outside one."""
         for metric in self.evaluated.modules():
             if isinstance(metric, Metric):
                 metric.reset()
+                # A model that is converted to 16 bits takes its metrics along, whose sums then stop growing.
+                if any(isinstance(s, Tensor) and s.dtype.itemsize < 4 for s in metric.metric_state.values()):
+                    metric.set_dtype(torch.float32)
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -390,6 +393,11 @@ class MoETask(LightningModule, ABC):
             from routerzoo.checkpoints.sharded import by_number
 
             checkpoint["optimizer_states"] = [by_number(states[0], parameter_groups(self), self)]
+
+
+def in_full_precision(logits: Tensor) -> Tensor:
+    """Return logits of 16 bits in float32: losses are not rounded to three digits."""
+    return logits.float() if logits.dtype.itemsize < 4 else logits
 
 
 def _metrics(module: Any) -> Mapping[str, Metric]:

@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from routerzoo.errors import UserError
 from routerzoo.routing import RoutingContext
-from routerzoo.tasks.base import MoETask, Prediction
+from routerzoo.tasks.base import MoETask, Prediction, in_full_precision
 
 
 class ClassPredictions(NamedTuple):
@@ -66,6 +66,7 @@ class Classification(MoETask):
     def predict_batch(self, batch: Any) -> Prediction:
         """Predict labels."""
         logits_BL, context = self(batch, **self.progress)
+        logits_BL = in_full_precision(logits_BL)
         losses_B = F.cross_entropy(logits_BL, batch.labels_B, label_smoothing=self.label_smoothing, reduction="none")
         return Prediction(logits_BL, losses_B.mean(), self.token_losses(losses_B, batch, context), context)
 
@@ -75,7 +76,7 @@ class Classification(MoETask):
 
     def evaluate(self, batch: Any, metrics: Mapping[str, Metric]) -> None:
         """Add a batch's examples."""
-        logits_BL, _ = self(batch)
+        logits_BL = in_full_precision(self(batch)[0])
         for name, metric in metrics.items():
             if name == "loss":
                 metric.update(F.cross_entropy(logits_BL, batch.labels_B), len(batch.labels_B))

@@ -17,7 +17,7 @@ from torchmetrics import MeanMetric, Metric
 from routerzoo.data.text import TextData, TextMetric
 from routerzoo.data.tokens import IGNORED_TARGET, TextBatch
 from routerzoo.errors import UserError
-from routerzoo.tasks.base import Prediction
+from routerzoo.tasks.base import Prediction, in_full_precision
 from routerzoo.tasks.decoder import DecoderTask
 
 
@@ -110,7 +110,7 @@ class LanguageModeling(DecoderTask):
             task_ids_B=batch.task_ids_B if self.net.num_tasks is not None else None,
             **(self.progress if self.training else {}),
         )
-        logits_TV = logits_BSV.flatten(0, 1)
+        logits_TV = in_full_precision(logits_BSV).flatten(0, 1)
         losses_T = F.cross_entropy(logits_TV, batch.targets_BS.flatten(), ignore_index=IGNORED_TARGET, reduction="none")
         return Prediction(logits_TV, losses_T.sum() / counted_N.sum(), losses_T, context, counted_N)
 

@@ -111,7 +111,7 @@ class Case:
 
     def construct(self, spec: LayerSpec | None = None, *, top_k: int | None = None) -> Router:
         """Build a router from the global random state, on torch's default device."""
-        arguments: dict[str, Any] = {}
+        arguments: dict[str, Any] = dict(getattr(self.factory, "checked_with", {}))  # of a class, not of a partial
         if takes_top_k(self.factory):
             arguments["top_k"] = self.sizes.top_k if top_k is None else top_k
         try:

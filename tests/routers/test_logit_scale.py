@@ -11,12 +11,13 @@ from routerzoo import (
     LanguageModeling,
     LayerSpec,
     LinearRouter,
+    LogitRouter,
     RandomFrozenRouter,
     XMoERouter,
     moe_layers,
 )
 from routerzoo.errors import UserError
-from routerzoo.routers.logit_scale import initial_logit_std, match_logit_std
+from routerzoo.routers.logit_scale import initial_logit_std, initial_logit_stds, match_logit_std
 from tests.conftest import build_router
 
 SPEC = LayerSpec(256, 16, layer=0, vocab_size=40)
@@ -62,6 +63,30 @@ def test_matched_routers_start_with_the_same_entropy():
 def test_a_single_expert_and_a_router_without_logits_have_nothing_to_match():
     match_logit_std(LinearRouter(LayerSpec(8, 1), top_k=1), 0.3)
     assert initial_logit_std(HashRouter(SPEC)) is None
+
+
+class Following(LogitRouter):
+    """Takes its gate from the layer before, at half its scale."""
+
+    def __init__(self, spec):
+        super().__init__(spec)
+        self.weight = torch.nn.Parameter(torch.randn(spec.num_experts, spec.d_model)) if spec.layer == 0 else None
+
+    def logits(self, x_TD, context):
+        gate = context.carry[self.spec.layer - 1] / 2 if self.weight is None else self.weight
+        context.carry[self.spec.layer] = gate
+        return x_TD @ gate.T
+
+    def scale_initial_logits(self, factor):
+        if self.weight is not None:
+            super().scale_initial_logits(factor)
+
+
+def test_later_layers_are_measured_after_the_earlier_ones_were_scaled():
+    routers = [Following(LayerSpec(8, 4, layer=layer, num_layers=3)) for layer in range(3)]
+    match_logit_std(routers, 0.8)
+    assert initial_logit_stds(routers) == pytest.approx([0.8, 0.4, 0.2], rel=0.1)
+    assert all(router.training for router in routers)
 
 
 def test_tasks_match_every_layer():

@@ -6,6 +6,7 @@ A number without a source is this library's choice; it is here too, since result
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -26,6 +27,8 @@ HYPER, HYPER_CODE = "Do et al. 2023, arXiv:2312.07035", "HyperRouter's code at 1
 XMOE, TUTEL = "Chi et al. 2022, arXiv:2204.09179", "Tutel, cosine_top.py at 82af7aa"
 STABLEMOE, STABLEMOE_CODE = "Dai et al. 2022, arXiv:2204.08396", "StableMoE's code at 73ea6ef"
 RMOE_CODE = "RMoE's code at 3c513e8, rnn.py: init_weights"
+VMOE_CODE = "V-MoE's code, sparsity_constrained_ot (Liu et al. 2023, arXiv:2209.15466)"
+V4 = "transformers 5.24, configuration_deepseek_v4.py"
 DROPOUT_CODE = "SMoE-Dropout (Chen et al. 2023), the code that HyperRouter shares"
 OURS = "no source: this library's choice"
 
@@ -112,6 +115,11 @@ def bias_of_two_experts(router):
     router = type(router)(LayerSpec(2, 2), top_k=1)
     router.update({"beta_E": torch.tensor([2.0, 1.0]), "batches": torch.tensor(1.0)})
     return router.selection_bias.tolist()
+
+
+def hash_layers(router):
+    built = [type(router)(replace(router.spec, layer=layer, num_layers=6)) for layer in range(6)]
+    return sum(each.table is not None for each in built)
 
 
 NORMAL, UNIFORM = 3.0, 1.8
@@ -267,6 +275,14 @@ PLUGINS = [
     Number("BaseLayerRouter", gram("expert_embedding"), [0.01, 0.0], "fairseq, base_layer.py: gain 0.1"),
     Number("TopKRouter", attribute("balances_by_score"), True, "DeepSeek-V3, equation 18; Megatron-core"),
     Number("QuantileBalancingRouter", bias_of_two_experts, [-0.5, 0.5], "Megatron-core, _update_router_qb_beta"),
+    Number("SinkhornRouter", lambda r: r.noise_std(torch.zeros(1, 1)), 1 / 64, f"{VMOE_CODE}: noise_std"),
+    Number("SinkhornRouter", attribute("iterations"), 20, f"{VMOE_CODE}: maxiter"),
+    Number("SinkhornRouter", attribute("epsilon"), 1.0, VMOE_CODE),
+    Number("ExpertChoiceRouter", lambda r: r.noise_std(torch.zeros(1, 1)), None, "Zhou et al. 2022, arXiv:2202.09368"),
+    Number("HashFirstRouter", attribute("router.scale"), 1.5, V4),
+    Number("HashFirstRouter", hash_layers, 3, V4),
+    Number("HashFirstRouter", attribute("router.score_fn"), "sqrt_softplus", V4),
+    Number("HashFirstRouter", attribute("router.renormalize"), True, V4),
     Number("RMoERouter", lambda r: r.up.shape[1], 256, "Qiu et al. 2024, arXiv:2408.06793"),
     Number("RMoERouter", std("down"), 0.02, RMOE_CODE, rel=0.03),
     Number("RMoERouter", std("up"), 0.02, RMOE_CODE, rel=0.03),

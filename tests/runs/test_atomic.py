@@ -1,5 +1,6 @@
 """Atomic writes, also where the writer is killed between two steps."""
 
+import errno
 import os
 
 import pytest
@@ -18,7 +19,7 @@ def test_a_failed_write_leaves_the_old_text(tmp_path, monkeypatch):
     assert len(synced) == 1
 
     def fails(descriptor):
-        raise OSError("no space left")
+        raise OSError(errno.ENOSPC, "no space left")
 
     monkeypatch.setattr(os, "fsync", fails)
     with pytest.raises(OSError, match="no space left"):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from torch import nn
 from torch.testing import assert_close
 
 import routerzoo
@@ -363,6 +364,40 @@ def test_the_number_of_steps_is_planned_once():
     limits = {"max_epochs": 3, "limit_train_batches": 8, "limit_val_batches": 0}
     Trainer(**QUIET, **limits, enable_checkpointing=False, callbacks=[Watch(), schedule]).fit(task, text_data())
     assert steps == [8 + 2 + 2] * 24
+
+
+class Adapter(nn.Module):
+    """Wraps a router, as adapters of fine-tuning do."""
+
+    def __init__(self, router):
+        super().__init__()
+        self.base = router
+
+    def forward(self, *arguments):
+        return self.base(*arguments)
+
+
+@pytest.mark.parametrize(("make", "data"), [(language, text_data), (vision, lambda: ImageData(batch_size=8))])
+def test_a_wrapped_router_is_evaluated_like_a_bare_one(make, data):
+    task, trainer = make("LinearRouter", eval_top_k=[1, 4]), Trainer(**QUIET, limit_val_batches=1)
+    (expected,) = trainer.validate(task, data(), verbose=False)
+    for layer in moe_layers(task):
+        layer.router = Adapter(layer.router)
+    (result,) = trainer.validate(task, data(), verbose=False)
+    assert result == expected
+    assert task.costs().active > 0
+    if make is language:
+        assert trainer.predict(task, torch.utils.data.DataLoader(torch.zeros(1, 4).long()))
+
+
+def test_an_evaluation_in_16_bits_adds_up_in_32():
+    task = language("HashRouter")  # routed alike in every precision
+    results = [
+        Trainer(**QUIET, limit_val_batches=100, precision=precision).validate(task, text_data(), verbose=False)[0]
+        for precision in ("32-true", "bf16-true")
+    ]
+    for name in ("val/loss", "val/bpb"):
+        assert results[1][name] == pytest.approx(results[0][name], rel=1e-3)
 
 
 def test_a_sharded_model_does_not_generate():

@@ -6,9 +6,6 @@ import routerzoo
 from routerzoo.registry import router_class
 from routerzoo.testing import CHECKS, check_router
 
-# By default so few of its steps look at other tokens that no check would see one.
-FULL = [name for name in routerzoo.list_routers() if name != "SelectiveSinkhornRouter"]
-
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_router(router_name, check):
@@ -16,7 +13,7 @@ def test_router(router_name, check):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", FULL)
+@pytest.mark.parametrize("name", routerzoo.list_routers())
 def test_router_on_many_sizes(name):
     check_router(name, examples=20)
 

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, final
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ class SelectiveSinkhornRouter(LogitRouter):
     inspired_by = True
     causal_form = "LinearRouter, which it is in evaluation"
     compiles = False
+    checked_with: ClassVar[Mapping[str, Any]] = {"probability": 1.0}  # by default no check would meet the transport
 
     def __init__(
         self,

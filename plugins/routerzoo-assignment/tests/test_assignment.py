@@ -56,6 +56,32 @@ def test_expert_choice_has_equal_loads_without_padding():
     assert not chosen(routing, 24, 4)[mask].any()
 
 
+def test_expert_choices_noise_moves_choices_and_weights_in_training():
+    torch.manual_seed(0)
+    router = ExpertChoiceRouter(LayerSpec(8, 4), top_k=2, noise=1.0)
+    x_TD, context = torch.randn(4000, 8), sequences(*[10] * 400)
+    routing = router(x_TD, context)
+    assert 0.24 < (routing.logits_TE - routing.clean_logits_TE).std() < 0.26  # 1 / E
+    weights = chosen(routing, 4000, 4)
+    assert_close(weights, routing.logits_TE.softmax(-1) * (weights > 0))
+    assert router.eval()(x_TD, context).clean_logits_TE is None
+    assert ExpertChoiceRouter(LayerSpec(8, 4))(x_TD, context).clean_logits_TE is None
+
+
+def test_sinkhorns_noise_moves_the_plan_alone():
+    torch.manual_seed(0)
+    router, context = SinkhornRouter(LayerSpec(8, 4), top_k=1), sequences(*[8] * 100)
+    x_TD = torch.randn(800, 8)
+    assert router.noise_std(x_TD) == 0.25  # 1 / E
+    clean = router.eval()(x_TD, context)
+    noisy = router.train()(x_TD, context)
+    assert 0.05 < (noisy.experts_TK != clean.experts_TK).float().mean() < 0.95
+    assert_close(noisy.logits_TE, clean.logits_TE)
+    assert_close(noisy.weights_TK, clean.logits_TE.softmax(-1).gather(1, noisy.experts_TK))
+    router = SinkhornRouter(LayerSpec(8, 4), top_k=1, noise=0.0)
+    assert torch.equal(router(x_TD, context).experts_TK, router.eval()(x_TD, context).experts_TK)
+
+
 def update(router, x_TD):
     """Take a step of training."""
     context = RoutingContext()
@@ -126,7 +152,7 @@ def test_small_entropy_gives_the_best_assignment():
 @pytest.mark.parametrize("router", [SinkhornRouter, SBaseRouter])
 def test_transport_levels_the_load(router):
     torch.manual_seed(0)
-    built = router(LayerSpec(8, 4), top_k=1, epsilon=0.05)
+    built = router(LayerSpec(8, 4), top_k=1, epsilon=0.05).train(router is SBaseRouter)  # without noise
     x_TD = gate_of_preferences(built)
     context = sequences(64)
     load = built(x_TD, context).expert_load(4)
@@ -213,6 +239,8 @@ def test_a_decoder_refuses_them_and_names_an_alternative(router):
     [
         (ExpertThresholdRouter, {"speed": 0.0}, "speed must be above 0 and at most 1, got 0.0"),
         (SinkhornRouter, {"epsilon": 0.0}, "epsilon must be above 0, got 0.0"),
+        (SinkhornRouter, {"noise": -1.0}, "noise must be at least 0, got -1.0"),
+        (ExpertChoiceRouter, {"noise": -1.0}, "noise must be at least 0, got -1.0"),
         (SBaseRouter, {"iterations": 0}, "iterations must be at least 1, got 0"),
         (SelectiveSinkhornRouter, {"probability": 2.0}, "probability must be between 0 and 1, got 2.0"),
         (SelectiveSinkhornRouter, {"scores": "probs"}, "scores must be logits or softmax, got 'probs'"),

@@ -20,9 +20,11 @@ from routerzoo.testing import check_router
 
 VARIANTS = {
     "ExpertChoice": ExpertChoiceRouter,
+    "ExpertChoice, with noise": partial(ExpertChoiceRouter, noise=1.0),
     "ExpertThreshold": ExpertThresholdRouter,
     "Sinkhorn": SinkhornRouter,
     "Sinkhorn, renormalized": partial(SinkhornRouter, renormalize=True, epsilon=0.1),
+    "Sinkhorn, without noise": partial(SinkhornRouter, noise=0.0),
     "S-BASE": SBaseRouter,
     "S-BASE, per sequence": partial(SBaseRouter, scope="sequence"),
     "SSR, never": partial(SelectiveSinkhornRouter, probability=0.0),

@@ -19,13 +19,14 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from routerzoo import LayerSpec, MLPExperts, MoE, RoutingContext, auxiliary_loss
+from routerzoo import LanguageModeling, LayerSpec, MLPExperts, MoE, RoutingContext, auxiliary_loss
 from routerzoo.functional.losses import balance_loss
 from routerzoo.models.decoder import Decoder
 from routerzoo.models.vit import ViTMoE
 from routerzoo.moe.auxiliary_loss import loss_of
 from routerzoo.moe.layer import NonCausalRouterError, moe_layers
 from routerzoo.router import UnmetRequirementError
+from routerzoo.routers.logit_scale import initial_logit_stds, match_logit_std
 from routerzoo.testing import check_router
 
 VARIANTS = {
@@ -114,6 +115,17 @@ def test_rmoe_carries_the_state_through_one_cell():
         assert_close(router(x, context).logits_TE, state @ router.up.T)
     with pytest.raises(ValueError, match="MoE layer 2 continues from layer 1: run that one before"):
         routers[2](inputs[2])
+
+
+@pytest.mark.parametrize("router", [OmniRouter, partial(RMoERouter, recurrent_dim=8)])
+def test_layers_that_share_state_start_from_the_same_scale(router):
+    torch.manual_seed(0)
+    routers = [router(LayerSpec(8, 4, layer=layer, num_layers=3)) for layer in range(3)]
+    match_logit_std(routers, 0.5)
+    assert initial_logit_stds(routers) == pytest.approx([0.5] * 3, rel=0.05)
+    sizes = {"d_model": 16, "num_blocks": 3, "num_heads": 2, "num_experts": 4, "max_length": 8}
+    task = LanguageModeling(**sizes, router=router, initial_logit_std=0.5)
+    assert initial_logit_stds(layer.router for layer in moe_layers(task)) == pytest.approx([0.5] * 3, rel=0.05)
 
 
 def moe(router, layer, **arguments):

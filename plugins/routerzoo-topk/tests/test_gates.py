@@ -91,16 +91,22 @@ def test_a_jitter_of_everything_is_refused():
         SwitchRouter(LayerSpec(8, 8), jitter=1.0)
 
 
-def test_hash_layers_come_first_and_are_scaled():
+def test_hash_layers_come_first_and_weight_by_a_gate():
     spec = LayerSpec(4, 8, num_layers=4, vocab_size=5)
     routers = [HashFirstRouter(replace(spec, layer=layer)) for layer in range(4)]
-    assert [router.trainable for router in routers] == [False, False, False, True]
+    assert [router.trainable for router in routers] == [True] * 4
     assert [router.normalized for router in routers] == [False] * 4
     assert [router.needs_updates for router in routers] == [False, False, False, True]
     assert [router.requires for router in routers] == [frozenset({"token_ids"})] * 3 + [frozenset()]
+    assert not torch.equal(routers[0].table, routers[1].table)
     routing = routers[0](torch.randn(5, 4), RoutingContext(token_ids=torch.arange(5)))
-    assert_close(routing.weights_TK, torch.full((5, 2), 1.25))
+    assert torch.equal(routing.experts_TK, routers[0].table[:, :2])
+    scores_TK = torch.nn.functional.softplus(routing.logits_TE).sqrt().gather(1, routing.experts_TK)
+    assert_close(routing.weights_TK, 1.5 * scores_TK / scores_TK.sum(-1, keepdim=True))
     assert routers[3].router.score_fn == "sqrt_softplus"
+    with pytest.raises(NotImplementedError, match="select experts by token ids"):
+        routers[0].select_experts(routing.logits_TE)
+    assert torch.equal(routers[3].select_experts(routing.logits_TE), routing.logits_TE.topk(2).indices)
 
 
 def test_hash_layers_need_the_index_of_their_layer():
