@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from routerzoo.distributed.expert_parallel import compute
 from routerzoo.errors import UserError
-from routerzoo.moe.experts import MLPExperts, SwiGLUExperts
+from routerzoo.moe.experts import TwoLayerExperts
 from routerzoo.moe.low_memory import Assigned, means_for
 from routerzoo.moe.permute import permutation_of, permute, unpermute
 from routerzoo.moe.rows import sorted_rows
@@ -48,7 +48,7 @@ def apply_experts(
         return _merged(x_TD, routing, experts, mesh)
     if routing.dense:
         return _soft(x_TD, routing, experts, mesh)
-    if mesh is None and isinstance(experts, (MLPExperts, SwiGLUExperts)) and _may_be_one_operator(x_TD, low_memory):
+    if mesh is None and isinstance(experts, TwoLayerExperts) and _is_one_operator(x_TD, experts, low_memory):
         means = means_for(x_TD, experts.network())
         if means is not None:
             rows, weight_N = sorted_rows(routing, len(x_TD), num_experts)
@@ -57,15 +57,21 @@ def apply_experts(
     return _sparse(x_TD, routing.assignments(), experts, num_experts, mesh)
 
 
-def _may_be_one_operator(x_TD: Tensor, low_memory: bool | None) -> bool:
+def _is_one_operator(x_TD: Tensor, experts: TwoLayerExperts, low_memory: bool | None) -> bool:
     if low_memory is None:
         low_memory = x_TD.device.type == "cuda"
-    # Exported graphs hold torch's own operations, and transforms of functions know these alone.
-    return low_memory and not torch.compiler.is_exporting() and torch._C._functorch.peek_interpreter_stack() is None
+    if not low_memory or experts.backend != "auto" or torch.compiler.is_exporting():  # an export takes torch's own
+        return False
+    # Transforms of functions know torch's own operations; sharded weights too.
+    transformed = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    return not transformed and all(type(weight) in (Tensor, nn.Parameter) for weight in experts.parameters())
 
 
 def dense_forward(experts: nn.Module, x_TD: Tensor, num_experts: int) -> Tensor:
     """Return the sum of all experts' outputs for every token, `[T, D]`: a dense feed-forward network."""
+    if isinstance(experts, TwoLayerExperts) and experts.backend == "auto":
+        y_TD: Tensor = experts.as_one(x_TD)
+        return y_TD
     num_tokens = x_TD.shape[0]
     ends_E = torch.arange(1, num_experts + 1, device=x_TD.device, dtype=torch.int32) * num_tokens
     y_ND: Tensor = experts(x_TD.repeat(num_experts, 1) if num_experts > 1 else x_TD, ends_E)

@@ -4,19 +4,14 @@ No atomics: each sum has one order, so that a run repeats bit for bit. Nothing i
 finds its expert on the device. Sums are float32's. Rows that belong to no expert are neither read nor written.
 """
 # Shape suffixes: T tokens, N assignments (rows sorted by expert), E experts, D model width, H hidden width,
-# Z width of the pre-activations (2 H where gated, else H), I input width, O output width, C columns.
+# Z width of the pre-activations (2 H where gated, else H), IN input width, OUT output width, C columns.
 
 from __future__ import annotations
 
 import os
-from typing import Any
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from routerzoo.moe.rows import Rows
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton's interpreter runs the kernels, on a CPU."""
@@ -45,6 +40,17 @@ def _value_and_slope(v, ACTIVATION: tl.constexpr):
         tanh = 2 * tl.sigmoid(1.5957691216057308 * (v + 0.044715 * v * v * v)) - 1
         value = 0.5 * v * (1 + tanh)
         slope = 0.5 * (1 + tanh) + 0.3989422804014327 * v * (1 - tanh * tanh) * (1 + 0.134145 * v * v)
+    elif ACTIVATION == "quick_gelu":
+        sigmoid = tl.sigmoid(1.702 * v)
+        value = v * sigmoid
+        slope = sigmoid + 1.702 * value * (1 - sigmoid)
+    elif ACTIVATION == "sigmoid":
+        value = tl.sigmoid(v)
+        slope = value * (1 - value)
+    elif ACTIVATION == "relu2":
+        positive = tl.maximum(v, 0.0)
+        value = positive * positive
+        slope = 2 * positive
     else:
         tl.static_assert(ACTIVATION == "relu")
         value = tl.maximum(v, 0.0)
@@ -67,7 +73,7 @@ def _biased(z_ptr, bias_ptr, row, expert, column, mask, Z: tl.constexpr, BIAS: t
 
 
 @triton.jit
-def _activate(
+def activate(
     z_ptr,
     bias_ptr,
     expert_ptr,
@@ -82,6 +88,7 @@ def _activate(
     DROPOUT: tl.constexpr,
     BH: tl.constexpr,
 ):
+    """Write the hidden units of a row."""
     row = tl.program_id(0).to(tl.int64)
     expert = tl.load(expert_ptr + row).to(tl.int64)
     if expert >= E:
@@ -97,7 +104,7 @@ def _activate(
 
 
 @triton.jit
-def _activate_backward(
+def activate_backward(
     da_ptr,
     z_ptr,
     bias_ptr,
@@ -158,7 +165,7 @@ def _activate_backward(
 
 
 @triton.jit
-def _combine(
+def combine(
     y_ptr,
     bias_ptr,
     weight_ptr,
@@ -199,7 +206,7 @@ def _combine(
 
 
 @triton.jit
-def _column_sums(
+def column_sums(
     g_ptr,
     source_ptr,
     order_ptr,
@@ -249,7 +256,7 @@ def _tile(ends_ptr, tile, E: tl.constexpr, E2: tl.constexpr, BM: tl.constexpr):
 
 
 @triton.jit
-def _product(
+def product(
     x_ptr,
     weight_ptr,
     source_ptr,
@@ -257,8 +264,8 @@ def _product(
     y_ptr,
     E: tl.constexpr,
     E2: tl.constexpr,
-    I: tl.constexpr,
-    O: tl.constexpr,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
     STRIDE_O: tl.constexpr,
     STRIDE_I: tl.constexpr,
     GATHERED: tl.constexpr,
@@ -279,16 +286,16 @@ def _product(
         at = tl.load(source_ptr + rows, mask=inside, other=0).to(tl.int64)
     o = (tl.program_id(0) % COLUMNS) * BN + tl.arange(0, BN)
     i = tl.arange(0, BK)
-    x_ptrs = x_ptr + at[:, None] * I + i[None, :]
-    weight_ptrs = weight_ptr + expert.to(tl.int64) * O * I + o[None, :] * STRIDE_O + i[:, None] * STRIDE_I
+    x_ptrs = x_ptr + at[:, None] * IN + i[None, :]
+    weight_ptrs = weight_ptr + expert.to(tl.int64) * OUT * IN + o[None, :] * STRIDE_O + i[:, None] * STRIDE_I
     y = tl.zeros((BM, BN), tl.float32)
-    for begin in range(0, I, BK):
-        left = begin + i < I
+    for begin in range(0, IN, BK):
+        left = begin + i < IN
         x = tl.load(x_ptrs + begin, mask=inside[:, None] & left[None, :], other=0.0)
-        weight = tl.load(weight_ptrs + begin * STRIDE_I, mask=left[:, None] & (o < O)[None, :], other=0.0)
+        weight = tl.load(weight_ptrs + begin * STRIDE_I, mask=left[:, None] & (o < OUT)[None, :], other=0.0)
         y = _dot(x, weight, y, PRECISION)
-    y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * O + o[None, :]
-    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=inside[:, None] & (o < O)[None, :])
+    y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * OUT + o[None, :]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=inside[:, None] & (o < OUT)[None, :])
 
 
 @triton.jit
@@ -301,8 +308,8 @@ def _add_rows(
     end,
     o,
     i,
-    O: tl.constexpr,
-    I: tl.constexpr,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
     GATHERED_G: tl.constexpr,
     GATHERED_X: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -316,20 +323,20 @@ def _add_rows(
         g_at = tl.load(source_ptr + rows, mask=inside, other=0).to(tl.int64)
     if GATHERED_X:
         x_at = tl.load(source_ptr + rows, mask=inside, other=0).to(tl.int64)
-    g = tl.load(g_ptr + g_at[None, :] * O + o[:, None], mask=inside[None, :] & (o < O)[:, None], other=0.0)
-    x = tl.load(x_ptr + x_at[:, None] * I + i[None, :], mask=inside[:, None] & (i < I)[None, :], other=0.0)
+    g = tl.load(g_ptr + g_at[None, :] * OUT + o[:, None], mask=inside[None, :] & (o < OUT)[:, None], other=0.0)
+    x = tl.load(x_ptr + x_at[:, None] * IN + i[None, :], mask=inside[:, None] & (i < IN)[None, :], other=0.0)
     return _dot(g, x, grad, PRECISION)
 
 
 @triton.jit
-def _weight_grad(
+def weight_grad(
     g_ptr,
     x_ptr,
     source_ptr,
     ends_ptr,
     grad_ptr,
-    O: tl.constexpr,
-    I: tl.constexpr,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
     GATHERED_G: tl.constexpr,
     GATHERED_X: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -347,227 +354,13 @@ def _weight_grad(
     if _INTERPRETED:  # Triton 3.6's interpreter knows no range of tensors
         while start < end:
             grad = _add_rows(
-                grad, g_ptr, x_ptr, source_ptr, start, end, o, i, O, I, GATHERED_G, GATHERED_X, PRECISION, BK
+                grad, g_ptr, x_ptr, source_ptr, start, end, o, i, OUT, IN, GATHERED_G, GATHERED_X, PRECISION, BK
             )
             start += BK
     else:  # a loop that the compiler pipelines
         for begin in range(start, end, BK):
             grad = _add_rows(
-                grad, g_ptr, x_ptr, source_ptr, begin, end, o, i, O, I, GATHERED_G, GATHERED_X, PRECISION, BK
+                grad, g_ptr, x_ptr, source_ptr, begin, end, o, i, OUT, IN, GATHERED_G, GATHERED_X, PRECISION, BK
             )
-    grad_ptrs = grad_ptr + expert * O * I + o[:, None] * I + i[None, :]
-    tl.store(grad_ptrs, grad.to(grad_ptr.dtype.element_ty), mask=(o < O)[:, None] & (i < I)[None, :])
-
-
-def tile_sizes(dtype: torch.dtype, rows_per_expert: int) -> dict[str, int]:
-    """Return the tiles of the products: rows, columns, inner width, and how many warps and stages work on one.
-
-    Args:
-        dtype: of the operands. float32 is multiplied without tensor cores, unless torch is told otherwise.
-        rows_per_expert: in the mean; tiles of few rows where there are few.
-    """
-    if INTERPRETED:
-        return {"BM": 16, "BN": 16, "BK": 16, "num_warps": 4, "num_stages": 2}
-    if dtype == torch.float32:
-        return {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 3}
-    if rows_per_expert < 32:
-        return {"BM": 16, "BN": 128, "BK": 64, "num_warps": 4, "num_stages": 3}
-    if rows_per_expert < 96:
-        return {"BM": 64, "BN": 128, "BK": 64, "num_warps": 4, "num_stages": 3}
-    return {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
-
-
-def _precision(dtype: torch.dtype) -> str:
-    highest = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if highest else "tf32"
-
-
-def _width(columns: int, most: int = 1024) -> dict[str, Any]:
-    block = min(most, triton.next_power_of_2(columns))
-    return {"BH": block, "num_warps": max(1, min(8, block // 128))}
-
-
-def activate(
-    z_NZ: Tensor, bias_EZ: Tensor | None, rows: Rows, hidden_dim: int, activation: str, dropout: float, seed: Tensor | None
-) -> Tensor:
-    """Return the hidden units of each row, `[N, H]`."""
-    (num_rows, width), num_experts = z_NZ.shape, len(rows.ends_E)
-    a_NH = z_NZ.new_empty(num_rows, hidden_dim)
-    sizes = _width(hidden_dim)
-    _activate[(num_rows, triton.cdiv(hidden_dim, sizes["BH"]))](
-        z_NZ,
-        bias_EZ if bias_EZ is not None else z_NZ,
-        rows.expert_N,
-        seed if seed is not None else rows.order_N,
-        a_NH,
-        dropout,
-        E=num_experts,
-        H=hidden_dim,
-        Z=width,
-        ACTIVATION=activation,
-        BIAS=bias_EZ is not None,
-        DROPOUT=seed is not None,
-        **sizes,
-    )
-    return a_NH
-
-
-def activate_backward(
-    da_NH: Tensor,
-    z_NZ: Tensor,
-    bias_EZ: Tensor | None,
-    weight_N: Tensor,
-    bias_part_TE: Tensor | None,
-    rows: Rows,
-    activation: str,
-    dropout: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of pre-activations, `[N, Z]`, the weighted hidden units, and the gradients of weights.
-
-    Args:
-        da_NH: the gradient of the hidden units, without the weights.
-        z_NZ: pre-activations, without the bias.
-        bias_EZ: their bias.
-        weight_N: the weight of each assignment.
-        bias_part_TE: the product of each token's gradient and each expert's second bias, where there is one.
-        rows: which rows are whose.
-        activation: its name.
-        dropout: probability of dropping a hidden unit.
-        seed: of the dropout; None for none.
-    """
-    (num_rows, hidden_dim), width = da_NH.shape, z_NZ.shape[1]
-    dz_NZ, wa_NH, dweight_N = torch.empty_like(z_NZ), torch.empty_like(da_NH), torch.empty_like(weight_N)
-    _activate_backward[(num_rows,)](
-        da_NH,
-        z_NZ,
-        bias_EZ if bias_EZ is not None else z_NZ,
-        weight_N,
-        rows.expert_N,
-        rows.order_N,
-        rows.source_N,
-        seed if seed is not None else rows.order_N,
-        bias_part_TE if bias_part_TE is not None else da_NH,
-        dz_NZ,
-        wa_NH,
-        dweight_N,
-        dropout,
-        E=len(rows.ends_E),
-        H=hidden_dim,
-        Z=width,
-        ACTIVATION=activation,
-        BIAS=bias_EZ is not None,
-        DOWN_BIAS=bias_part_TE is not None,
-        DROPOUT=seed is not None,
-        **_width(hidden_dim),
-    )
-    return dz_NZ, wa_NH, dweight_N
-
-
-def combine(y_ND: Tensor, bias_ED: Tensor | None, weight_N: Tensor | None, rows: Rows) -> Tensor:
-    """Return the sum of each token's rows, weighted where weights are given, `[T, D]`."""
-    width = y_ND.shape[1]
-    out_TD = y_ND.new_empty(rows.num_tokens, width)
-    sizes = _width(width)
-    block = sizes.pop("BH")
-    _combine[(rows.num_tokens, triton.cdiv(width, block))](
-        y_ND,
-        bias_ED if bias_ED is not None else y_ND,
-        weight_N if weight_N is not None else y_ND,
-        rows.expert_N,
-        rows.row_N,
-        rows.begin_T if rows.begin_T is not None else rows.row_N,
-        out_TD,
-        rows.top_k or 0,
-        E=len(rows.ends_E),
-        D=width,
-        RAGGED=rows.begin_T is not None,
-        BIAS=bias_ED is not None,
-        WEIGHTED=weight_N is not None,
-        BD=block,
-        **sizes,
-    )
-    return out_TD
-
-
-def column_sums(g: Tensor, rows: Rows, weight_N: Tensor | None = None) -> Tensor:
-    """Return the sum of each expert's rows, `[E, C]`; with weights, the rows of `g` are tokens."""
-    sums_EC = g.new_empty(len(rows.ends_E), g.shape[1])
-    block = 16 if INTERPRETED else 64
-    _column_sums[(len(rows.ends_E), triton.cdiv(g.shape[1], block))](
-        g,
-        rows.source_N,
-        rows.order_N,
-        weight_N if weight_N is not None else g,
-        rows.ends_E,
-        sums_EC,
-        C=g.shape[1],
-        GATHERED=weight_N is not None,
-        BR=16 if INTERPRETED else 64,
-        BC=block,
-        num_warps=4,
-    )
-    return sums_EC
-
-
-def product(x: Tensor, weight_EOI: Tensor, rows: Rows, *, gather: bool = False) -> Tensor:
-    """Return each row times its expert's weight, transposed as in `torch.nn.Linear`, `[N, O]`.
-
-    Args:
-        x: rows sorted by expert, or with `gather` tokens.
-        weight_EOI: weights, of any strides that cover them.
-        rows: which rows are whose.
-        gather: read the rows of `x` by token.
-    """
-    num_rows, (num_experts, out_width, in_width) = len(rows.source_N), weight_EOI.shape
-    y_NO = x.new_empty(num_rows, out_width)
-    sizes = tile_sizes(x.dtype, num_rows // num_experts)
-    columns = triton.cdiv(out_width, sizes["BN"])
-    tiles = num_rows // sizes["BM"] + min(num_experts, num_rows)  # at most so many, whatever the loads
-    _product[(tiles * columns,)](
-        x,
-        weight_EOI,
-        rows.source_N,
-        rows.ends_E,
-        y_NO,
-        E=num_experts,
-        E2=triton.next_power_of_2(num_experts),
-        I=in_width,
-        O=out_width,
-        STRIDE_O=weight_EOI.stride(1),
-        STRIDE_I=weight_EOI.stride(2),
-        GATHERED=gather,
-        PRECISION=_precision(x.dtype),
-        COLUMNS=columns,
-        **sizes,
-    )
-    return y_NO
-
-
-def weight_grad(g: Tensor, x: Tensor, rows: Rows, *, gather: str) -> Tensor:
-    """Return `g^T x` over each expert's rows, `[E, O, I]`.
-
-    Args:
-        g: rows sorted by expert, or tokens.
-        x: likewise.
-        rows: which rows are whose.
-        gather: `g` or `x`, whose rows are tokens.
-    """
-    num_experts, out_width, in_width = len(rows.ends_E), g.shape[1], x.shape[1]
-    grad_EOI = g.new_empty(num_experts, out_width, in_width)
-    sizes = tile_sizes(g.dtype, 128)
-    sizes["BO"], sizes["BI"] = sizes.pop("BM"), sizes.pop("BN")
-    _weight_grad[(num_experts, triton.cdiv(out_width, sizes["BO"]), triton.cdiv(in_width, sizes["BI"]))](
-        g,
-        x,
-        rows.source_N,
-        rows.ends_E,
-        grad_EOI,
-        O=out_width,
-        I=in_width,
-        GATHERED_G=gather == "g",
-        GATHERED_X=gather == "x",
-        PRECISION=_precision(g.dtype),
-        **sizes,
-    )
-    return grad_EOI
+    grad_ptrs = grad_ptr + expert * OUT * IN + o[:, None] * IN + i[None, :]
+    tl.store(grad_ptrs, grad.to(grad_ptr.dtype.element_ty), mask=(o < OUT)[:, None] & (i < IN)[None, :])

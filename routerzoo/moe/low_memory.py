@@ -10,17 +10,18 @@ Guo et al. 2025, https://arxiv.org/abs/2512.14080): `T D + N Z` elements and the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
+from routerzoo.moe.activations import ACTIVATIONS, GRADIENTS, Activation, activated
 from routerzoo.moe.grouped_linear import grouped_linear, grouped_refuses, multiply, weight_grad
 from routerzoo.moe.permute import sum_bags
 from routerzoo.moe.rows import Rows
@@ -47,7 +48,7 @@ class FeedForward(NamedTuple):
     up_bias: Tensor | None
     down: Tensor
     down_bias: Tensor | None
-    activation: str
+    activation: Activation
     dropout: float
 
     @property
@@ -133,7 +134,7 @@ def _experts(
     with torch.autocast(x_TD.device.type, enabled=False):
         x_TD, up_EZD, down_EDH = x_TD.to(dtype), up_EZD.to(dtype), down_EDH.to(dtype)
         z_NZ = compute.product(x_TD, up_EZD, rows, gather=True)
-        a_NH = compute.activate(z_NZ, up_bias_EZ, rows, down_EDH.shape[2], activation, dropout, seed)
+        a_NH = compute.activate(z_NZ, up_bias_EZ, rows, down_EDH.shape[2], cast(Activation, activation), dropout, seed)
         y_ND = compute.product(a_NH, down_EDH, rows)
         del a_NH
         out_TD = compute.combine(y_ND, down_bias_ED, weight_N, rows)
@@ -142,7 +143,7 @@ def _experts(
 
 @_experts.register_fake
 def _(x_TD, weight_N, up_EZD, *others):  # type: ignore[no-untyped-def]
-    source_N, dtype, keep = others[6], others[12], others[14]
+    source_N, dtype, keep = others[6], others[13], others[15]
     kept = (source_N.shape[0], up_EZD.shape[1]) if keep else (0,)
     return x_TD.new_empty(x_TD.shape, dtype=dtype), x_TD.new_empty(kept, dtype=dtype)
 
@@ -180,7 +181,7 @@ def _experts_backward(
     if needs_weight and down_bias_ED is not None:
         bias_part_TE = grad_TD @ down_bias_ED.to(dtype).T
     dz_NZ, wa_NH, dweight_N = compute.activate_backward(
-        da_NH, z_NZ, up_bias_EZ, weight_N, bias_part_TE, rows, activation, dropout, seed
+        da_NH, z_NZ, up_bias_EZ, weight_N, bias_part_TE, rows, cast(Activation, activation), dropout, seed
     )
     del da_NH
     if needs_down:
@@ -236,12 +237,13 @@ def _differentiable(
     """Return gradients that can be differentiated themselves: those of plain operations, computed again."""
     top_k, activation, dropout, dtype, _ = options
     x_TD, weight_N, up_EZD, up_bias_EZ, down_EDH, down_bias_ED = tensors[:6]
-    rows = Rows(*tensors[6:12], top_k or None, len(x_TD))
+    ends_E, expert_N, order_N, source_N, row_N, begin_T = tensors[6:12]
+    rows = Rows(ends_E, expert_N, order_N, source_N, row_N, begin_T, top_k or None, len(x_TD))
     if dropout > 0:
         raise NotImplementedError("gradients of gradients of experts with dropout: set dropout to 0")
     up, down = (w.to(dtype) for w in (up_EZD, down_EDH))
     z_NZ = grouped_linear(x_TD.to(dtype).index_select(0, rows.source_N), up, rows.ends_E, up_bias_EZ)
-    a_NH = _activated(z_NZ, down_EDH.shape[2], activation)
+    a_NH = activated(z_NZ, down_EDH.shape[2], activation)
     y_ND = grouped_linear(a_NH, down, rows.ends_E, down_bias_ED)
     real_N = rows.expert_N < len(rows.ends_E)
     y_ND = torch.where(real_N.unsqueeze(1), y_ND * weight_N.index_select(0, rows.order_N).unsqueeze(1), 0)
@@ -251,28 +253,7 @@ def _differentiable(
     return [next(grads) if needed else None for needed in needs]
 
 
-# --- the parts on a CPU; `routerzoo.moe.kernels` has them on a GPU ---
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-}
-# Of the gradient and the argument.
-_SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "gelu": torch.ops.aten.gelu_backward,
-    "gelu_tanh": lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
-    "relu": lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0),
-    "silu": torch.ops.aten.silu_backward,
-}
-
-
-def _activated(z_NZ: Tensor, hidden_dim: int, activation: str) -> Tensor:
-    if z_NZ.shape[1] == hidden_dim:
-        return _ACTIVATIONS[activation](z_NZ)
-    gate_NH, up_NH = z_NZ.chunk(2, dim=-1)
-    return _ACTIVATIONS[activation](gate_NH) * up_NH
+# --- the parts on a CPU; `routerzoo.moe.kernel_calls` has them on a GPU ---
 
 
 class _Torch:
@@ -293,11 +274,11 @@ class _Torch:
         bias_EZ: Tensor | None,
         rows: Rows,
         hidden_dim: int,
-        activation: str,
+        activation: Activation,
         dropout: float,
         seed: Tensor | None,
     ) -> Tensor:
-        a_NH = _activated(_with_bias(z_NZ, bias_EZ, rows), hidden_dim, activation)
+        a_NH = activated(_with_bias(z_NZ, bias_EZ, rows), hidden_dim, activation)
         return a_NH * _dropout_factor(a_NH, dropout, seed) if seed is not None else a_NH
 
     @staticmethod
@@ -308,7 +289,7 @@ class _Torch:
         weight_N: Tensor,
         bias_part_TE: Tensor | None,
         rows: Rows,
-        activation: str,
+        activation: Activation,
         dropout: float,
         seed: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -319,7 +300,7 @@ class _Torch:
         gated = z_NZ.shape[1] > da_NH.shape[1]
         gate_NH, up_NH = z_NZ.chunk(2, dim=-1) if gated else (z_NZ, None)
         dgate_NH, dup_NH = dz_NZ.chunk(2, dim=-1) if gated else (dz_NZ, None)
-        value_NH = _ACTIVATIONS[activation](gate_NH)
+        value_NH = ACTIVATIONS[activation](gate_NH)
         a_NH = value_NH * up_NH if up_NH is not None else value_NH
         if factor_NH is not None:
             a_NH = a_NH * factor_NH
@@ -334,14 +315,15 @@ class _Torch:
         if up_NH is not None and dup_NH is not None:
             torch.mul(da_NH, value_NH, out=dup_NH)
             da_NH = da_NH.mul_(up_NH)
-        dgate_NH.copy_(_SLOPES[activation](da_NH, gate_NH))
+        dgate_NH.copy_(GRADIENTS[activation](da_NH, gate_NH))
         return dz_NZ, a_NH.mul_(weight_N1), dweight_N
 
     @staticmethod
     def combine(y_ND: Tensor, bias_ED: Tensor | None, weight_N: Tensor | None, rows: Rows) -> Tensor:
         y_ND[int(rows.ends_E[-1]) :] = 0
-        for expert, start, end in _segments(rows.ends_E) if bias_ED is not None else ():
-            y_ND[start:end] += bias_ED[expert].to(y_ND.dtype)
+        if bias_ED is not None:
+            for expert, start, end in _segments(rows.ends_E):
+                y_ND[start:end] += bias_ED[expert].to(y_ND.dtype)
         if rows.begin_T is not None:
             begin_T = rows.begin_T[:-1]
         else:
@@ -394,12 +376,12 @@ class _Hybrid:
 def _parts(means: str) -> Any:
     if means == "torch":
         return _Torch
-    from routerzoo.moe import kernels  # takes long to import, and is not everywhere
+    from routerzoo.moe import kernel_calls  # Triton takes long to import, and is not everywhere
 
-    return kernels if means == "triton" else _hybrid(kernels)
+    return kernel_calls if means == "triton" else _hybrid(kernel_calls)
 
 
 @cache
-def _hybrid(kernels: ModuleType) -> type:
+def _hybrid(kernel_calls: ModuleType) -> type:
     between = ("activate", "activate_backward", "combine", "column_sums")
-    return type("_HybridParts", (_Hybrid,), {name: staticmethod(getattr(kernels, name)) for name in between})
+    return type("_HybridParts", (_Hybrid,), {name: staticmethod(getattr(kernel_calls, name)) for name in between})
