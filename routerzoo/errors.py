@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -26,6 +28,8 @@ def in_a_sentence() -> Iterator[None]:
     Raises:
         SystemExit: with that sentence.
     """
+    hook = threading.excepthook
+    threading.excepthook = functools.partial(_in_thread, hook)
     try:
         yield
     except UserError as error:
@@ -35,3 +39,13 @@ def in_a_sentence() -> Iterator[None]:
         raise SystemExit(1) from None
     except OSError as error:
         raise SystemExit(f"error: {reason_of(error)}") from None
+    finally:
+        threading.excepthook = hook
+
+
+def _in_thread(otherwise: Callable[[threading.ExceptHookArgs], object], args: threading.ExceptHookArgs) -> None:
+    """Report what the system refuses to a thread, as TensorBoard's writer, in a sentence too."""
+    if isinstance(args.exc_value, OSError):
+        sys.stderr.write(f"error: {reason_of(args.exc_value)}\n")
+    else:
+        otherwise(args)

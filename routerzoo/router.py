@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from routerzoo.functional.ids import checked_ids
 from routerzoo.functional.initialization import Reinitializable
 from routerzoo.functional.topk import (
     ScoreFunction,
@@ -335,7 +336,8 @@ class Router(Reinitializable, ABC):
             The routing, its weights in the dtype of `x_TD`.
 
         Raises:
-            ValueError: hidden states of another width, or a required context field that is missing.
+            ValueError: hidden states of another width, or a required context field that is missing; ids that are not
+                integers or, where a CPU reads them, that no table has.
         """
         context = context if context is not None else RoutingContext()
         if x_TD.ndim != 2 or x_TD.shape[1] != self.spec.d_model:
@@ -352,6 +354,7 @@ class Router(Reinitializable, ABC):
             found = value.shape[:1] if name == "attention" else getattr(value, "shape", None)
             if isinstance(value, Tensor) and found != x_TD.shape[:1]:
                 raise ValueError(f"{name} has shape {list(value.shape)}, the hidden states are {list(x_TD.shape)}")
+        context = self._with_checked_ids(context)
         # Autocast does not know the meta device.
         with nullcontext() if x_TD.is_meta else torch.autocast(x_TD.device.type, enabled=False):
             narrow = {name: value.float() for name, value in _tensors(self) if _is_narrow(value)}
@@ -360,6 +363,16 @@ class Router(Reinitializable, ABC):
             else:
                 routing = self.route(x_TD, context)
         return _with_weights_like(x_TD, routing)
+
+    def _with_checked_ids(self, context: RoutingContext) -> RoutingContext:
+        """Return a context whose required ids can be looked up; those of padding are 0."""
+        for name, size in (("token_ids", self.spec.vocab_size), ("task_ids", self.spec.num_tasks)):
+            ids_T = getattr(context, name)
+            if name in self.requires and size is not None:
+                checked_T = checked_ids(ids_T, size, context.padding_mask, f"{type(self).__name__} looks {name} up")
+                if checked_T is not ids_T:
+                    context = context.replace(**{name: checked_T})
+        return context
 
     def select_experts(self, logits_TE: Tensor) -> Tensor:
         """Select experts by logits alone, as evaluation does. Optional: for wrappers around the router.

@@ -35,6 +35,7 @@ LAYERS = [
     "runs",
     "cli.parser_errors",
     "cli.configs",
+    "cli.checkpoints",
     "cli.main",
     "sweep",
     "report",

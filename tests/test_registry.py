@@ -1,6 +1,8 @@
 import subprocess
 import sys
 import textwrap
+import threading
+from importlib.metadata import EntryPoint
 
 import pytest
 
@@ -195,3 +197,55 @@ def test_importing_routerzoo_does_not_import_lightning():
         check=True,
     )
     assert done.stdout.split() == ["False", "False"]
+
+
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """Return a function that loads one plugin of the given source, beside the built-in routers."""
+
+    def load(source):
+        (tmp_path / "odd_plugin.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+        fresh = registry._Registry()
+        fresh.routers, fresh.builtin_loaded = dict(registry._registry.routers), True
+        monkeypatch.setattr(registry, "_registry", fresh)
+        point = EntryPoint("OddRouter", "odd_plugin:OddRouter", registry.ENTRY_POINT_GROUP)
+        monkeypatch.setattr(registry, "entry_points", lambda group: [point])
+        try:
+            registry.load_plugins()
+        finally:
+            sys.modules.pop("odd_plugin", None)
+        return [str(plugin) for plugin in registry.broken_plugins()]
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("import sys\nsys.exit(3)", "SystemExit: 3"),
+        ("raise BaseException('no')", "BaseException: no"),
+        ("def f():\n    f()\nf()", "RecursionError: maximum recursion depth exceeded"),
+        ("OddRouter = None", "None is not a subclass of routerzoo.Router"),
+    ],
+)
+def test_no_plugin_ends_the_command(alone, source, reason):
+    with pytest.warns(UserWarning, match="routerzoo ignores the plugin OddRouter of package odd_plugin: "):
+        (broken,) = alone(source)
+    assert reason in broken
+    assert set(SIX) <= set(routerzoo.list_routers())
+
+
+def test_ctrl_c_ends_the_command_even_while_a_plugin_is_imported(alone):
+    with pytest.raises(KeyboardInterrupt):
+        alone("raise KeyboardInterrupt")
+
+
+def test_a_plugin_that_keeps_the_command_waiting_is_named(alone, monkeypatch, capsys):
+    monkeypatch.setattr(registry, "SLOW_SECONDS", 0.05)
+    source = PLUGIN.partition("class Another")[0].replace("TinyRouter", "OddRouter")
+    threads = threading.active_count()
+    assert alone("import time\ntime.sleep(0.3)\n" + source) == []
+    assert "still importing the plugin OddRouter of package odd_plugin after 0.05 s" in capsys.readouterr().err
+    assert threading.active_count() == threads  # a sweep forks next
+    assert "OddRouter" in routerzoo.list_routers()

@@ -7,6 +7,7 @@ from typing import Any, final
 
 from lightning import Callback, LightningModule, Trainer
 
+from routerzoo.checkpoints.names import under_own_names
 from routerzoo.checkpoints.single import read_checkpoint
 from routerzoo.errors import UserError
 from routerzoo.models.vit import ViTMoE
@@ -62,7 +63,7 @@ class FineTune(Callback):
         if not self.checkpoint.is_file():
             raise UserError(f"no checkpoint to fine-tune from: {self.checkpoint} does not exist")
         own = pl_module.state_dict()
-        state = read_checkpoint(self.checkpoint)["state_dict"]
+        state = under_own_names(read_checkpoint(self.checkpoint)["state_dict"], own.keys())
         for name, module in pl_module.named_modules():
             if isinstance(module, ViTMoE):
                 state = module.resample_positions(state, f"{name}.")

@@ -15,6 +15,7 @@ from typing import Any
 from lightning import LightningDataModule, LightningModule
 from rich.console import Console
 
+from routerzoo.checkpoints.names import under_own_names
 from routerzoo.checkpoints.single import read_checkpoint
 from routerzoo.cli.main import RouterZooCLI
 from routerzoo.cli.main import main as run
@@ -66,7 +67,8 @@ class _LookCLI(RouterZooCLI):
         assert trainer is not None  # it is built before
         if ckpt_path is not None:
             try:
-                model.load_state_dict(read_checkpoint(Path(ckpt_path))["state_dict"])
+                saved = read_checkpoint(Path(ckpt_path))["state_dict"]
+                model.load_state_dict(under_own_names(saved, model.state_dict().keys()))
             except RuntimeError as error:  # names or shapes
                 raise UserError(f"{ckpt_path} does not fit the model: {' '.join(str(error).split())}") from None
         split, batches, examples = self.options.split, self.options.batches, self.options.examples

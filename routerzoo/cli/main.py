@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.enums import StrEnum
 from rich.console import Console
 
@@ -49,6 +50,7 @@ from routerzoo.tasks.base import MoETask
 register_type(torch.device, fail_already_registered=False)
 yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, member: dumper.represent_str(member.value))
 
+TRAINER_DEFAULTS = {"num_sanity_val_steps": -1, "log_every_n_steps": 10, "enable_model_summary": False}
 PROGRESS_VARIABLE = "ROUTERZOO_PROGRESS_FILE"
 """A run whose environment has this writes how far it is into that file."""
 TRUST, TRUST_VARIABLE = "--trust", "ROUTERZOO_TRUST"
@@ -78,9 +80,15 @@ class RouterZooCLI(LightningCLI):
     - A run has a folder of its own. It is never overwritten, and goes again where nothing was trained.
     - Ctrl-C and SIGTERM leave a checkpoint, and the command that resumes from it.
     - A value for something that the data decides is refused unless it is the data's.
+    - A callback that is named again, as the saved config of a resumed run has it already, is there once.
+
+    Args:
+        args: the command and its options, as strings or as nested mappings.
+        run: run the command. Otherwise `args` are the options of `fit` alone, and `model`, `datamodule` and `trainer`
+            are built for the caller to use.
     """
 
-    def __init__(self, args: Sequence[str]) -> None:
+    def __init__(self, args: Sequence[str] | Mapping[str, Any], run: bool = True) -> None:
         self.run_dir: Path | None = None
         self.trainer: Trainer | None = None  # type: ignore[assignment]
         self._run_folder: _RunFolder | None = None
@@ -88,12 +96,12 @@ class RouterZooCLI(LightningCLI):
         self._run_name = ""
         self._given_links: dict[str, Any] = {}
         try:
-            self._run(list(args))
+            self._start(dict(args) if isinstance(args, Mapping) else list(args), run)
         except BaseException as error:
             self._end(error)
             raise
 
-    def _run(self, args: list[str]) -> None:
+    def _start(self, args: list[str] | dict[str, Any], run: bool) -> None:
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -103,9 +111,16 @@ class RouterZooCLI(LightningCLI):
             seed_everything_default=0,
             save_config_callback=None,
             parser_class=Parser,
-            trainer_defaults={"num_sanity_val_steps": -1, "log_every_n_steps": 10, "enable_model_summary": False},
+            trainer_defaults=dict(TRAINER_DEFAULTS),
             args=args,
+            run=run,
         )
+
+    @property
+    def _command(self) -> tuple[str, Any]:
+        """The command and its options; those of `fit` where none is to be run."""
+        name = self.config.get("subcommand")
+        return ("fit", self.config) if name is None else (name, self.config[name])
 
     def _end(self, error: BaseException) -> None:
         """Leave no folder of a run that has trained nothing, and say how to resume one that was stopped.
@@ -170,7 +185,7 @@ class RouterZooCLI(LightningCLI):
         return kwargs
 
     def _set_seed(self) -> None:
-        seed = self.config[self.config["subcommand"]]["seed_everything"]
+        seed = self._command[1]["seed_everything"]
         if not isinstance(seed, bool) and not 0 <= seed < 2**32:
             raise UserError(f"seed_everything must be between 0 and {2**32 - 1}, got {seed}")
         super()._set_seed()
@@ -178,7 +193,7 @@ class RouterZooCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         # Lightning would let the checkpoint's hyper-parameters override the command, router included, in silence
         # (https://github.com/Lightning-AI/pytorch-lightning/pull/21116 and issues since).
-        config = self.config[self.config["subcommand"]]
+        command, config = self._command
         self._given_links = {name: value for name in LINKED if (value := init_arg(config, name)) is not None}
         self._run_name = run_name(config)
         checkpoint, run_dir = config.get("ckpt_path"), Path(config["run_dir"]) if config["run_dir"] else None
@@ -196,7 +211,7 @@ class RouterZooCLI(LightningCLI):
             expect_checkpoint(path)
         self.run_dir = run_dir or runs.run_of(path)
         saved = read_outline(path)
-        fitting = self.config["subcommand"] == "fit"
+        fitting = command == "fit"
         refuse_incomplete(path, saved, resumes=fitting)
         refuse_another_model(path, saved, config["model"])
         step = saved["global_step"]
@@ -206,7 +221,7 @@ class RouterZooCLI(LightningCLI):
         if runs.run_of(path).resolve() == self.run_dir.resolve():
             self._resumed_step = step
         if is_first_process():
-            what = "resuming" if fitting else f"{self.config['subcommand']} of"
+            what = "resuming" if fitting else f"{command} of"
             Console(soft_wrap=True, highlight=False).print(
                 f"{what} {path} at step {step}, epoch {saved['epoch']}: {router_name(config)}.{finished}"
             )
@@ -230,15 +245,19 @@ class RouterZooCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer with the run's folder, loggers and callbacks."""
         config = self.config_init[self.subcommand] if self.subcommand else self.config_init
-        fitting = self.subcommand == "fit"
+        command, named = self._command
+        fitting = command == "fit"
         given: Any = config["trainer"]
-        callbacks = list(given["callbacks"] or [])
+        callbacks = last_of_each(given["callbacks"], named["trainer"]["callbacks"])
         refuse_tuners(callbacks)
         kept = self._run_folder = self._claim_folder(config, dry=bool(given["fast_dev_run"]))
         folder = self.run_dir = kept.folder
         if given["strategy"] == "sharded":
             import routerzoo.distributed.strategy  # noqa: F401  (registers the name; takes a second)
-        if given["logger"] in (None, True):
+        barebones = bool(given["barebones"])
+        if barebones:  # Lightning refuses whatever is not None
+            kwargs |= {name: None for name, default in TRAINER_DEFAULTS.items() if given[name] == default}
+        elif given["logger"] in (None, True):
             kwargs["logger"] = [
                 AppendingCSVLogger(folder, name="", version="logs"),
                 # What a resumed run logs again replaces what it had logged.
@@ -267,9 +286,9 @@ class RouterZooCLI(LightningCLI):
             added.append(ProgressFile(os.environ[PROGRESS_VARIABLE]))
         if not given["fast_dev_run"]:
             # Evaluation has no use for them, but a checkpoint's callbacks are expected whenever it is read.
-            if given["enable_checkpointing"] in (None, True):
+            if given["enable_checkpointing"] in (None, True) and not barebones:
                 added += self._checkpoints(folder, config["checkpoint_every"])
-            if fitting and given["logger"] is not False:
+            if fitting and given["logger"] is not False and not barebones:
                 added.append(LearningRateMonitor("step"))
         trainer = super().instantiate_trainer(**{**kwargs, "callbacks": [*callbacks, *added]})
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -282,7 +301,7 @@ class RouterZooCLI(LightningCLI):
 
     def _claim_folder(self, config: Any, dry: bool) -> _RunFolder:
         """Create the folder of a new run, or take that of the run that is resumed or evaluated."""
-        text, fitting = self._config_text(), self.subcommand == "fit"
+        text, fitting = self._config_text(), self._command[0] == "fit"
         if dry or not is_first_process():
             # Nothing is written there, or else the first process says where.
             return _RunFolder(self.run_dir or runs.DEFAULT_ROOT / self._run_name, text)
@@ -310,9 +329,11 @@ class RouterZooCLI(LightningCLI):
         return saved
 
     def _config_text(self) -> str:
-        config = self.config[self.subcommand].clone() if self.subcommand else self.config.clone()
+        config = self._command[1].clone()
         # A run of the same config is a run of its own.
-        config["ckpt_path"], config["run_dir"], config["overwrite"] = None, None, False
+        config["run_dir"], config["overwrite"] = None, False
+        if "ckpt_path" in config:
+            config["ckpt_path"] = None
         parser = self.parser if self.subcommand is None else self._parser(self.subcommand)
         return str(parser.dump(config, skip_link_targets=True, skip_check=True))
 
@@ -354,6 +375,25 @@ class _RunFolder(Callback):
         self.interrupted = isinstance(exception, KeyboardInterrupt)
 
 
+def last_of_each(callbacks: Any, named: Any) -> list[Callback]:
+    """Return the callbacks; of those that are the same, or have the same state, the last.
+
+    Args:
+        callbacks: one, several, or none.
+        named: the options that they were built from, likewise.
+    """
+    built, options = (value if isinstance(value, list) else [value] for value in (callbacks, named))
+    kept: dict[str, Callback] = {}
+    for callback, option in zip(built, options, strict=True):
+        if callback is None:
+            continue
+        key = callback.state_key if is_overridden("state_dict", callback) else str(option)
+        if key in kept:
+            print(f"{type(callback).__name__} is named twice: the last one counts")
+        kept[key] = callback
+    return list(kept.values())
+
+
 def refuse_tuners(callbacks: Sequence[Callback]) -> None:
     """Refuse callbacks that change a size or a rate behind the config's back.
 
@@ -388,6 +428,9 @@ def _quiet_needless_warnings(datamodule: Any) -> None:
     warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback, but (load|sav)ing")
     # Ours returns keys and values that are views, and changes nothing in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
+    if isinstance(datamodule, (routerzoo.data.TextData, routerzoo.data.ImageData, routerzoo.data.LabelledText)):
+        # Theirs repeat no sample, see `EvenBatches`.
+        warnings.filterwarnings("ignore", message="Using `DistributedSampler` with the dataloaders")
     published = getattr(datamodule, "published", None)
     if isinstance(datamodule, routerzoo.data.TextData) or published is not None:
         # These samples are slices of memory; processes to load them would cost more than they bring.

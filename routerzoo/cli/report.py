@@ -13,6 +13,7 @@ from routerzoo.errors import UserError
 from routerzoo.report.collect import read_sweep
 from routerzoo.report.page import write_report
 from routerzoo.runs.atomic import is_writable
+from routerzoo.sweep.ledger import FILE
 
 
 def main(args: Sequence[str]) -> None:
@@ -37,9 +38,10 @@ def main(args: Sequence[str]) -> None:
 
 def _writable(folder: Path) -> Path:
     """Return the folder, or else a copy of what a report reads, below the working directory."""
-    if not folder.is_dir() or is_writable(folder):
+    if not (folder / FILE).is_file() or is_writable(folder):
         return folder
     copy = Path("reports") / folder.resolve().name
+    print(f"{folder} cannot be written to: the report goes to {copy}")
     for path in folder.rglob("*"):
         if path.is_file() and not {"checkpoints", "overlays"} & set(path.parts) and not path.name.startswith("events."):
             target = copy / path.relative_to(folder)

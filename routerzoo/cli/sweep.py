@@ -31,6 +31,7 @@ from routerzoo.sweep.ledger import Ledger, Run
 from routerzoo.sweep.plan import Cell, Plan, read_plan
 from routerzoo.sweep.progress import Progress
 from routerzoo.sweep.room import KEEP, Room, shown_size, size_of
+from routerzoo.sweep.tested_k import KEY, with_possible_k
 
 RUNS = "runs"
 PLAN = "plan.json"
@@ -149,16 +150,27 @@ def _enter(
         ledger.remember({source: text for source, (text, reason) in answers.items() if not reason})
     rows: dict[str, dict[str, Any]] = {}
     refused: dict[str, str] = {}
+    tested_as_trained: set[str] = set()
     for cell, source in zip(cells, sources, strict=True):
         config = ledger.resolved(source)
         if config is None:
             refused[cell.label] = answers[source][1]
             continue
+        try:
+            possible = with_possible_k(cell, config)
+        except UserError as error:
+            refused[cell.label] = str(error)
+            continue
+        if possible is not cell:
+            tested_as_trained.add(cell.router)
+        cell = possible
         key = hashlib.sha256(json.dumps([config, cell.test_arguments]).encode()).hexdigest()[:12]
         if key in rows:
             raise UserError(f"{rows[key]['label']} and {cell.label} are the same run: their configs do not differ")
         rows[key] = _row(cell, key, config)
         _write_config(folder / rows[key]["folder"], config)
+    for router in sorted(tested_as_trained):
+        console.print(f"{router} has one k, or chooses its own: it is tested without {KEY}", markup=False)
     ledger.plan(rows.values())
     atomic_write(folder / "refused.json", json.dumps(refused, indent=2) + "\n")
     if refused and not rows:

@@ -17,7 +17,8 @@ def k_at(step: int, total_steps: int, start: int, end: int, growth: Growth = "li
     - `linear`: `start + (end - start) * t / S`
     - `cosine`: `end - (end - start) * cos(pi * t / 2S)`
     - `exponential`: `end - (end - start) * 0.99 ^ floor(t / floor(S / 300))`
-    - `multi-step`: doubles from `start` at equal intervals, for 1 to 16 through 1, 2, 4, 8, 16
+    - `multi-step`: the doublings of 1 up to the larger end (1, 2, 4, 8, 16) at equal intervals, but no less than the
+      smaller end: from 8 to 16, k grows after four fifths of training
 
     each rounded to the nearest integer. The growth may also go down.
 
@@ -35,7 +36,7 @@ def k_at(step: int, total_steps: int, start: int, end: int, growth: Growth = "li
     elif growth == "exponential":
         k = end - (end - start) * 0.99 ** (step // max(total_steps // 300, 1))
     elif growth == "multi-step":
-        stages = _doublings(min(start, end), max(start, end))
+        stages = _doublings(max(start, end))
         stages = stages if start <= end else stages[::-1]
         k = stages[min(int(share * len(stages)), len(stages) - 1)]
     else:
@@ -43,8 +44,8 @@ def k_at(step: int, total_steps: int, start: int, end: int, growth: Growth = "li
     return min(max(round(k), min(start, end)), max(start, end))
 
 
-def _doublings(low: int, high: int) -> list[int]:
-    stages = [low]
-    while stages[-1] * 2 < high:
-        stages.append(stages[-1] * 2)
-    return stages + [high] * (high > low)
+def _doublings(high: int) -> list[int]:
+    stages = [1]
+    while stages[-1] < high:
+        stages.append(min(stages[-1] * 2, high))
+    return stages

@@ -88,7 +88,7 @@ def _sparse(
     filter_rows = may_drop and x_TD.device.type == "cpu" and not torch.compiler.is_compiling()
     if filter_rows:
         keep = (expert_N >= 0).nonzero().squeeze(1)  # on a GPU this would wait for the device
-        if len(keep) < len(expert_N):
+        if keep.shape[0] < expert_N.shape[0]:
             token_N, expert_N, weight_N, top_k = token_N[keep], expert_N[keep], weight_N[keep], None
         may_drop = False
     # Padding sorts behind the last expert, where no backend looks.
@@ -96,7 +96,7 @@ def _sparse(
     sorted_N, order_N = key_N.sort(stable=True)
     bounds_E = torch.arange(num_experts, device=sorted_N.device, dtype=sorted_N.dtype)
     ends_E = torch.searchsorted(sorted_N, bounds_E, right=True, out_int32=True)
-    permutation = permutation_of(token_N, order_N, len(x_TD), top_k)
+    permutation = permutation_of(token_N, order_N, x_TD.shape[0], top_k)
     x_ND = permute(x_TD, permutation)
     real_N1 = (sorted_N < num_experts).unsqueeze(1) if may_drop else None
     if real_N1 is not None:

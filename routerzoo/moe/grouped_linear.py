@@ -59,7 +59,7 @@ def grouped_linear(
     if x_NI.device.type == "cpu" and not torch.compiler.is_compiling():
         added: Tensor = _BiasBySegment.apply(y_NO, bias_EO, ends_E)
         return added
-    return y_NO + _per_row(bias_EO, ends_E, len(x_NI))
+    return y_NO + _per_row(bias_EO, ends_E, x_NI.shape[0])
 
 
 def multiply(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
@@ -69,9 +69,11 @@ def multiply(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
 
 def weight_grad(grad_NO: Tensor, x_NI: Tensor, ends_E: Tensor) -> Tensor:
     """Return the gradient of the weights of a `grouped_linear`, `[E, O, I]`, likewise."""
-    sizes_EOI = x_NI.new_empty(len(ends_E), grad_NO.shape[1], x_NI.shape[1], device="meta")
+    sizes_EOI = x_NI.new_empty(ends_E.shape[0], grad_NO.shape[1], x_NI.shape[1], device="meta")
+    grad_EOI: Tensor
     if _choose(x_NI, sizes_EOI) == "grouped":
-        grad_EOI: Tensor = torch.nn.functional.grouped_mm(grad_NO.T, x_NI, offs=ends_E)
+        grad_NO, x_NI = _rows_of_16_bytes(grad_NO), _rows_of_16_bytes(x_NI)
+        grad_EOI = torch.nn.functional.grouped_mm(grad_NO.T, x_NI, offs=ends_E)
     else:
         grad_EOI = _weight_grad(grad_NO, x_NI, ends_E)
     return grad_EOI
@@ -107,7 +109,7 @@ def _segments(ends: list[int]) -> Iterator[tuple[int, int, int]]:
 
 def _per_row(bias_EO: Tensor, ends_E: Tensor, num_rows: int) -> Tensor:
     rows = torch.arange(num_rows, device=ends_E.device, dtype=ends_E.dtype)
-    expert_N = torch.searchsorted(ends_E, rows, right=True).clamp_max(len(bias_EO) - 1)
+    expert_N = torch.searchsorted(ends_E, rows, right=True).clamp_max(bias_EO.shape[0] - 1)
     return bias_EO.index_select(0, expert_N)
 
 
@@ -129,11 +131,14 @@ def _choose(x_NI: Tensor, weight_EOI: Tensor) -> Backend:
       passes take 1.1 of the time of `grouped` with 4 rows for each expert in the mean, 0.8 to 0.9 with 8, 0.6 to 0.7
       with 16, 0.5 to 0.6 with 32, 0.4 with 512.
     """
-    few = x_NI.device.type == "cpu" and len(x_NI) <= FEW_ROWS_PER_EXPERT * len(weight_EOI)
-    wider = widens(x_NI.device.type, x_NI.dtype)
-    if wider and len(x_NI) >= FEWEST_ROWS_PER_EXPERT[x_NI.dtype] * len(weight_EOI):
+    if grouped_refuses(x_NI, weight_EOI):
         return "loop"
-    return "loop" if few or grouped_refuses(x_NI, weight_EOI) else "grouped"
+    if torch.compiler.is_compiling():  # the number of rows may be a symbol, which a comparison would pin down
+        return "grouped"
+    rows, num_experts = x_NI.shape[0], weight_EOI.shape[0]
+    few = x_NI.device.type == "cpu" and rows <= FEW_ROWS_PER_EXPERT * num_experts
+    wider = widens(x_NI.device.type, x_NI.dtype) and rows >= FEWEST_ROWS_PER_EXPERT[x_NI.dtype] * num_experts
+    return "loop" if few or wider else "grouped"
 
 
 def grouped_refuses(x_NI: Tensor, weight_EOI: Tensor) -> str:
@@ -150,19 +155,44 @@ def grouped_refuses(x_NI: Tensor, weight_EOI: Tensor) -> str:
         return "torch compiles its grouped product in bfloat16 only"
     if any(width * x_NI.element_size() % 16 for width in weight_EOI.shape[1:]):
         return f"rows must be multiples of 16 bytes, widths are {list(weight_EOI.shape[1:])}"
-    if len(x_NI) == 0:
+    if not torch.compiler.is_compiling() and x_NI.shape[0] == 0:
         return "there are no rows"
     return ""
 
 
 def _grouped(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    return torch.nn.functional.grouped_mm(x_NI, weight_EOI.transpose(1, 2), offs=ends_E)
+    if not weight_EOI.mT.is_contiguous():  # a transposed bank is taken as it is
+        weight_EOI = _rows_of_16_bytes(weight_EOI)
+    y_NO = torch.nn.functional.grouped_mm(_rows_of_16_bytes(x_NI), weight_EOI.mT, offs=ends_E)
+    with_rows: Tensor = _GradientWithRows.apply(y_NO)
+    return with_rows
+
+
+def _rows_of_16_bytes(tensor: Tensor) -> Tensor:
+    """Lay a tensor out as torch's grouped product takes it; a sum's gradient, for one, is a single number expanded."""
+    tensor = tensor.contiguous()
+    if torch.compiler.is_compiling():  # a compiler follows no offset into memory
+        return tensor
+    return tensor.clone() if tensor.storage_offset() * tensor.element_size() % 16 else tensor
+
+
+class _GradientWithRows(torch.autograd.Function):
+    """Hands on a grouped product, and to its backward pass a gradient that it takes."""
+
+    @staticmethod
+    def forward(ctx: Any, y_NO: Tensor) -> Tensor:
+        ctx.mark_dirty(y_NO)  # so that it is no view, and biases can be added in place
+        return y_NO
+
+    @staticmethod
+    def backward(ctx: Any, grad_NO: Tensor) -> Tensor:
+        return _rows_of_16_bytes(grad_NO)
 
 
 def _reference(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     ends = [0, *ends_E.tolist()]
-    parts = [x_NI[ends[e] : ends[e + 1]] @ weight_EOI[e].T for e in range(len(weight_EOI))]
-    parts.append(x_NI.new_zeros(len(x_NI) - ends[-1], weight_EOI.shape[1]))
+    parts = [x_NI[ends[e] : ends[e + 1]] @ weight_EOI[e].T for e in range(weight_EOI.shape[0])]
+    parts.append(x_NI.new_zeros(x_NI.shape[0] - ends[-1], weight_EOI.shape[1]))
     return torch.cat(parts)
 
 
@@ -179,7 +209,7 @@ def _widening(x_NI: Tensor, weight_EOI: Tensor, ends: list[int]) -> Widening | N
 
 @custom_op("routerzoo::grouped_matmul", mutates_args=(), tags=[torch.Tag.cudagraph_unsafe])
 def _matmul(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    y_NO = x_NI.new_empty(len(x_NI), weight_EOI.shape[1])
+    y_NO = x_NI.new_empty(x_NI.shape[0], weight_EOI.shape[1])
     ends = ends_E.tolist()
     widening = _widening(x_NI, weight_EOI, ends)
     for expert, start, end in _segments(ends):
@@ -198,7 +228,7 @@ def _(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
 
 @custom_op("routerzoo::grouped_weight_grad", mutates_args=(), tags=[torch.Tag.cudagraph_unsafe])
 def _weight_grad(grad_NO: Tensor, x_NI: Tensor, ends_E: Tensor) -> Tensor:
-    grad_EOI = x_NI.new_empty(len(ends_E), grad_NO.shape[1], x_NI.shape[1])
+    grad_EOI = x_NI.new_empty(ends_E.shape[0], grad_NO.shape[1], x_NI.shape[1])
     ends = ends_E.tolist()
     widening = _widening(x_NI, grad_EOI, ends)
     start = 0
@@ -248,18 +278,18 @@ def _num_rows(ends_E: Tensor, rows: int) -> int:
 
 @register_flop_formula(torch.ops.routerzoo.grouped_matmul, get_raw=True)
 def _matmul_flops(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor, **kwargs: Any) -> int:
-    return 2 * _num_rows(ends_E, len(x_NI)) * weight_EOI.shape[1] * weight_EOI.shape[2]
+    return 2 * _num_rows(ends_E, x_NI.shape[0]) * weight_EOI.shape[1] * weight_EOI.shape[2]
 
 
 @register_flop_formula(torch.ops.routerzoo.grouped_weight_grad, get_raw=True)
 def _weight_grad_flops(grad_NO: Tensor, x_NI: Tensor, ends_E: Tensor, **kwargs: Any) -> int:
-    return 2 * _num_rows(ends_E, len(x_NI)) * grad_NO.shape[1] * x_NI.shape[1]
+    return 2 * _num_rows(ends_E, x_NI.shape[0]) * grad_NO.shape[1] * x_NI.shape[1]
 
 
 def _grouped_mm_flops(a: Tensor, b: Tensor, offs: Tensor | None = None, *args: Any, **kwargs: Any) -> int:
     m, k, n = *a.shape[-2:], b.shape[-1]
     if offs is None:
-        return 2 * len(a) * m * k * n
+        return 2 * a.shape[0] * m * k * n
     # The groups divide the dimension that one operand has no batch for: rows, columns, or for two matrices the sum.
     if b.ndim == 3:
         m = _num_rows(offs, m)

@@ -117,6 +117,8 @@ class MoE(nn.Module):
         self.experts = _of_type(build(spec), Experts, "experts")
         self.experts.backend = backend
         self.shared_experts = build(replace(spec, num_experts=num_shared_experts)) if num_shared_experts else None
+        if self.shared_experts is not None:
+            self.shared_experts.backend = backend
         self.mesh: DeviceMesh | None = None
         """The ranks that share the experts; see `routerzoo.distributed.expert_parallel`."""
         self.is_driven = False
@@ -290,6 +292,8 @@ def _built_router(router: str | RouterFactory, spec: LayerSpec) -> Router:
         raise TypeError(
             f"router is a {type(router).__name__} that is built already: give its class, or functools.partial of it"
         )
+    if not callable(router):
+        raise TypeError(f"router is the name of one, or a function that builds one, got {router!r}")
     return _of_type(router(spec), Router, "router")
 
 
@@ -304,6 +308,8 @@ def _experts_factory(experts: str | ExpertsFactory) -> ExpertsFactory:
         raise TypeError(
             f"experts are {type(experts).__name__} that are built already; give their class, or functools.partial of it"
         )
+    if not callable(experts):
+        raise TypeError(f"experts is the name of a class, or a function that builds them, got {experts!r}")
     return experts
 
 

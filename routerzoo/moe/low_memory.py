@@ -132,7 +132,8 @@ def _experts(
     rows = Rows(ends_E, expert_N, order_N, source_N, row_N, begin_T, top_k or None, len(x_TD))
     compute = _parts(means)
     with torch.autocast(x_TD.device.type, enabled=False):
-        x_TD, up_EZD, down_EDH = x_TD.to(dtype), up_EZD.to(dtype), down_EDH.to(dtype)
+        x_TD, up_EZD, down_EDH = (values.to(dtype).contiguous() for values in (x_TD, up_EZD, down_EDH))
+        weight_N = weight_N.contiguous()
         z_NZ = compute.product(x_TD, up_EZD, rows, gather=True)
         a_NH = compute.activate(z_NZ, up_bias_EZ, rows, down_EDH.shape[2], cast(Activation, activation), dropout, seed)
         y_ND = compute.product(a_NH, down_EDH, rows)
@@ -175,8 +176,8 @@ def _experts_backward(
     compute, dtype = _parts(means), z_NZ.dtype
     dx_TD, dweight_N, dup_EZD, dup_bias_EZ, ddown_EDH, ddown_bias_ED = (grad_TD.new_empty(0) for _ in range(6))
     needs_x, needs_weight, needs_up, needs_up_bias, needs_down, needs_down_bias = needs
-    grad_TD = grad_TD.to(dtype).contiguous()
-    da_NH = compute.product(grad_TD, down_EDH.to(dtype).transpose(1, 2), rows, gather=True)
+    grad_TD, weight_N = grad_TD.to(dtype).contiguous(), weight_N.contiguous()
+    da_NH = compute.product(grad_TD, down_EDH.to(dtype).contiguous().transpose(1, 2), rows, gather=True)
     bias_part_TE = None
     if needs_weight and down_bias_ED is not None:
         bias_part_TE = grad_TD @ down_bias_ED.to(dtype).T
@@ -192,9 +193,9 @@ def _experts_backward(
     if needs_up_bias and up_bias_EZ is not None:
         dup_bias_EZ = compute.column_sums(dz_NZ, rows).to(up_bias_EZ.dtype)
     if needs_up:
-        dup_EZD = compute.weight_grad(dz_NZ, x_TD.to(dtype), rows, gather="x").to(up_EZD.dtype)
+        dup_EZD = compute.weight_grad(dz_NZ, x_TD.to(dtype).contiguous(), rows, gather="x").to(up_EZD.dtype)
     if needs_x:
-        dx_ND = compute.product(dz_NZ, up_EZD.to(dtype).transpose(1, 2), rows)
+        dx_ND = compute.product(dz_NZ, up_EZD.to(dtype).contiguous().transpose(1, 2), rows)
         dx_TD = compute.combine(dx_ND, None, None, rows).to(x_TD.dtype)
     return [dx_TD, dweight_N, dup_EZD, dup_bias_EZ, ddown_EDH, ddown_bias_ED]
 

@@ -37,8 +37,8 @@ def permutation_of(token_N: Tensor, order_N: Tensor, num_tokens: int, top_k: int
     bags = None
     # torch's embedding bags sum gathered, weighted rows in one pass without a copy of them. Elsewhere than on a CPU,
     # and under a compiler, plain indexing is the faster one.
-    if order_N.device.type == "cpu" and len(order_N) and not torch.compiler.is_compiling():
-        row_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N)))
+    if order_N.device.type == "cpu" and not torch.compiler.is_compiling() and order_N.shape[0]:
+        row_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(order_N.shape[0]))
         tokens_T = torch.arange(num_tokens)
         begin_T = tokens_T * top_k if top_k is not None else torch.searchsorted(token_N, tokens_T)
         bags = row_N, begin_T
@@ -88,7 +88,7 @@ class _Permute(torch.autograd.Function):
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None, None]:
         source_N, row_N, begin_T = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody differentiates the gradient
-            zeros_TD = grad_ND.new_zeros(len(begin_T), grad_ND.shape[1])
+            zeros_TD = grad_ND.new_zeros(begin_T.shape[0], grad_ND.shape[1])
             return zeros_TD.index_add(0, source_N, grad_ND), None, None, None
         return sum_bags(grad_ND, row_N, begin_T), None, None, None
 

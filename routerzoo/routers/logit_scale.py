@@ -53,10 +53,10 @@ def match_logit_std(routers: Router | Iterable[Router], std: float) -> None:
 @torch.no_grad()
 def _measured(routers: Iterable[Router]) -> Iterator[tuple[Router, float | None]]:
     """Yield each router with its `initial_logit_std`; what is done to it then, later ones see."""
-    generator, tokens = torch.Generator().manual_seed(0), torch.arange(PROBE_TOKENS)
-    everything: RoutingContext | None = None
+    context, tokens = RoutingContext(step=0, total_steps=1), torch.arange(PROBE_TOKENS)
     for router in routers:
-        spec = router.spec
+        # The same tokens for all layers, as they see one residual stream.
+        spec, generator = router.spec, torch.Generator().manual_seed(0)
         x_TD = torch.randn(PROBE_TOKENS, spec.d_model, generator=generator)
         device = next((t.device for t in (*router.parameters(), *router.buffers())), torch.device("cpu"))
         fields = {
@@ -65,9 +65,8 @@ def _measured(routers: Iterable[Router]) -> Iterator[tuple[Router, float | None]
             "positions": (tokens % (spec.num_positions or 64)).to(device),
             "sequence_ids": (tokens // (spec.num_positions or 64)).to(device),
         }
-        everything = (RoutingContext() if everything is None else everything).replace(**fields, step=0, total_steps=1)
         training = router.training
         router.eval()
-        logits_TE = router(x_TD.to(device), everything).logits_TE
+        logits_TE = router(x_TD.to(device), context.replace(**fields)).logits_TE
         router.train(training)
         yield router, None if logits_TE is None else float(logits_TE.var(dim=1, correction=0).mean().sqrt())

@@ -83,7 +83,7 @@ def write_config(folder: Path, text: str) -> None:
     except FileExistsError:
         refuse_run(folder)
     except OSError as error:
-        raise UserError(f"cannot write the run's config {reason_of(error)}") from error
+        raise UserError(f"cannot write the run's config {folder / CONFIG}: {error.strerror}") from error
 
 
 def refuse_run(folder: Path) -> None:

@@ -113,7 +113,8 @@ def _outcome(folder: Path, test: list[str], threads: int) -> dict[str, Any]:
         quiet = ["--trainer.enable_progress_bar=false", "--run_dir", str(folder)]
         last = folder / LAST
         if "fit" not in results(folder):
-            resume = ["--ckpt_path", str(last)] if recover(last) else []
+            # What was not saved starts again, with nothing of the first attempt in its logs.
+            resume = ["--ckpt_path", str(last)] if recover(last) else ["--overwrite"]
             cli.main(["fit", "--config", str(folder / CELL), *quiet, *resume])
         best = folder / BEST
         checkpoint = best if recover(best) else last

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, set_parsing_settings
 from lightning import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torchmetrics import Metric
 
 from routerzoo.callbacks.router_hooks import AVERAGING, RouterHooks, averaged_models
 from routerzoo.callbacks.steps import planned_steps
+from routerzoo.checkpoints.names import under_own_names
 from routerzoo.costs import Costs, count_costs
 from routerzoo.distributed.collectives import all_ranks
 from routerzoo.errors import UserError
@@ -126,15 +127,16 @@ class MoETask(LightningModule, ABC):
         """Build the task from a checkpoint, as Lightning does; classes that it names are those of known packages.
 
         Raises:
-            UserError: it names a class of another package, or a function.
+            UserError: it names a class of another package, or a function, or what no task can be built from.
         """
         try:
             with known_classes_only():
                 return super().load_from_checkpoint(checkpoint_path, *arguments, **options)
-        except (ArgumentError, ValueError) as error:
-            if (refused := refusal(str(error))) is None:
-                raise
-            raise UserError(f"{checkpoint_path}: {refused}. If you trust it, import its package first") from None
+        except ArgumentError as error:
+            if refused := refusal(str(error)):
+                raise UserError(f"{checkpoint_path}: {refused}. If you trust it, import its package first") from None
+            told = " ".join(str(error).split())
+            raise UserError(f"{checkpoint_path} does not describe a task that can be built: {told}") from None
 
     def _keep_defaults(self, net_class: type[nn.Module]) -> None:
         """Add the defaults of the model's arguments to the hyperparameters: a later version's may differ."""
@@ -381,6 +383,7 @@ class MoETask(LightningModule, ABC):
                 f"the checkpoint is of format {checkpoint.get(FORMAT_KEY, 1)}, this version reads {FORMAT}: train "
                 "again, or use the version of routerzoo that wrote it"
             )
+        checkpoint["state_dict"] = under_own_names(checkpoint["state_dict"], self.state_dict().keys())
         for name, module in self.named_modules():
             if isinstance(module, Router) and (k := checkpoint["state_dict"].get(f"{name}.k")) is not None:
                 module.top_k = int(k)  # a schedule had set it
@@ -413,3 +416,5 @@ def _divergence(one: Prediction, other: Prediction) -> Tensor:
 
 
 allow_in_checkpoints(torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, WarmupCosine)
+# Lightning rebuilds a task by the name in its checkpoint, as a subclass of itself, which a final class has none of.
+set_parsing_settings(subclasses_enabled=[MoETask])

@@ -88,9 +88,9 @@ def refusal(message: str) -> str | None:
             f"{denied[1]} is of no known package ({', '.join(LIBRARIES)} and those that register their classes by "
             "entry point), and a class runs whatever it likes"
         )
-    if function := re.search(r"(\S+) is a function, and a class_path names a class", message):
-        return function[0]
-    return None
+    function = re.search(r"(\S+) is a function, and a class_path", message)
+    function = function or re.search(r"Expected '(\S+)' to be a function that returns", message)
+    return f"{function[1]} is a function, and a class_path names a class" if function else None
 
 
 def packages_named(arguments: Iterable[str]) -> set[str]:

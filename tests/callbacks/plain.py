@@ -62,6 +62,15 @@ class Plain(LightningModule):
         self.mean.update(loss)
         self.log("val/loss", self.mean)
 
+    def test_step(self, batch, batch_idx):
+        self.log("test/loss", self(batch).square().mean())
+
+    def predict_step(self, batch, batch_idx):
+        return self(batch)
+
+    def on_validation_epoch_start(self):
+        self.mean.reset()  # one that `Trainer.validate` has reset cannot be updated outside inference mode
+
     def on_validation_epoch_end(self):
         self.log("val/batches", float(len(self.outputs)))
         self.outputs.clear()

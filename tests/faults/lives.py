@@ -12,7 +12,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["routerzoo.sweep.preloaded"])
 
 
-def life(arguments, log, limit_bytes=None, torn=None):
+def life(arguments, log, limit_bytes=None, torn=None, folder=None):
     """Run a command, with its output in a file.
 
     Args:
@@ -20,10 +20,13 @@ def life(arguments, log, limit_bytes=None, torn=None):
         log: the file.
         limit_bytes: no file may become larger than that, as on a disk that is full.
         torn: number of the checkpoint in whose middle the process kills itself.
+        folder: where to run it.
     """
     import torch
 
     torch.set_num_threads(1)
+    if folder is not None:
+        os.chdir(folder)
     with open(log, "a", encoding="utf-8") as out:
         sys.stdout = sys.stderr = out
         if limit_bytes is not None:

@@ -1,6 +1,8 @@
 """Whenever a run is killed, it goes on from a whole checkpoint to where it would have gone."""
 
 import csv
+import json
+import os
 import random
 import signal
 
@@ -79,6 +81,13 @@ def assert_same_run(folder, whole):
         mine, theirs = checkpoint(folder, name), checkpoint(whole, name)
         for part in ("global_step", "state_dict", "optimizer_states", "lr_schedulers", "random_state"):
             assert_same(mine[part], theirs[part], f"{name}.{part}")
+    assert results(folder) == results(whole)
+
+
+def results(folder):
+    """Return the results of the training, without what depends on the machine's mood."""
+    found = json.loads((folder / "results.json").read_text())["fit"]
+    return {name: value for name, value in found.items() if not name.startswith(("seconds", "peak"))}
 
 
 @pytest.fixture
@@ -88,7 +97,7 @@ def command(tmp_path, domain):
     def build(folder):
         arguments = ["fit", "--config", str(tmp_path / "config.yaml"), "--run_dir", str(folder)]
         started = (folder / "checkpoints" / "last.ckpt").exists()
-        return [*arguments, "--ckpt_path", "last"] if started else arguments
+        return [*arguments, *(["--ckpt_path", "last"] if started else ["--overwrite"])]
 
     return build
 
@@ -131,21 +140,26 @@ def test_a_run_that_is_killed_over_and_over(command, domain, tmp_path):
 
 
 @pytest.mark.parametrize("domain", ["language"])
-def test_sigterm_saves_and_exits(command, domain, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_saves_and_exits(command, domain, number, tmp_path):
     whole, folder = tmp_path / "whole", tmp_path / "stopped"
     last = folder / "checkpoints" / "last.ckpt"
-    for number in range(3):
+    for turn in range(3):
         before = last.stat().st_mtime_ns if last.exists() else 0
-        log = tmp_path / f"{number}.log"
+        log = tmp_path / f"{turn}.log"
         process = start(command(folder), log)
         wait_for(lambda before=before: last.exists() and last.stat().st_mtime_ns > before, process)
-        process.terminate()
+        os.kill(process.pid, number)
         process.join(300)
-        assert process.exitcode == 143, log.read_text()[-2000:]
-        assert "with --ckpt_path last goes on" in log.read_text()
-        assert "Traceback" not in log.read_text()
+        assert process.exitcode == 128 + number, log.read_text()[-2000:]
         # What was logged is what is saved: no step was lost.
-        assert max(rows(folder)) + 1 == checkpoint(folder)["global_step"]
+        step = checkpoint(folder)["global_step"]
+        assert max(rows(folder)) + 1 == step
+        assert (
+            f"stopped by {number.name}; step {step} is saved. Resume with: "
+            f"python -m routerzoo fit --run_dir {folder} --ckpt_path last"
+        ) in log.read_text()
+        assert "Traceback" not in log.read_text()
     for one in (folder, whole):
         process = start(command(one), tmp_path / "rest.log")
         process.join(300)
@@ -209,3 +223,39 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(command, domain
     assert "Traceback" not in log.read_text()
     assert last.read_bytes() == before
     assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("domain", ["language"])
+def test_a_run_that_is_killed_before_its_first_checkpoint_leaves_nothing_in_the_next_ones_log(
+    command, domain, tmp_path
+):
+    folder, whole = tmp_path / "killed", tmp_path / "whole"
+    process = start(command(folder), tmp_path / "killed.log", torn=1)  # in the middle of writing the first
+    process.join(300)
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "killed.log").read_text()[-2000:]
+    assert not (folder / "checkpoints" / "last.ckpt").exists()
+    refused = start(["fit", "--config", str(tmp_path / "config.yaml"), "--run_dir", str(folder)], tmp_path / "log")
+    refused.join(300)
+    assert "holds a run: replace it with --overwrite" in (tmp_path / "log").read_text()
+    for one in (folder, whole):
+        process = start([*command(one), "--trainer.max_steps", "30"], tmp_path / "log")
+        process.join(300)
+        assert process.exitcode == 0, (tmp_path / "log").read_text()[-2000:]
+    assert_same_run(folder, whole)
+    with (folder / "logs" / "metrics.csv").open(newline="") as file:
+        steps = [row["step"] for row in csv.DictReader(file) if row["train/loss"]]
+    assert len(steps) == len(set(steps)) == 30
+
+
+@pytest.mark.parametrize("domain", ["language"])
+def test_runs_that_start_in_one_second_have_folders_of_their_own(command, domain, tmp_path):
+    arguments = ["fit", "--config", str(tmp_path / "config.yaml"), "--trainer.max_steps", "3"]
+    started = [start(arguments, tmp_path / f"{seed}.log", folder=tmp_path) for seed in range(4)]
+    for process in started:
+        process.join(300)
+        assert process.exitcode == 0
+    folders = sorted((tmp_path / "runs" / "tiny-shakespeare-StableMoERouter").iterdir())
+    assert [folder.name for folder in folders] == ["000", "001", "002", "003"]
+    for folder in folders:
+        assert_same_run(folder, folders[0])
+        assert len(list((folder / "logs").glob("events.*"))) == 1

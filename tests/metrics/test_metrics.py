@@ -71,7 +71,7 @@ def test_the_picture_of_a_run_with_a_single_record_is_drawn():
         ("linear", [8, 10, 12, 14, 16]),
         ("cosine", [8, 9, 10, 13, 16]),  # 16 - 8 cos(pi t / 2S) at t/S = 0, 1/4, 1/2, 3/4, 1
         ("exponential", [8, 12, 14, 15, 16]),  # 16 - 8 * 0.99^(300 t / S)
-        ("multi-step", [8, 8, 16, 16, 16]),
+        ("multi-step", [8, 8, 8, 8, 16]),
     ],
 )
 def test_k_grows_as_published(growth, expected):

@@ -1,10 +1,12 @@
+from functools import partial
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from routerzoo import grouped_linear
+from routerzoo import MLPExperts, MoE, SwiGLUExperts, grouped_linear
 from routerzoo.moe import experts
 from routerzoo.moe import grouped_linear as grouped
 from routerzoo.moe.grouped_linear import BACKENDS
@@ -121,3 +123,59 @@ def test_gated_activation_is_what_its_parts_are():
     assert_close(experts._hidden_units(gate_up, 4, "silu"), torch.nn.functional.silu(gate) * up)
     assert torch.autograd.gradcheck(lambda x: experts._hidden_units(x, 4, "silu"), gate_up)
     assert torch.autograd.gradgradcheck(lambda x: experts._hidden_units(x, 4, "silu"), gate_up)
+
+
+def layouts(matrix):
+    """Return the same values, laid out as views leave them."""
+    return {
+        "contiguous": matrix,
+        "transposed": matrix.mT.contiguous().mT,
+        "every other column": torch.stack([matrix, matrix], -1)[..., 0],
+        "rows of no 16 bytes": torch.nn.functional.pad(matrix, (0, 1))[..., :-1],
+        "an odd offset": torch.cat([matrix.new_zeros(1), matrix.flatten()])[1:].view(matrix.shape),
+    }
+
+
+LAYOUTS = list(layouts(torch.zeros(1, 1)))
+GRADIENTS = {name: lambda grad, name=name: layouts(grad)[name] for name in LAYOUTS} | {
+    "a number, expanded": lambda grad: grad[:1, :1].expand_as(grad),
+    "a row, expanded": lambda grad: grad[:1].expand_as(grad),
+    "a column, expanded": lambda grad: grad[:, :1].expand_as(grad),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_values_count_and_not_how_they_lie_in_memory(backend, gradient):
+    x, weight, bias, grad = torch.randn(16, 16), torch.randn(4, 24, 16), torch.randn(4, 24), torch.randn(16, 24)
+    grad = GRADIENTS[gradient](grad)
+
+    def gradients(x, weight, bias, grad, backend):
+        leaves = [None if leaf is None else leaf.detach().requires_grad_() for leaf in (x, weight, bias)]
+        y = grouped_linear(leaves[0], leaves[1], ends([1, 9, 0, 6]), leaves[2], backend)
+        y.backward(grad)
+        return [y.detach(), *(leaf.grad for leaf in leaves if leaf is not None)]
+
+    for b in (bias, None):
+        expected = gradients(x, weight, b, grad.contiguous(), "reference")
+        for of_x in layouts(x).values():
+            for of_weight in layouts(weight).values():
+                for got, value in zip(gradients(of_x, of_weight, b, grad, backend), expected, strict=True):
+                    assert_close(got, value)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shared", [0, 1, 2])
+@pytest.mark.parametrize("bank", [MLPExperts, SwiGLUExperts, partial(SwiGLUExperts, bias=True)])
+def test_layers_take_any_layout_and_the_gradient_of_a_sum(bank, shared, backend):
+    layer = MoE(d_model=16, num_experts=4, experts=bank, num_shared_experts=shared, backend=backend)
+    x = torch.randn(6, 16)
+    for loss in (torch.sum, torch.mean, lambda y: (y.T @ torch.ones(6, 3)).sum()):
+        layer.zero_grad()
+        loss(layer(x)).backward()
+        expected = [parameter.grad for parameter in layer.parameters()]
+        for laid_out in layouts(x).values():
+            layer.zero_grad()
+            loss(layer(laid_out)).backward()
+            for got, value in zip(layer.parameters(), expected, strict=True):
+                assert_close(got.grad, value)

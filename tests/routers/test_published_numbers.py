@@ -283,6 +283,7 @@ PLUGINS = [
     Number("HashFirstRouter", hash_layers, 3, V4),
     Number("HashFirstRouter", attribute("router.score_fn"), "sqrt_softplus", V4),
     Number("HashFirstRouter", attribute("router.renormalize"), True, V4),
+    Number("SMEARRouter", std("weight"), 0.01, "Muqeeth et al. 2023, r-three/smear: router weights", rel=0.03),
     Number("RMoERouter", lambda r: r.up.shape[1], 256, "Qiu et al. 2024, arXiv:2408.06793"),
     Number("RMoERouter", std("down"), 0.02, RMOE_CODE, rel=0.03),
     Number("RMoERouter", std("up"), 0.02, RMOE_CODE, rel=0.03),
@@ -310,4 +311,11 @@ def test_growths_of_k():
     assert [k_at(step, 3000, 8, 16, "exponential") for step in (0, 69, 70, 3000)] == [8, 8, 9, 16]
     assert [k_at(step, 3000, 8, 16, "linear") for step in (0, 187, 188, 1500, 3000)] == [8, 8, 9, 12, 16]
     assert [k_at(step, 3000, 8, 16, "cosine") for step in (0, 1000, 2000, 3000)] == [8, 9, 12, 16]
+    assert [k_at(step, 100, 8, 16, "multi-step") for step in (0, 79, 80, 100)] == [
+        8,
+        8,
+        16,
+        16,
+    ]  # [1, 2, 4, 8, 16], clipped
+    assert [k_at(step, 100, 16, 8, "multi-step") for step in (0, 19, 20, 100)] == [16, 16, 8, 8]
     assert [k_at(step, 100, 1, 16, "multi-step") for step in (0, 19, 20, 40, 60, 80, 100)] == [1, 1, 2, 4, 8, 16, 16]

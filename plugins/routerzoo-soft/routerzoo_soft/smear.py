@@ -36,6 +36,7 @@ class SMEARRouter(Router):
         scope: `sequence`, or `prefix` for decoders.
         stride: tokens of a segment; in the scope of a prefix.
         expert_dropout: probability of leaving an expert out of a merging in training; the others' weights are raised.
+            Where all are left out, all count the same.
 
     Raises:
         ValueError: an argument out of range.
@@ -61,7 +62,8 @@ class SMEARRouter(Router):
         self.scope: SMEARScope = scope
         self.stride, self.expert_dropout = stride, expert_dropout
         self.causal = scope == "prefix"
-        self.weight = nn.Parameter(torch.randn(spec.num_experts, spec.d_model) * spec.d_model**-0.5)
+        # Before a layer norm, whose epsilon of 1e-5 takes 5 % off logits at this scale, as in the authors' code.
+        self.weight = nn.Parameter(torch.randn(spec.num_experts, spec.d_model) * 0.01)
         self.bias = nn.Parameter(torch.zeros(spec.num_experts))
         self.input_norm = nn.LayerNorm(spec.d_model)
         self.weight_norm = nn.LayerNorm(spec.d_model)
@@ -88,8 +90,9 @@ class SMEARRouter(Router):
         merge_GE = logits_GE.softmax(-1)
         if self.expert_dropout and self.training:
             kept_GE = torch.rand_like(merge_GE) >= self.expert_dropout
-            kept_GE |= ~kept_GE.any(dim=1, keepdim=True)  # not all at once
-            merge_GE = merge_GE * kept_GE / (merge_GE * kept_GE).sum(1, keepdim=True)
+            none_G1 = ~kept_GE.any(dim=1, keepdim=True)
+            kept_GE = torch.where(none_G1, 0 * merge_GE + 1 / self.spec.num_experts, merge_GE * kept_GE)
+            merge_GE = kept_GE / kept_GE.sum(1, keepdim=True)
         group_T = sequences.to_flat(group_BS, len(x_TD), fill=-1)
         # Padding has no group; its logits say nothing.
         logits_TE = logits_GE.new_zeros(len(x_TD), self.spec.num_experts)

@@ -170,6 +170,7 @@ def test_expert_dropout_leaves_experts_out_and_never_all():
     weights = router(torch.randn(200, 4), context(200)).merge_GE
     assert 0.33 < (weights == 0).float().mean() < 0.42  # one half, less the eighth where all would be left out
     assert_close(weights.sum(1), torch.ones(200))
+    assert 0.06 < (weights == 1 / 3).all(1).float().mean() < 0.2  # that eighth counts all the same
     assert (router.eval()(torch.randn(9, 4), context(9)).merge_GE > 0).all()
 
 
