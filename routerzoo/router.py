@@ -549,9 +549,9 @@ class LogitRouter(Router):
         self.score_fn = checked_score_fn(self.score_fn if score_fn is None else score_fn)
         self.renormalize = self.renormalize if renormalize is None else renormalize
         self.scale = self.scale if scale is None else scale
-        if _declares(type(self), "normalized") is Router:
+        if declaring_class(type(self), "normalized") is Router:
             self.normalized = self.renormalize and self.scale == 1.0
-        if _declares(type(self), "trains_at_top_1") is Router:
+        if declaring_class(type(self), "trains_at_top_1") is Router:
             self.trains_at_top_1 = not self.renormalize
 
     @abstractmethod
@@ -627,8 +627,8 @@ class LoadedTopKWarning(UserWarning):
     """A checkpoint's k is another than the one that the router was built with."""
 
 
-def _declares(cls: type, name: str) -> type:
-    """Return the class that an attribute comes from."""
+def declaring_class(cls: type, name: str) -> type:
+    """Return the class that an attribute comes from: `Router`, where no subclass declares the property."""
     return next(base for base in cls.__mro__ if name in vars(base))
 
 

@@ -386,6 +386,6 @@ class Routing:
             return self.dispatch_GSEP.new_full((num_experts,), float(groups * slots), dtype=torch.float32)
         expert_N = self.assignments().expert_N
         # One extra bin collects the -1 of padded choices.
-        load = torch.zeros(num_experts + 1, device=expert_N.device)
-        ones_N = torch.ones(expert_N.shape, device=expert_N.device)
+        load = torch.zeros(num_experts + 1, device=expert_N.device, dtype=torch.float32)
+        ones_N = torch.ones(expert_N.shape, device=expert_N.device, dtype=torch.float32)
         return load.scatter_add_(0, expert_N.remainder(num_experts + 1), ones_N)[:num_experts]

@@ -9,7 +9,6 @@ from typing import Any, final
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from torch import Tensor
 
 from routerzoo.checkpoints import sharded as folders
 from routerzoo.errors import UserError
@@ -76,7 +75,7 @@ def expect_checkpoint(path: Path) -> None:
 
 
 ALWAYS = {"global_step": int, "epoch": int}
-RESUMED = {"loops": dict, "optimizer_states": list, "lr_schedulers": list, "callbacks": dict, "random_state": Tensor}
+RESUMED = {"loops": dict, "optimizer_states": list, "lr_schedulers": list, "callbacks": dict}
 """What a checkpoint holds beside weights, for any use and to resume from. Lightning would do without some of it."""
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from pathlib import Path
 from typing import Any
 
 from routerzoo.errors import UserError
 
 # The data decides these sizes of the model.
-LINKED = ("vocab_size", "metric", "max_length", "num_tasks", "num_classes", "image_size", "in_channels")
-# What may differ between a checkpoint and the command that uses it. All else decides what its numbers mean.
+LINKED = ("vocab_size", "metric", "max_length", "num_tasks", "num_classes", "image_size", "patch_size", "in_channels")
+# What may differ between a checkpoint and the command that uses it. All else decides what its numbers mean. A class of
+# another package adds its own, as a class attribute of the name below.
+FREE_ARGUMENTS = "free_arguments"
 FREE = frozenset(
     {
         *(
@@ -43,10 +46,13 @@ def refuse_another_model(path: Path, saved: dict[str, Any], asked: Any) -> None:
     hparams = dict(saved.get("hyper_parameters", {}))
     hparams.pop("_instantiator", None)
     saved_class = str(hparams.pop("_class_path", asked["class_path"]))
+    module, _, name = str(asked["class_path"]).rpartition(".")
+    model_class = getattr(importlib.import_module(module), name)
     clashes = _differences("", {"class_path": saved_class}, {"class_path": asked["class_path"]})
     if not clashes:
         arguments = _plain(asked.get("init_args") or {})  # a namespace would list nested values, leaf by leaf
-        known = {key: value for key, value in arguments.items() if key not in (*FREE, *LINKED)}
+        free = {*FREE, *LINKED, *getattr(model_class, FREE_ARGUMENTS, ())}
+        known = {key: value for key, value in arguments.items() if key not in free}
         for key, default in (("router", "LinearRouter"), ("experts", "MLPExperts")):
             for chosen in (known, hparams):
                 if key in chosen and chosen[key] is None:
@@ -56,6 +62,8 @@ def refuse_another_model(path: Path, saved: dict[str, Any], asked: Any) -> None:
         hint = ""
         if any("top_k" in clash for clash in clashes):
             hint = " To evaluate at another k, set model.eval_top_k."
+        elif module.partition(".")[0] != "routerzoo":
+            hint = f" What may differ is listed in {name}.{FREE_ARGUMENTS}."
         raise UserError(
             f"{path} is the checkpoint of another model: {'; '.join(clashes)}. "
             f"Leave these options out, or train anew.{hint}"

@@ -25,7 +25,7 @@ from routerzoo.errors import UserError
 from routerzoo.look.drawings import draw, label_names, pieces
 from routerzoo.look.observe import claims, observe
 from routerzoo.look.page import write_page
-from routerzoo.moe.layer import moe_layers
+from routerzoo.moe.layer import inner_router, moe_layers
 from routerzoo.tasks.base import MoETask
 
 PAGE, PICTURE = "look.html", "look.png"
@@ -89,7 +89,7 @@ class _LookCLI(RouterZooCLI):
         text = first.batch if isinstance(first.batch, TextBatch) else None
         write_page(
             folder / PAGE,
-            f"Routing of the {split} split: {type(next(moe_layers(model.net)).router).__name__}",
+            f"Routing of the {split} split: {type(inner_router(next(moe_layers(model.net)))).__name__}",
             first,
             claims(seen, len(names)),
             names,

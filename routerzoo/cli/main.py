@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock
 from jsonargparse.typing import register_type
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.fabric.plugins import CheckpointIO
@@ -92,6 +93,7 @@ class RouterZooCLI(LightningCLI):
         self.run_dir: Path | None = None
         self.trainer: Trainer | None = None  # type: ignore[assignment]
         self._run_folder: _RunFolder | None = None
+        self._lock: FileLock | None = None
         self._resumed_step: int | None = None
         self._run_name = ""
         self._given_links: dict[str, Any] = {}
@@ -100,6 +102,9 @@ class RouterZooCLI(LightningCLI):
         except BaseException as error:
             self._end(error)
             raise
+        finally:
+            if run and self._lock is not None:
+                self._lock.release()
 
     def _start(self, args: list[str] | dict[str, Any], run: bool) -> None:
         super().__init__(
@@ -305,6 +310,8 @@ class RouterZooCLI(LightningCLI):
         if dry or not is_first_process():
             # Nothing is written there, or else the first process says where.
             return _RunFolder(self.run_dir or runs.DEFAULT_ROOT / self._run_name, text)
+        if fitting and self.run_dir is not None and self.run_dir.is_dir():
+            self._lock = runs.lock(self.run_dir)
         if self.run_dir is not None and self._resumed_step is not None:
             if fitting or is_writable(self.run_dir):
                 return _RunFolder(self.run_dir, text, writes=fitting)
@@ -316,6 +323,7 @@ class RouterZooCLI(LightningCLI):
         folder, is_new = runs.claim(self.run_dir, self._run_name)
         kept = self._run_folder = _RunFolder(folder, text, claimed=True, is_new=is_new)
         if fitting:
+            self._lock = self._lock or runs.lock(folder)
             runs.write_config(folder, text)
         return kept
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast, final
 import numpy as np
 import torch
 from lightning import LightningDataModule
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
@@ -119,7 +120,8 @@ class ImageData(LightningDataModule):
     """Images for classification.
 
     Training images are padded, cropped and, where that makes sense, mirrored; images of a folder are cropped at random
-    sizes, as is usual for ImageNet. The order and the augmentation depend on `seed` and epoch alone.
+    sizes, as is usual for ImageNet. Grey images of 16 bits keep them; colored ones are read with 8 bits a channel. The
+    order and the augmentation depend on `seed` and epoch alone.
 
     Args:
         dataset: `fashion-mini` (ships with the package), `fashion-mnist`, `mnist`, `cifar10`, `cifar100`, or the path
@@ -163,6 +165,11 @@ class ImageData(LightningDataModule):
                 f"no data set or folder is called {dataset!r}; the data sets are {', '.join(IMAGE_SETS)}, and a folder "
                 "with train/<class>/ and val/<class>/ can be named by its path"
             )
+
+    @property
+    def patch_size(self) -> int | None:
+        """Height and width of a patch, pixels, that cuts published images into 4 x 4; None for a folder."""
+        return None if self.published is None else self.published.image_size // 4
 
     @property
     def in_channels(self) -> int:
@@ -332,9 +339,20 @@ def _folder_splits(folder: Path) -> dict[str, _Split]:
 def _read_image(images: Any, index: int) -> Any:
     path = images.samples[index][0]
     try:
-        return images.loader(path)
+        with Image.open(path) as image:
+            if image.mode.startswith("I;16"):
+                # Pillow's conversion to 8 bits would cut off what is above 255.
+                grey_HW = np.asarray(image).astype(np.float32) / 65535
+                return np.repeat(grey_HW[..., None], 3, axis=2)
+            mode, converted = image.mode, image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise many kinds
         raise UserError(f"cannot read the image {path}: {error}") from error
+    if mode in ("I", "F"):
+        raise UserError(
+            f"the image {path} has pixels of 32 bits (mode {mode}), whose largest value is not known: save it with 8 or "
+            "16 bits"
+        )
+    return converted
 
 
 def _pin() -> bool:

@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 
-def checked_ids(ids_T: Tensor, size: int, padding_mask: Tensor | None, use: str) -> Tensor:
+def checked_ids(
+    ids_T: Tensor,
+    size: int,
+    padding_mask: Tensor | None,
+    use: str,
+    advice: str = "mark padding in padding_mask, or build the model for more ids",
+) -> Tensor:
     """Return ids as int64, 0 for padding, after a check that all are between 0 and `size - 1`.
 
     On a CPU the check reads the ids. On a GPU, and in a compiled or exported graph, it does not wait for the device: an
@@ -19,6 +25,7 @@ def checked_ids(ids_T: Tensor, size: int, padding_mask: Tensor | None, use: str)
         size: entries of the table.
         padding_mask: True for tokens that are not looked up.
         use: who looks what up, as the message begins.
+        advice: what helps, as it ends.
 
     Raises:
         ValueError: ids that are not integers, or, on a CPU, out of range.
@@ -28,7 +35,7 @@ def checked_ids(ids_T: Tensor, size: int, padding_mask: Tensor | None, use: str)
     ids_T = ids_T if ids_T.dtype == torch.int64 else ids_T.long()
     if padding_mask is not None:
         ids_T = ids_T.masked_fill(padding_mask, 0)
-    advice = f"0 to {size - 1}: mark padding in padding_mask, or build the model for more ids"
+    advice = f"0 to {size - 1}: {advice}"
     if ids_T.is_meta:
         return ids_T
     if torch.compiler.is_compiling() or ids_T.device.type != "cpu":

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from routerzoo.distributed.collectives import sum_over_ranks
+from routerzoo.functional.ids import checked_ids
 
 if TYPE_CHECKING:
     from routerzoo.routing import RoutingContext
@@ -94,7 +95,8 @@ def balance_loss(
         normalized: each row of the scores sums to 1 already.
         may_drop: whether `experts_TK` may hold -1; False saves the masking.
         scope: `batch` or `sequence`.
-        sequence_ids: [tokens] int64, below the number of tokens; needed in the scope of a sequence.
+        sequence_ids: [tokens] int64, from 0 and below the number of tokens, but for padding; needed in the scope of a
+            sequence.
         padding_mask: [tokens] bool, True for tokens to leave out.
         process_group: processes whose tokens make up the batch together; matters in the scope of a batch.
 
@@ -102,7 +104,7 @@ def balance_loss(
         A scalar; 0 where there is no token.
 
     Raises:
-        ValueError: an unknown scope, or no `sequence_ids` where they are needed.
+        ValueError: an unknown scope, or no `sequence_ids` where they are needed; on a CPU, ids out of range.
     """
     num_tokens, num_experts = probs_TE.shape
     if not normalized:
@@ -284,8 +286,11 @@ def _groups(
     if "sequence_ids" in fields_of_scope(scope) and sequence_ids is None:
         raise ValueError("a loss in the scope of a sequence needs sequence_ids; the context has none")
     keep_T1 = like.new_ones(num_tokens, 1) if padding_mask is None else (~padding_mask).unsqueeze(1).to(like.dtype)
+    if scope == "batch" or sequence_ids is None:
+        return _Groups(None, keep_T1, process_group)
+    use, advice = "a loss in the scope of a sequence groups tokens by sequence_ids", "number the sequences from 0"
     # No sequence lies on two processes.
-    return _Groups(sequence_ids, keep_T1, None) if scope == "sequence" else _Groups(None, keep_T1, process_group)
+    return _Groups(checked_ids(sequence_ids, num_tokens, padding_mask, use, advice), keep_T1, None)
 
 
 def _average(losses_G: Tensor, tokens_G1: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class RoutingMetric(Metric):
         """Add to sums, in their dtype, and not in place: what inference mode has reset could not be written to."""
         for name, value in values.items():
             total: Tensor = getattr(self, name)
-            setattr(self, name, total + value.to(total.dtype))
+            setattr(self, name, total + value.detach().to(total.dtype))
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Draw a result, or the curves of several.

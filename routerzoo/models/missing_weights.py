@@ -1,4 +1,4 @@
-"""Initialization of MoE layers in models of transformers, where a checkpoint lacks their weights."""
+"""Loading of MoE layers in models of transformers: what a checkpoint lacks, and the precision of routers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ def initialize_missing_weights(model: nn.Module) -> None:
     """Let `from_pretrained` initialize routers and experts that the checkpoint lacks, such as a dense one's.
 
     transformers builds a model on the meta device, and gives what the checkpoint lacks to the model's `_init_weights`,
-    module by module. Those of the library know torch's layers and leave ours uninitialized.
+    module by module. Those of the library know torch's layers and leave ours uninitialized. Routers stay in float32
+    where the checkpoint is loaded in 16 bits.
 
     Args:
         model: where it is one of transformers', or holds some, their `_init_weights` is extended, in place.
@@ -21,6 +22,8 @@ def initialize_missing_weights(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "_initialize_missing_keys") and not isinstance(module._init_weights, _InitWeights):
             module._init_weights = _InitWeights(module)  # type: ignore[assignment]
+            strict: Any = getattr(module, "_keep_in_fp32_modules_strict", None)
+            module._keep_in_fp32_modules_strict = {*(strict or ()), "router"}  # type: ignore[assignment]
 
 
 class _InitWeights:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from routerzoo.registry import create_router
-from routerzoo.router import Properties, Router
+from routerzoo.router import Properties, Router, declaring_class
 from routerzoo.routing import LayerSpec, Routing, RoutingContext
 
 
@@ -18,7 +18,7 @@ class RouterWrapper(Router):
 
     A subclass implements `route` and calls `self.router.route` in it. Everything else is the inner router's: its k, its
     updates, and what it declares. A subclass whose properties are narrower says so after `super().__init__`:
-    `self.causal &= ByMode(training=False)`.
+    `self.causal &= ByMode(training=False)`. A property that its class declares stands, whatever the inner router's is.
 
     Args:
         spec: sizes of the layer the router sits in.
@@ -31,7 +31,8 @@ class RouterWrapper(Router):
         self.router = inner
         self.require(*inner.requires)
         for name in Properties._fields:
-            setattr(self, name, getattr(inner, name))
+            if declaring_class(type(self), name) is Router:
+                setattr(self, name, getattr(inner, name))
         self.causal_form = inner.causal_form
         self.trained_buffers = frozenset(f"router.{name}" for name in inner.trained_buffers)
         self.needs_updates, self.wants_token_counts = inner.needs_updates, inner.wants_token_counts

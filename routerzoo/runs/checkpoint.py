@@ -116,6 +116,8 @@ class RunCheckpoint(ModelCheckpoint):
             if launcher is not None and self._signal is None:
                 launcher.kill(number)
             self._signal = number
+            if trainer.sanity_checking:  # there is nothing to save
+                raise StopSignal(number)
 
         # Lightning's handler broadcasts amid other collectives, and each process stops where it is. Here they agree at
         # the end of a step.

@@ -13,6 +13,8 @@ import contextlib
 import re
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from routerzoo.errors import UserError, reason_of
 from routerzoo.runs.atomic import recover, remove
 
@@ -25,6 +27,8 @@ OWN = (CONFIG, CHECKPOINTS, LOGS, RESULTS)
 """What a folder that holds a run has, if not all of it."""
 WRITTEN = (*OWN, "predictions*.jsonl", "predictions*.csv", "*.png", "look.html")
 """All that commands write into the folder of a run."""
+LOCK = ".lock"
+"""File that the process that trains a run holds a lock on."""
 LISTED = 5
 
 
@@ -86,6 +90,22 @@ def write_config(folder: Path, text: str) -> None:
         raise UserError(f"cannot write the run's config {folder / CONFIG}: {error.strerror}") from error
 
 
+def lock(folder: Path) -> FileLock:
+    """Let no other process train the run in a folder, until the lock is released or this process ends.
+
+    Raises:
+        UserError: one does.
+    """
+    held = FileLock(folder / LOCK)
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another process trains the run in {folder}: wait until it ends, or stop it") from None
+    except NotImplementedError:
+        pass  # a file system without locks
+    return held
+
+
 def refuse_run(folder: Path) -> None:
     """Refuse a folder that holds a run.
 
@@ -109,6 +129,7 @@ def discard(folder: Path, whole: bool) -> None:
     """Delete what a run has written, or its whole folder, with the folders above that this leaves empty."""
     if not whole:
         clear(folder)
+        remove(folder / LOCK)
         return
     remove(folder)
     with contextlib.suppress(OSError):  # other runs are there

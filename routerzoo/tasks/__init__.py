@@ -1,4 +1,4 @@
-"""Lightning modules: what is trained, and what is reported."""
+"""Lightning modules: model, loss and metrics of each task."""
 
 from routerzoo.tasks.image_classification import ImageClassification
 from routerzoo.tasks.language_modeling import LanguageModeling

@@ -1,4 +1,4 @@
-"""`MoETask`: what training a model with MoE layers has in common, whatever the domain."""
+"""`MoETask`: the base class of all tasks, whatever the domain."""
 # Shape suffixes: E experts, V token ids.
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from routerzoo.tasks.class_paths import known_classes_only, refusal
 from routerzoo.tasks.factories import allow_in_checkpoints, plain_factory
 
 FORMAT_KEY, FORMAT = "routerzoo_format", 2
-"""What a checkpoint is written as, under which name."""
+"""Key and value of the format version in checkpoints."""
 
 SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
 
 
 class Prediction(NamedTuple):
-    """What one pass through a task's model gives for a batch.
+    """The result of one forward pass for a batch.
 
     Args:
         logits_NC: predictions, `[rows, classes]`.
@@ -139,18 +139,18 @@ class MoETask(LightningModule, ABC):
             raise UserError(f"{checkpoint_path} does not describe a task that can be built: {told}") from None
 
     def _keep_defaults(self, net_class: type[nn.Module]) -> None:
-        """Add the defaults of the model's arguments to the hyperparameters: a later version's may differ."""
+        """Add the defaults of the model's arguments to the hyperparameters: those of a later version may differ."""
         for parameter in inspect.signature(net_class).parameters.values():
             if parameter.default is not parameter.empty:
                 self.hparams.setdefault(parameter.name, parameter.default)
 
     @property
     def is_sharded(self) -> bool:
-        """Whether parameters are spread over processes."""
+        """Whether parameters are sharded over processes."""
         return self._costs_before_sharding is not None
 
     def configure_model(self) -> None:
-        """Spread the model over processes, where the strategy is one that does so."""
+        """Shard the model, if the strategy does."""
         mesh = self._device_mesh
         if mesh is None or self.is_sharded:
             return
@@ -165,7 +165,7 @@ class MoETask(LightningModule, ABC):
                 "tensor parallelism is not supported: take the strategy routerzoo.ShardedStrategy, which has expert "
                 "parallelism, or set its tensor_parallel_size to 1 and data_parallel_size to the number of processes"
             )
-        # What it costs can only be measured while every process can compute alone.
+        # Costs can only be measured before sharding, while each process can compute alone.
         costs = [self.costs(place) for place in range(len(self.eval_top_ks))]
         shard_model(self.net, mesh["data_parallel"], getattr(self.trainer.strategy, "expert_parallel", 1))
         self._costs_before_sharding = costs
@@ -176,7 +176,7 @@ class MoETask(LightningModule, ABC):
 
     @abstractmethod
     def training_metrics(self, batch: Any, prediction: Prediction, loss: Tensor) -> dict[str, Tensor]:
-        """Return what is reported of a training batch beside its loss.
+        """Return the metrics of a training batch beside its loss.
 
         Args:
             batch: the batch.
@@ -203,7 +203,7 @@ class MoETask(LightningModule, ABC):
 
     @abstractmethod
     def baseline(self, datamodule: Any) -> tuple[str, float] | None:
-        """Return name and headline metric of what can be had on the validation split without a model, where known."""
+        """Return name and headline metric of a baseline on the validation split, None if unknown."""
 
     @property
     def total_steps(self) -> int:
@@ -219,9 +219,9 @@ class MoETask(LightningModule, ABC):
         return self._total_steps
 
     def setup(self, stage: str) -> None:
-        """Say whether evaluation serves somebody."""
+        """Keep the warning about batch-dependent routers for runs that do not fit."""
         for layer in moe_layers(self.net):
-            layer.warns_of_batch_dependence = stage != "fit"  # a fit evaluates, but serves nobody
+            layer.warns_of_batch_dependence = stage != "fit"  # the validation of a fit serves no users
 
     def configure_callbacks(self) -> list[Callback]:
         """Update the routers once per optimizer step, unless the trainer has the callback already."""
@@ -247,8 +247,8 @@ class MoETask(LightningModule, ABC):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch with its auxiliary losses.
 
-        With `consistency`, two passes of a model that draws random numbers (stochastic routers, dropout) are drawn to
-        each other by the mean of both Kullback-Leibler divergences of their predictions (THOR, Zuo et al. 2022,
+        With `consistency`, two passes of a model that draws random numbers (stochastic routers, dropout) are pulled
+        together by the mean of both Kullback-Leibler divergences of their predictions (THOR, Zuo et al. 2022,
         https://arxiv.org/abs/2110.04260, equation 4; R-Drop): `loss_1 + loss_2 + consistency * (KL_12 + KL_21) / 2`.
         """
         passes = [self._pass(batch) for _ in range(2 if self.consistency else 1)]
@@ -277,11 +277,11 @@ class MoETask(LightningModule, ABC):
         return {"step": self.global_step, "total_steps": self.total_steps, "process_group": all_ranks()}
 
     def on_fit_start(self) -> None:
-        """Plan the run anew."""
+        """Drop the plan of an earlier fit."""
         self._total_steps = None
 
     def on_train_start(self) -> None:
-        """Choose how the optimizer computes, when a resumed run has its state."""
+        """Select the optimizer's kernel, once a resumed run has restored its state."""
         if not self.is_sharded:
             for optimizer in self.trainer.optimizers:
                 use_fused_kernel(optimizer)
@@ -294,7 +294,7 @@ class MoETask(LightningModule, ABC):
             self._random_state = None
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Average the gradients of what is whole on each process of a sharded model."""
+        """Average the gradients of the parameters that a sharded model replicates."""
         if self.is_sharded:
             from routerzoo.distributed.fsdp import average_gradients
 
@@ -304,7 +304,7 @@ class MoETask(LightningModule, ABC):
         """Build optimizer and schedule, which advances by the step."""
         groups = parameter_groups(self)
         if self.is_sharded:
-            # Optimizers take parameters together that are spread alike; these are not.
+            # Fused and foreach kernels require parameters that are sharded alike; these are not.
             groups = [{**group, **dict.fromkeys(EXECUTION, False)} for group in groups]
         optimizer = self.optimizer(groups)
         scheduler = self.lr_scheduler(optimizer, self.total_steps)
@@ -313,7 +313,7 @@ class MoETask(LightningModule, ABC):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip gradients, also where they are spread in different ways."""
+        """Clip gradients, also of parameters that are sharded differently."""
         if not self.is_sharded or not gradient_clip_val or gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
@@ -372,12 +372,12 @@ class MoETask(LightningModule, ABC):
             return count_costs(self.net, self.example)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the random state: dropout goes on as it would have."""
+        """Save the random state, so that dropout continues as in an uninterrupted run."""
         checkpoint["random_state"] = torch.get_rng_state()
         checkpoint[FORMAT_KEY] = FORMAT
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the random state up when the first step starts."""
+        """Check the format and restore each k; the random state follows when the first step starts."""
         if checkpoint.get(FORMAT_KEY) != FORMAT:
             raise UserError(
                 f"the checkpoint is of format {checkpoint.get(FORMAT_KEY, 1)}, this version reads {FORMAT}: train "
@@ -389,8 +389,9 @@ class MoETask(LightningModule, ABC):
                 module.top_k = int(k)  # a schedule had set it
         for averaged in averaged_models(self._trainer):
             copy_router_state(self, averaged)
-        self._random_state = checkpoint.get("random_state")
-        states = checkpoint.get("optimizer_states", [])
+        self._random_state, states = checkpoint.get("random_state"), checkpoint.get("optimizer_states", [])
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            _refuse_half_a_state(self._random_state, states)
         # Several processes save the optimizer's state by name; one reads it by number.
         if not self.is_sharded and states and any(isinstance(name, str) for name in states[0]["state"]):
             from routerzoo.checkpoints.sharded import by_number
@@ -405,6 +406,14 @@ def in_full_precision(logits: Tensor) -> Tensor:
 
 def _metrics(module: Any) -> Mapping[str, Metric]:
     return dict(module.items())
+
+
+def _refuse_half_a_state(random_state: Any, optimizer_states: Any) -> None:
+    """Refuse a checkpoint that training would continue from in silence, but not as if it had not stopped."""
+    whole = isinstance(random_state, Tensor) and random_state.dtype == torch.uint8
+    if not whole or not optimizer_states:
+        lacks = "optimizer_states" if whole else "random_state"
+        raise UserError(f"the checkpoint is incomplete: it has no {lacks}. It cannot be resumed: train again")
 
 
 def _divergence(one: Prediction, other: Prediction) -> Tensor:

@@ -1,4 +1,4 @@
-"""`Classification`: what the tasks that predict labels have in common."""
+"""`Classification`: the base class of tasks that predict labels."""
 # Shape suffixes: B examples, L labels.
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from routerzoo.tasks.base import MoETask, Prediction, in_full_precision
 
 
 class ClassPredictions(NamedTuple):
-    """What `predict` gives for a batch: `probs_BL` class probabilities; `labels_B` the true labels, where known."""
+    """What `predict` returns for a batch: `probs_BL` class probabilities; `labels_B` the true labels, where known."""
 
     probs_BL: Tensor
     labels_B: Tensor | None

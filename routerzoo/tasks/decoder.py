@@ -1,4 +1,4 @@
-"""`DecoderTask`: what the tasks that train a `Decoder` have in common."""
+"""`DecoderTask`: the base class of tasks that train a `Decoder`."""
 
 from __future__ import annotations
 

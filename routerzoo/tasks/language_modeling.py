@@ -22,14 +22,14 @@ from routerzoo.tasks.decoder import DecoderTask
 
 
 class Continuation(NamedTuple):
-    """What `predict` gives for a prompt: its token ids and those sampled after it."""
+    """What `predict` returns for a prompt: its token ids and those sampled after it."""
 
     prompt_ids: list[int]
     sampled_ids: list[int]
 
 
 def reported(loss: Tensor, metric: TextMetric) -> Tensor:
-    """Turn a mean loss, in nats per token, into what papers report.
+    """Convert a mean loss, in nats per token, to the metric that papers report.
 
     `bpb` and `bpc` are bits per byte and per character, `loss / ln 2`; `ppl` is perplexity per token, `exp(loss)`.
     """

@@ -38,7 +38,7 @@ class TextClassification(Classification, DecoderTask):
         nn.init.normal_(self.classifier.weight, std=0.02)
         nn.init.zeros_(self.classifier.bias)
         if self.net.head.weight is not self.net.embedding.weight:
-            self.net.head.requires_grad_(False)  # it predicts bytes, which nobody asks for here
+            self.net.head.requires_grad_(False)  # it predicts bytes, which this task does not use
 
     def forward(self, batch: LabelledBatch, **progress: Any) -> tuple[Tensor, RoutingContext]:
         """Return the logits of labels, `[B, L]`, and the context with the routing of every MoE layer."""

@@ -172,7 +172,7 @@ def test_what_lightning_refuses_when_it_starts(capsys):
 def test_run_folders_that_cannot_be(capsys, place):
     message = said(capsys, "fit", "--config", "config.yaml", "--run_dir", place)
     assert place in message
-    assert "--run_dir" in message
+    assert "choose another with --run_dir" in message or "File name too long" in message
 
 
 def test_a_timer_is_a_callback_like_any_other(capsys):

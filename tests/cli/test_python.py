@@ -13,6 +13,30 @@ from routerzoo.cli.main import RouterZooCLI, main
 from routerzoo.runs.folder import CONFIG as CONFIG_FILE
 from tests.cli.test_run_folders import CONFIG
 
+FOREIGN = """
+import torch
+from lightning import LightningDataModule, LightningModule
+from routerzoo import MoE
+
+class Foreign(LightningModule):
+    free_arguments = ("lr",)
+
+    def __init__(self, width: int = 8, lr: float = 0.1):
+        super().__init__()
+        self.save_hyperparameters()
+        self.layer = MoE(d_model=width, num_experts=4)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.hparams.lr)
+
+class Rows(LightningDataModule):
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.randn(8, 8), batch_size=4)
+"""
+
 
 @pytest.fixture
 def config(tmp_path):
@@ -82,3 +106,16 @@ def test_callbacks_that_differ_stay(config):
 def test_a_single_callback_needs_no_list(config):
     cli = RouterZooCLI(["--config", config, "--trainer.callbacks", "StabilityMonitor"], run=False)
     assert len(monitors(cli)) == 1
+
+
+@pytest.mark.full
+def test_a_foreign_model_says_what_may_differ(tmp_path, monkeypatch):
+    (tmp_path / "foreign_to_us.py").write_text(FOREIGN)
+    monkeypatch.syspath_prepend(tmp_path)
+    names = ["--model", "foreign_to_us.Foreign", "--data", "foreign_to_us.Rows", "--run_dir", "run", "--trust"]
+    quiet = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    main(["fit", *names, *quiet, "--trainer.max_steps", "2"])
+    resumed = ["fit", *names, *quiet, "--ckpt_path", "last", "--trainer.max_steps", "4"]
+    main([*resumed, "--model.lr", "0.5"])
+    with pytest.raises(SystemExit, match=r"it has width 8, .* 4.*may differ is listed in Foreign.free_arguments"):
+        main([*resumed, "--model.width", "4"])

@@ -14,7 +14,7 @@ from lightning import Callback
 
 from routerzoo.checkpoints.single import WholeCheckpoints
 from routerzoo.cli import main as cli
-from routerzoo.runs import checkpoint
+from routerzoo.runs import checkpoint, folder
 
 CONFIG = """
 model:
@@ -113,42 +113,52 @@ def test_a_failed_resume_leaves_the_run(run, config):
     assert {path: before[path] for path in before if path.suffix == ".ckpt"}.items() <= contents(run).items()
 
 
-class Interrupt(Callback):
-    """Presses Ctrl-C in the training step after so many, or in the sanity check; perhaps twice."""
+def test_a_run_is_trained_by_one_process(run, config):
+    held = folder.lock(run)
+    for command in (["--ckpt_path", "last"], ["--config", config, "--run_dir", str(run), "--overwrite"]):
+        told = fails("fit", *command, "--trainer.max_steps", "7")
+        assert told == f"error: another process trains the run in {run}: wait until it ends, or stop it"
+    held.release()
+    cli.main(["fit", "--ckpt_path", "last", "--trainer.max_steps", "7"])
+    assert list(losses(run)) == list(range(7))
 
-    def __init__(self, steps: int, times: int = 1):
-        self.steps, self.times = steps, times
+
+class Interrupt(Callback):
+    """Sends a signal in the training step after so many, or in the sanity check; perhaps twice."""
+
+    def __init__(self, steps: int, times: int = 1, number: int = signal.SIGINT):
+        self.steps, self.times, self.number = steps, times, number
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step == self.steps + 1:
             self.press()
 
-    def on_sanity_check_start(self, trainer, pl_module):
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
         if self.steps < 0:
             self.press()
 
     def press(self):
         for _ in range(self.times):
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), self.number)
             sum(range(1000))  # handlers run between instructions
 
 
 @pytest.fixture
 def interrupted(config, monkeypatch):
-    """Train, with Ctrl-C at a step."""
+    """Train, with a signal at a step."""
 
-    def fit(steps, times=1, *options):
+    def fit(steps, times=1, *options, number=signal.SIGINT):
         build = cli.RouterZooCLI.instantiate_trainer
 
         def with_interrupt(self, **kwargs):
             trainer = build(self, **kwargs)
-            trainer.callbacks.insert(0, Interrupt(steps, times))
+            trainer.callbacks.insert(0, Interrupt(steps, times, number))
             return trainer
 
         handler = signal.getsignal(signal.SIGINT)
         with monkeypatch.context() as patch:
             patch.setattr(cli.RouterZooCLI, "instantiate_trainer", with_interrupt)
-            fails("fit", "--config", config, *options, code=130)
+            fails("fit", "--config", config, *options, code=128 + number)
         signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored
 
     return fit
@@ -172,9 +182,10 @@ def test_a_second_ctrl_c_ends_at_once(interrupted, capsys):
     assert "stopped by SIGINT; step 1 is saved. Resume with: " in capsys.readouterr().err  # the first step always is
 
 
-def test_ctrl_c_before_the_first_step_leaves_nothing(interrupted, capsys):
-    interrupted(-1)
-    assert f"stopped by SIGINT; removed {RUN}, where nothing was trained" in capsys.readouterr().err
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_step_leaves_nothing(interrupted, number, capsys):
+    interrupted(-1, number=number)
+    assert f"stopped by {number.name}; removed {RUN}, where nothing was trained" in capsys.readouterr().err
     assert not Path("runs").exists()
 
 
@@ -251,11 +262,11 @@ def test_a_short_run_has_results_and_names_its_files(run, trained, capsys, confi
     shown = capsys.readouterr().out
     for column in ("step 0", "unigram", "best", "last (step 3)"):
         assert column in shown
-    folder = run.with_name("001")
-    written = set(folder.iterdir())
+    made = run.with_name("001")
+    written = {path for path in made.iterdir() if path.name != folder.LOCK}
     assert {"routing.png", "results.json", "config.yaml", "checkpoints", "logs"} == {path.name for path in written}
-    assert {line.rpartition(": ")[2] for line in shown.splitlines() if f": {folder}/" in line} == set(map(str, written))
-    assert (folder / "checkpoints" / "best.ckpt").is_file()
+    assert {line.rpartition(": ")[2] for line in shown.splitlines() if f": {made}/" in line} == set(map(str, written))
+    assert (made / "checkpoints" / "best.ckpt").is_file()
 
 
 def test_a_run_without_validation_says_so(config, capsys):

@@ -96,3 +96,43 @@ def test_a_set_that_cannot_be_loaded_says_where_it_was_looked_for(tmp_path, monk
 def test_published_sets_have_their_statistics():
     for published in IMAGE_SETS.values():
         assert len(published.mean) == len(published.std) == published.channels
+
+
+def save_16_bits(path, values_HW):
+    Image.fromarray(values_HW.astype(np.uint16)).save(path)
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+def test_images_of_16_bits_keep_their_values(folder, kind):
+    ramp = np.arange(0, 65536, 16).reshape(64, 64)
+    save_16_bits(folder / "val" / "cat" / f"ramp.{kind}", ramp)
+    data = ImageData(str(folder), image_size=56, batch_size=5)
+    image = data._split("val").image(2)
+    assert image.shape == (64, 64, 3)
+    assert (image[..., 0] == (ramp / 65535).astype(np.float32)).all()
+    # Resized to 64 and cropped to 56: the 4th row and column begin.
+    normalised = next(iter(data.val_dataloader())).images_BCHW[2]
+    expected = (ramp[4:60, 4:60] / 65535 - 0.485) / 0.229
+    assert np.allclose(normalised[0], expected, atol=1e-5)
+    for label in ("cat", "dog"):
+        save_16_bits(folder / "train" / label / "ramp.png", ramp)
+    for images in (ImageData(str(folder), image_size=32, batch_size=8).train_dataloader(),):
+        assert next(iter(images)).images_BCHW.max() < (1 - 0.406) / 0.225
+
+
+def test_images_of_32_bits_are_refused(folder):
+    for mode, dtype in (("I", np.int32), ("F", np.float32)):
+        path = folder / "val" / "cat" / "0.tiff"
+        Image.fromarray(np.full((40, 50), 70_000, dtype), mode=None).save(path)
+        with pytest.raises(UserError, match=rf"0.tiff has pixels of 32 bits \(mode {mode}\), whose largest value"):
+            ImageData(str(folder), batch_size=1)._split("val").image(1)
+
+
+def test_patches_are_as_large_as_the_data_says():
+    assert {name: ImageData(name).patch_size for name in IMAGE_SETS} == {
+        "fashion-mini": 7,
+        "fashion-mnist": 7,
+        "mnist": 7,
+        "cifar10": 8,
+        "cifar100": 8,
+    }

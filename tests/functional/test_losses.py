@@ -59,6 +59,17 @@ def test_balance_loss_by_sequence_by_hand():
     assert_close(loss, torch.tensor((3 * 16 / 15 + 1.6) / 4))
 
 
+@pytest.mark.parametrize("wrong", [-1, 4])
+def test_sequences_are_numbered_from_0_but_for_padding(wrong):
+    probs_TE, ids = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7], [0.8, 0.2]]), torch.tensor([0, 0, 0, wrong])
+    experts_TK, mask = torch.tensor([[0], [0], [1], [0]]), torch.tensor([False, False, False, True])
+    loss = balance_loss(probs_TE, experts_TK, scope="sequence", sequence_ids=ids, padding_mask=mask)
+    assert_close(loss, torch.tensor(16 / 15))
+    message = f"groups tokens by sequence_ids, and token 3 has {wrong}, not one of 0 to 3: number the sequences from 0"
+    with pytest.raises(ValueError, match=message):
+        balance_loss(probs_TE, experts_TK, scope="sequence", sequence_ids=ids)
+
+
 def test_balance_loss_of_no_token_is_zero():
     assert balance_loss(torch.empty(0, 3), torch.empty(0, 1, dtype=torch.int64)) == 0
 

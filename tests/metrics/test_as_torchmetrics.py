@@ -5,6 +5,7 @@ import io
 import pickle
 import socket
 import warnings
+from dataclasses import fields as fields_of
 from dataclasses import replace
 
 import matplotlib
@@ -17,7 +18,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torchmetrics import MetricCollection
 
-from routerzoo import metrics
+from routerzoo import Routing, metrics
 from tests.metrics.cases import CASES
 
 
@@ -137,6 +138,31 @@ def test_inputs_of_other_dtypes_give_float32(case, all_batches, dtype):
     assert_equal(result, all_batches, tolerance, tolerance)
     floats = [v for v in (result.values() if isinstance(result, dict) else [result]) if v.is_floating_point()]
     assert {value.dtype for value in floats} == {torch.float32}
+
+
+def requiring_grad(value):
+    if isinstance(value, Routing):
+        fields = {f.name: requiring_grad(getattr(value, f.name)) for f in fields_of(value)}
+        return replace(value, **fields)
+    floats = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.clone().requires_grad_() if floats else value
+
+
+def assert_no_graph(result):
+    for value in result.values() if isinstance(result, dict) else [result]:
+        assert not value.requires_grad
+
+
+def test_results_hold_no_graph(case):
+    metric = case.build()
+    assert_no_graph(metric(*map(requiring_grad, case.update(0, case.batches[0]))))
+    metric.update(*map(requiring_grad, case.update(1, case.batches[1])))
+    assert_no_graph(metric.compute())
+
+
+def test_the_load_of_a_merged_routing_holds_no_graph():
+    merge_GE = torch.rand(3, 4, requires_grad=True)
+    assert_no_graph(metrics.ExpertLoad(4)(Routing(merge_GE=merge_GE, group_T=torch.tensor([0, 1, 2, 2]))))
 
 
 def test_states_move_to_a_device(case):

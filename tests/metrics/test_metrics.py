@@ -42,6 +42,17 @@ def test_expert_load_adds_up_over_updates_and_plots():
     assert [bar.get_height() for bar in axes.patches] == pytest.approx([1.8, 0.6, 0.6])
 
 
+def test_counts_are_exact_whatever_the_default_dtype():
+    metric, experts_TK = ExpertLoad(4), torch.zeros(5001, 1, dtype=torch.int64)
+    given = Routing(experts_TK, torch.ones(5001, 1))
+    torch.set_default_dtype(torch.bfloat16)  # as in a run in bf16-true
+    try:
+        metric.update(given)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert metric.counts_E.tolist() == [5001, 0, 0, 0]
+
+
 def test_gate_confidence_by_hand():
     logits_TE = torch.log(
         torch.tensor([[0.5, 0.25, 0.125, 0.125], [0.25, 0.25, 0.25, 0.25], [1.0, 1e-30, 1e-30, 1e-30]])
@@ -62,7 +73,7 @@ def test_gate_confidence_of_a_router_without_logits_is_nan():
 
 def test_the_picture_of_a_run_with_a_single_record_is_drawn():
     figure = load_over_training([10], np.ones((1, 2, 4)), "title")
-    assert len(figure.axes) == 5  # two panels per layer, and the colour bar
+    assert len(figure.axes) == 5  # two panels per layer, and the color bar
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from routerzoo import HashRouter, LayerSpec, MoE, RoutingContext, StableMoERouter, create_router
 
@@ -82,7 +83,7 @@ class Layer(torch.nn.Module):
         return self.moe(x, RoutingContext(token_ids=ids, padding_mask=padding))
 
 
-@pytest.mark.parametrize("router", [HashRouter, StableMoERouter])
+@pytest.mark.parametrize("router", [HashRouter, pytest.param(StableMoERouter, marks=pytest.mark.full)])
 def test_an_exported_layer_asserts_in_its_graph(router):
     layer, x, none = Layer(router).eval(), torch.ones(3, 4), torch.zeros(3, dtype=torch.bool)
     exported = torch.export.export(layer, (x, torch.tensor([0, 1, 4]), none)).module()
@@ -98,7 +99,7 @@ def test_an_exported_layer_asserts_in_its_graph(router):
 def test_a_compiled_layer_asserts_in_its_graph():
     layer, x, none = Layer(HashRouter).eval(), torch.ones(3, 4), torch.zeros(3, dtype=torch.bool)
     compiled = torch.compile(layer, fullgraph=True)
-    assert torch.equal(compiled(x, torch.tensor([4, 1, 0]), none), layer(x, torch.tensor([4, 1, 0]), none))
+    assert_close(compiled(x, torch.tensor([4, 1, 0]), none), layer(x, torch.tensor([4, 1, 0]), none))
     with pytest.raises(RuntimeError, match="HashRouter looks token_ids up, 0 to 4: mark padding"):
         compiled(x, torch.tensor([0, -1, 4]), none)
 

@@ -1,10 +1,12 @@
-"""What a `LogitRouter` declares by itself, and what its class declares instead."""
+"""What a `LogitRouter` and a `RouterWrapper` declare by themselves, and what their class declares instead."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from routerzoo import ByMode, LayerSpec, LogitRouter
+from routerzoo import ByMode, LayerSpec, LogitRouter, RouterWrapper
 from routerzoo.testing import check_router
 
 
@@ -54,6 +56,23 @@ def test_what_a_class_declares_stands():
     assert type("Grandchild", (Doubled,), {})(LayerSpec(4, 4)).normalized == ByMode(training=False)
     learning = Learning(LayerSpec(4, 4))
     assert (learning.normalized, learning.trains_at_top_1) == (False, True)
+
+
+class Unnormalized(RouterWrapper):
+    """Halves the weights, and says so."""
+
+    paper = "none"
+    normalized = False
+
+    def route(self, x_TD, context):
+        routing = self.router.route(x_TD, context)
+        return replace(routing, weights_TK=routing.weights_TK / 2)
+
+
+def test_what_a_wrappers_class_declares_stands():
+    wrapper = Unnormalized(LayerSpec(4, 4))
+    assert not wrapper.normalized
+    assert wrapper.trains_at_top_1 == wrapper.router.trains_at_top_1
 
 
 def test_a_declaration_that_stands_is_checked():

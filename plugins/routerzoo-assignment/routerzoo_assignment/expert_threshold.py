@@ -28,11 +28,11 @@ class ExpertThresholdRouter(LogitRouter):
 
     Expert Threshold routing (Sun et al. 2026) is known from its abstract and a public copy of its code. There, too, a
     token passes by itself in training and inference, and thresholds are moving averages over steps, each of the mean
-    over gradient accumulation. But they are of logits, the last of the `T * k / E` selected, with 0.99 for the old value
-    and a correction for the start; weights are sigmoids, divided by the token's number of experts; training starts with
-    expert choice over the batch; and the load of an expert can be bounded. None of that is claimed here. On tokens of
-    one distribution both rules hold their loads: after 500 steps of 2,048 tokens the most loaded of 16 experts has 1.04
-    times the mean here, 1.03 times there.
+    over gradient accumulation. But they are of logits, the last of the `T * k / E` selected, with 0.99 for the old
+    value and a correction for the start; weights are sigmoids, divided by the token's number of experts; training
+    starts with expert choice over the batch; and the load of an expert can be bounded. None of that is claimed here. On
+    tokens of one distribution both rules hold their loads: after 500 steps of 2,048 tokens the most loaded of 16
+    experts has 1.04 times the mean here, 1.03 times there.
 
     Args:
         spec: sizes of the layer the router sits in.
