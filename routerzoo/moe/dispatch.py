@@ -48,6 +48,8 @@ def apply_experts(
         return _merged(x_TD, routing, experts, mesh)
     if routing.dense:
         return _soft(x_TD, routing, experts, mesh)
+    if isinstance(experts, TwoLayerExperts) and torch.onnx.is_in_onnx_export():
+        return _every_expert(x_TD, routing.assignments(), experts)
     if mesh is None and isinstance(experts, TwoLayerExperts) and _is_one_operator(x_TD, experts, low_memory):
         means = means_for(x_TD, experts.network())
         if means is not None:
@@ -105,6 +107,17 @@ def _sparse(
     if real_N1 is not None:
         y_ND = torch.where(real_N1, y_ND, 0)
     return unpermute(y_ND, weight_N, permutation)
+
+
+def _every_expert(x_TD: Tensor, assignments: Assignments, experts: TwoLayerExperts) -> Tensor:
+    """Compute every expert on every token, 0 times where it is not chosen: ONNX has no grouped product."""
+    token_N, expert_N, weight_N, _, _ = assignments
+    num_experts = experts.down.shape[0]
+    weights = weight_N.new_zeros(x_TD.shape[0] * num_experts)
+    places_N = token_N * num_experts + expert_N.clamp_min(0)
+    weights_TE = weights.scatter_add(0, places_N, weight_N.masked_fill(expert_N < 0, 0.0)).view(-1, num_experts)
+    y_ETD = torch.stack([experts.one(expert, x_TD) for expert in range(num_experts)])
+    return (y_ETD * weights_TE.T.unsqueeze(2)).sum(0)
 
 
 def _soft(x_TD: Tensor, routing: Routing, experts: nn.Module, mesh: DeviceMesh | None) -> Tensor:

@@ -104,6 +104,13 @@ class TwoLayerExperts(Experts):
         hidden_NH = F.dropout(_hidden_units(z_NZ, self.hidden_dim, self.activation), network.dropout)
         return grouped_linear(hidden_NH, network.down, ends_E, network.down_bias, self.backend)
 
+    def one(self, expert: int, x_TD: Tensor) -> Tensor:
+        """Return the output of one expert for every token."""
+        up, up_bias, down, down_bias, activation, dropout = self.network()
+        z_TZ = F.linear(x_TD, up[expert], None if up_bias is None else up_bias[expert])
+        hidden_TH = F.dropout(_hidden_units(z_TZ, self.hidden_dim, activation), dropout)
+        return F.linear(hidden_TH, down[expert], None if down_bias is None else down_bias[expert])
+
     def as_one(self, x_TD: Tensor) -> Tensor:
         """Return the sum of all experts' outputs: a dense network of their joint width."""
         network = self.network()
