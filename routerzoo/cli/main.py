@@ -33,8 +33,10 @@ from routerzoo.callbacks import RoutingMonitor, StopOnNonFiniteLoss
 from routerzoo.checkpoints.single import WholeCheckpoints, expect_checkpoint, read_outline, refuse_incomplete
 from routerzoo.cli.checkpoints import LINKED, init_arg, refuse_another_model, router_name, run_name
 from routerzoo.cli.configs import with_config_files
-from routerzoo.cli.parser_errors import explain, explain_bare_help, option_names, refused_by_lightning
+from routerzoo.cli.parser_errors import explain, explain_bare_help, option_names, refused_by_libraries
 from routerzoo.errors import UserError, in_a_sentence
+from routerzoo.moe.experts import Experts
+from routerzoo.router import Router
 from routerzoo.runs import folder as runs
 from routerzoo.runs.atomic import atomic_write, is_writable
 from routerzoo.runs.checkpoint import RunCheckpoint, StopSignal
@@ -63,7 +65,20 @@ class Parser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # With abbreviations, `--trainer.max_epoch 3` would be taken for `max_epochs` in silence.
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        shown = {"prog": "python -m routerzoo", "usage": "%(prog)s [OPTIONS]"}
+        super().__init__(*args, **{"allow_abbrev": False, **shown, **kwargs})
+
+    def add_class_arguments(self, class_type: Any, *args: Any, skip: Any = None, **kwargs: Any) -> Any:
+        """Add a class's arguments, without those that the layer gives it."""
+        built_by_a_layer = isinstance(class_type, type) and issubclass(class_type, (Router, Experts))
+        if built_by_a_layer and not any(isinstance(argument, int) for argument in skip or ()):
+            skip = {*(skip or ()), "spec"}
+        return super().add_class_arguments(class_type, *args, skip=skip, **kwargs)
+
+    def format_help(self, *args: Any) -> Any:
+        """Return the help, which starts with one line of usage instead of a line for each option."""
+        self.prog = self.prog.replace(" [OPTIONS]", "").replace(" [options]", "")
+        return super().format_help(*args)
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Exit with the reason, without the usage lines that would bury it."""
@@ -255,6 +270,8 @@ class RouterZooCLI(LightningCLI):
         given: Any = config["trainer"]
         callbacks = last_of_each(given["callbacks"], named["trainer"]["callbacks"])
         refuse_tuners(callbacks)
+        if (accumulated := given["accumulate_grad_batches"]) < 1:
+            raise UserError(f"trainer.accumulate_grad_batches must be at least 1, got {accumulated}")
         kept = self._run_folder = self._claim_folder(config, dry=bool(given["fast_dev_run"]))
         folder = self.run_dir = kept.folder
         if given["strategy"] == "sharded":
@@ -296,9 +313,6 @@ class RouterZooCLI(LightningCLI):
             if fitting and given["logger"] is not False and not barebones:
                 added.append(LearningRateMonitor("step"))
         trainer = super().instantiate_trainer(**{**kwargs, "callbacks": [*callbacks, *added]})
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, RoutingMonitor):
-                callback.folder = folder
         if not issubclass(RunReport, kinds):
             # Behind the progress bar, which Lightning puts last: the report comes when the bar has gone.
             trainer.callbacks.append(RunReport(str(folder)))  # type: ignore[attr-defined]
@@ -459,6 +473,8 @@ def _with_saved_config(args: list[str]) -> list[str]:
         return args
     place = places[-1]
     value = args[place].partition("=")[2] if "=" in args[place] else (args[place + 1] if place + 1 < len(args) else "")
+    if not value:
+        return args
     if value in ("last", "best"):
         folders = [arg.partition("=")[2] or args[i + 1] for i, arg in enumerate(args[:-1]) if given[i] == "--run_dir"]
         folder = Path(folders[-1]) if folders else runs.latest_run(value)
@@ -493,6 +509,6 @@ def main(args: Sequence[str] | None = None, cli: Callable[[list[str]], object] =
         except KeyboardInterrupt:
             raise SystemExit(128 + signal.SIGINT) from None
         except Exception as error:
-            if isinstance(error, (UserError, OSError)) or (told := refused_by_lightning(error)) is None:
+            if isinstance(error, (UserError, OSError)) or (told := refused_by_libraries(error)) is None:
                 raise
             raise UserError(told) from None

@@ -50,14 +50,17 @@ class RunReport(Callback):
 
     def __init__(self, folder: str | None = None) -> None:
         self.folder = Path(folder) if folder is not None else None
+        self._costs: list[Costs] = []
+        self._files_before: dict[Path, int] = {}
+        self._clear()
+
+    def _clear(self) -> None:
         self.metric_at_start: float | None = None
         self.best: float | None = None
         self._last: float | None = None
         self._last_step = 0
         self._started: float | None = None
         self._seconds_before = 0.0
-        self._costs: list[Costs] = []
-        self._files_before: dict[Path, int] = {}
 
     @property
     def _console(self) -> Console:  # not an attribute: a console cannot be copied
@@ -104,7 +107,9 @@ class RunReport(Callback):
             self._console.print(f"{LABELS.get(path.name, picture)}: {path}", markup=False)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the model."""
+        """Print the model; forget the results of an earlier run."""
+        if trainer.ckpt_path is None and trainer.global_step == 0:
+            self._clear()
         self._started = time.monotonic()
         # On every rank: counting runs a forward pass, and sharded parameters need all.
         self._count(pl_module)
@@ -120,7 +125,7 @@ class RunReport(Callback):
                 f"{type(first.experts).__name__}, {_choices(router)}"
             )
         self._console.print(f"[bold]{what}[/bold]; {self._sizes(pl_module)}")
-        if self.folder is not None:
+        if self.folder is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._console.print(f"run folder: {self.folder}")
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -304,7 +309,8 @@ class RunReport(Callback):
         return {}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count the costs of the trained model: a schedule may have changed k, and a resumed run has the last one."""
+        """Stop the clock, and count the costs of the trained model: a schedule may have changed k."""
+        self._seconds_before, self._started = self._seconds, None
         self._count(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -370,7 +376,7 @@ def _numbers(costs: Costs) -> dict[str, float]:
 
 
 def _choices(router: Router) -> str:
-    return f"top {router.top_k}" if router.max_top_k > 1 or router.spec.num_experts == 1 else "k by the router itself"
+    return f"top {router.top_k}" if router.max_top_k > 1 or router.spec.num_experts == 1 else "k set by the router"
 
 
 def _measured(results: dict[str, Any]) -> dict[str, Any]:

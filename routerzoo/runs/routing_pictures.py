@@ -41,6 +41,11 @@ class RoutingPictures(Callback):
         """Name of the state in checkpoints."""
         return self._generate_state_key(every_n_validations=self.every_n_validations, examples=self.examples)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the validations of an earlier run."""
+        if trainer.global_step == 0:
+            self.validations = 0
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw at intervals."""
         if trainer.sanity_checking or trainer.state.fn != "fit" or not isinstance(pl_module, MoETask):

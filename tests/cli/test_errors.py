@@ -152,6 +152,29 @@ def test_help_of_what_is_not_there(capsys, options, message):
     assert message in said(capsys, "fit", *options)
 
 
+@pytest.mark.parametrize(
+    ("options", "usage", "option"),
+    [
+        (["--help"], "usage: python -m routerzoo fit [OPTIONS]", "--run_dir RUN_DIR"),
+        (["--model", "LanguageModeling", "--model.router.help", "XMoERouter"], "usage: python -m routerzoo", ".top_k"),
+        (
+            ["--model", "LanguageModeling", "--model.experts.help", "MLPExperts"],
+            "usage: python -m routerzoo",
+            ".hidden_dim",
+        ),
+    ],
+)
+def test_help_has_one_line_of_usage_and_only_what_may_be_set(capsys, options, usage, option):
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", *options])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(usage)
+    assert shown.splitlines()[1] == ""
+    assert option in shown
+    assert "spec." not in shown
+
+
 def test_values_of_another_domain(capsys):
     message = said(capsys, "fit", "--config", "vision.yaml", "--model.patch_ids", "none")
     assert "model.patch_ids: expected position or lsh or codebook, got 'none'" in message

@@ -5,16 +5,20 @@ import json
 import pickle
 import time
 
+import pytest
 import torch
 from lightning import Trainer
 
+from routerzoo import LayerSpec, create_router
 from routerzoo.report.collect import read_sweep
 from routerzoo.report.page import write_report
 from routerzoo.runs.predictions import PredictionWriter
 from routerzoo.runs.report import RunReport
+from routerzoo.runs.routing_pictures import RoutingPictures
 from routerzoo.sweep.ledger import Ledger
 from routerzoo.sweep.progress import headline
 from tests.callbacks.plain import QUIET, Plain, loader
+from tests.tasks.test_tasks import language, text_data
 
 
 class Retrieval(Plain):
@@ -96,3 +100,44 @@ def test_time_before_training_is_not_counted():
     assert report.state_dict()["seconds"] == 100
     report._started = time.monotonic() - 5
     assert 105 <= report.state_dict()["seconds"] < 106
+
+
+@pytest.mark.parametrize(
+    ("router", "told"), [("LinearRouter", "top 2"), ("TopPRouter", "k set by the router"), ("ThorRouter", "k set by")]
+)
+def test_the_header_names_a_k_where_there_is_one(router, told, capsys):
+    module = Plain()
+    module.first.router = create_router(router, LayerSpec(8, 4, layer=0, num_layers=1))
+    RunReport().on_fit_start(Trainer(**QUIET), module)
+    assert told in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damaged", ["", "{", "null", "[1]", "\0\0\0", '{"earlier": 3}'])
+def test_damaged_results_are_set_aside(tmp_path, damaged, capsys):
+    (tmp_path / "results.json").write_text(damaged)
+    assert results_of(tmp_path, 0.5)["test"]["recall"] == 0.5
+    assert (tmp_path / "results.damaged.json").read_text() == damaged
+    assert f"results.json was damaged; it is now {tmp_path}/results.damaged.json" in capsys.readouterr().out
+
+
+def test_one_instance_reports_each_run_by_itself(tmp_path):
+    report, pictures = RunReport(str(tmp_path)), RoutingPictures()
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        options = {"max_steps": 2, "limit_val_batches": 1, "val_check_interval": 1, "num_sanity_val_steps": -1}
+        trainer = Trainer(**{**QUIET, **options}, callbacks=[report, pictures])
+        trainer.fit(language("LinearRouter"), text_data())
+        value = float(trainer.callback_metrics["val/bpb"])
+        state = report.state_dict()
+        assert state["last"] == value
+        assert state["best"] < state["metric_at_start"]
+        assert report.state_dict() == state  # the clock has stopped
+        assert pictures.validations == 2
+        states.append(state)
+    assert states[0]["metric_at_start"] != states[1]["metric_at_start"]
+    trained = states[1]["seconds"]
+    trainer.fit_loop.epoch_loop.max_steps = 4
+    trainer.fit(trainer.lightning_module, text_data())
+    assert report.state_dict()["metric_at_start"] == states[1]["metric_at_start"]
+    assert report.state_dict()["seconds"] > trained
