@@ -112,7 +112,7 @@ def _sparse(
 def _every_expert(x_TD: Tensor, assignments: Assignments, experts: TwoLayerExperts) -> Tensor:
     """Compute every expert on every token, 0 times where it is not chosen: ONNX has no grouped product."""
     token_N, expert_N, weight_N, _, _ = assignments
-    num_experts = experts.down.shape[0]
+    num_experts = experts.network().down.shape[0]
     weights = weight_N.new_zeros(x_TD.shape[0] * num_experts)
     places_N = token_N * num_experts + expert_N.clamp_min(0)
     weights_TE = weights.scatter_add(0, places_N, weight_N.masked_fill(expert_N < 0, 0.0)).view(-1, num_experts)

@@ -45,7 +45,8 @@ def routing_of(num_tokens, num_experts, top_k, dtype=torch.float32, *, drop=0.0,
         return partial(Routing, experts_TK, may_drop=drop > 0), weights_TK
     some_N = torch.randperm(experts_TK.numel())[: -num_tokens // 4]  # in any order, some tokens with fewer experts
     token_N, expert_N = some_N // top_k, experts_TK.flatten()[some_N]
-    return (lambda weight_N: Routing(token_N=token_N, expert_N=expert_N, weight_N=weight_N)), weights_TK.flatten()[some_N]
+    weight_N = weights_TK.flatten()[some_N]
+    return (lambda weight_N: Routing(token_N=token_N, expert_N=expert_N, weight_N=weight_N)), weight_N
 
 
 def gradients(compute, bank, x_TD, weights, grad_TD):
@@ -166,7 +167,7 @@ def test_two_runs_give_equal_bits(means):
     bank = bank_of("gated with biases", 16, 4, torch.bfloat16, hidden_dim=24)
     make, weights = routing_of(20, 4, 2, torch.bfloat16)
     x_TD = torch.randn(20, 16).bfloat16()
-    rows, weight_N = sorted_rows(make(weights), 20, 4)
+    rows, _ = sorted_rows(make(weights), 20, 4)
 
     def low(x_TD, weights):
         return bank(x_TD, rows.ends_E, Assigned(rows, weights.flatten(), means))
@@ -254,7 +255,8 @@ def test_the_layer_computes_the_same_with_little_memory():
     outputs = []
     for low in (False, True):
         torch.manual_seed(0)
-        layer = MoE(d_model=16, num_experts=4, num_shared_experts=1, router=partial(LinearRouter, top_k=2), low_memory=low)
+        router = partial(LinearRouter, top_k=2)
+        layer = MoE(d_model=16, num_experts=4, num_shared_experts=1, router=router, low_memory=low)
         context = RoutingContext(padding_mask=torch.arange(10) > 7)
         x_TD = torch.randn(10, 16, requires_grad=True)
         y_TD = layer(x_TD, context)
