@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, final
 
 from lightning import Callback, LightningModule, Trainer
@@ -51,6 +52,9 @@ class KSchedule(Callback):
         if total_steps is None:
             raise UserError("KSchedule needs to know when the run ends: set trainer.max_steps or trainer.max_epochs")
         self._total_steps = total_steps
+        if (dynamo := sys.modules.get("torch._dynamo")) is not None:
+            # A model that was compiled takes k for a number that may change, and is not compiled again for each.
+            dynamo.config.allow_unspec_int_on_nn_module = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set k."""

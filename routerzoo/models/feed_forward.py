@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from routerzoo.moe.experts import ACTIVATIONS, Activation, FeedForwardWeights, LinearWeights
+from routerzoo.moe.activations import ACTIVATIONS, Activation
+from routerzoo.moe.experts import FeedForwardWeights, LinearWeights
 from routerzoo.moe.layer import MoE
 
 INLINE = (("fc1", "fc2"), ("linear1", "linear2"), ("intermediate.dense", "output.dense"), ("ffn", "ffn_output"))

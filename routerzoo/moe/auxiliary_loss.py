@@ -54,7 +54,7 @@ def auxiliary_loss(
     if not losses:
         parameters = (p for module in ([model] if isinstance(model, nn.Module) else model) for p in module.parameters())
         return torch.zeros((), device=next((parameter.device for parameter in parameters), None))
-    return torch.stack(losses).sum()
+    return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
 
 def auxiliary_losses(
@@ -118,7 +118,7 @@ def _reduced(
         losses = [_loss_of_layer(name, entry, context, token_losses) for entry in entries]
     except ValueError as error:
         raise ValueError(f"{type(router).__name__} {error}") from None
-    total = torch.stack(losses).sum()
+    total = torch.stack(losses).sum() if len(losses) > 1 else losses[0]
     return total if weight.over_layers == "sum" else total / len(losses)
 
 
@@ -173,10 +173,18 @@ def _balance(
     experts_TK = _choices(routing)
     if experts_TK is None:
         return None
-    scores_TE = routing.balance_scores()
+    scores_TE, may_drop = routing.balance_scores(), routing.may_drop or routing.experts_TK is None
     if routing.balances_by_score:
-        experts_TK = topk_indices(scores_TE.detach(), experts_TK.shape[1])
-    return balance_loss(scores_TE, experts_TK, weighted=weighted, **scope_of(scope, context))
+        experts_TK, may_drop = topk_indices(scores_TE.detach(), experts_TK.shape[1]), False
+    normalized = routing.balance_probs_TE is None and routing.score_fn == "softmax"
+    return balance_loss(
+        scores_TE,
+        experts_TK,
+        weighted=weighted,
+        normalized=normalized,
+        may_drop=may_drop,
+        **scope_of(scope, context),
+    )
 
 
 def _choices(routing: Routing) -> Tensor | None:

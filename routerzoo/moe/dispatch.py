@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from routerzoo.distributed.expert_parallel import compute
 from routerzoo.errors import UserError
+from routerzoo.moe.experts import TwoLayerExperts
+from routerzoo.moe.low_memory import Assigned, means_for
 from routerzoo.moe.permute import permutation_of, permute, unpermute
+from routerzoo.moe.rows import sorted_rows
 from routerzoo.routing import Assignments, Routing
 
 if TYPE_CHECKING:
@@ -19,7 +22,12 @@ if TYPE_CHECKING:
 
 
 def apply_experts(
-    x_TD: Tensor, routing: Routing, experts: nn.Module, num_experts: int, mesh: DeviceMesh | None = None
+    x_TD: Tensor,
+    routing: Routing,
+    experts: nn.Module,
+    num_experts: int,
+    mesh: DeviceMesh | None = None,
+    low_memory: bool | None = None,
 ) -> Tensor:
     """Send each token to its experts and add up what they return, weighted.
 
@@ -31,6 +39,7 @@ def apply_experts(
         experts: the bank that computes; anything that is called as `routerzoo.Experts` is.
         num_experts: number of experts.
         mesh: the ranks that share the experts; None where this one has all.
+        low_memory: keep hidden states and pre-activations alone for the backward pass; by default on a GPU.
 
     Returns:
         `[tokens, d_model]`; zeros for a token without expert.
@@ -39,11 +48,32 @@ def apply_experts(
         return _merged(x_TD, routing, experts, mesh)
     if routing.dense:
         return _soft(x_TD, routing, experts, mesh)
+    if isinstance(experts, TwoLayerExperts) and torch.onnx.is_in_onnx_export():
+        return _every_expert(x_TD, routing.assignments(), experts)
+    if mesh is None and isinstance(experts, TwoLayerExperts) and _is_one_operator(x_TD, experts, low_memory):
+        means = means_for(x_TD, experts.network())
+        if means is not None:
+            rows, weight_N = sorted_rows(routing, len(x_TD), num_experts)
+            y_TD: Tensor = experts(x_TD, rows.ends_E, Assigned(rows, weight_N, means))
+            return y_TD
     return _sparse(x_TD, routing.assignments(), experts, num_experts, mesh)
+
+
+def _is_one_operator(x_TD: Tensor, experts: TwoLayerExperts, low_memory: bool | None) -> bool:
+    if low_memory is None:
+        low_memory = x_TD.device.type == "cuda"
+    if not low_memory or experts.backend != "auto" or torch.compiler.is_exporting():  # an export takes torch's own
+        return False
+    # Transforms of functions know torch's own operations; sharded weights too.
+    transformed = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    return not transformed and all(type(weight) in (Tensor, nn.Parameter) for weight in experts.parameters())
 
 
 def dense_forward(experts: nn.Module, x_TD: Tensor, num_experts: int) -> Tensor:
     """Return the sum of all experts' outputs for every token, `[T, D]`: a dense feed-forward network."""
+    if isinstance(experts, TwoLayerExperts) and experts.backend == "auto":
+        y_TD: Tensor = experts.as_one(x_TD)
+        return y_TD
     num_tokens = x_TD.shape[0]
     ends_E = torch.arange(1, num_experts + 1, device=x_TD.device, dtype=torch.int32) * num_tokens
     y_ND: Tensor = experts(x_TD.repeat(num_experts, 1) if num_experts > 1 else x_TD, ends_E)
@@ -77,6 +107,17 @@ def _sparse(
     if real_N1 is not None:
         y_ND = torch.where(real_N1, y_ND, 0)
     return unpermute(y_ND, weight_N, permutation)
+
+
+def _every_expert(x_TD: Tensor, assignments: Assignments, experts: TwoLayerExperts) -> Tensor:
+    """Compute every expert on every token, 0 times where it is not chosen: ONNX has no grouped product."""
+    token_N, expert_N, weight_N, _, _ = assignments
+    num_experts = experts.network().down.shape[0]
+    weights = weight_N.new_zeros(x_TD.shape[0] * num_experts)
+    places_N = token_N * num_experts + expert_N.clamp_min(0)
+    weights_TE = weights.scatter_add(0, places_N, weight_N.masked_fill(expert_N < 0, 0.0)).view(-1, num_experts)
+    y_ETD = torch.stack([experts.one(expert, x_TD) for expert in range(num_experts)])
+    return (y_ETD * weights_TE.T.unsqueeze(2)).sum(0)
 
 
 def _soft(x_TD: Tensor, routing: Routing, experts: nn.Module, mesh: DeviceMesh | None) -> Tensor:

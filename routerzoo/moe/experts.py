@@ -4,28 +4,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo.functional.initialization import Reinitializable
+from routerzoo.moe.activations import ACTIVATIONS, Activation, activated
+from routerzoo.moe.cpu_upcast import widens
 from routerzoo.moe.grouped_linear import Backend, grouped_linear
+from routerzoo.moe.low_memory import Assigned, FeedForward, apply_low_memory
 from routerzoo.routing import LayerSpec
-
-Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "sigmoid", "silu"]
-
-ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # CLIP's
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),  # Primer's (So et al. 2021)
-    "sigmoid": torch.sigmoid,  # the gate of a plain GLU
-    "silu": F.silu,
-}
 
 
 class LinearWeights(NamedTuple):
@@ -95,8 +85,54 @@ class Experts(Reinitializable, ABC):
         raise NotImplementedError(f"{type(self).__name__} does not implement upcycle_from")
 
 
+class TwoLayerExperts(Experts):
+    """Base class of the built-in experts: two linear maps, gated or not."""
+
+    hidden_dim: int
+    activation: Activation
+
+    @abstractmethod
+    def network(self) -> FeedForward:
+        """Return the weights, and the dropout of now."""
+
+    def forward(self, x_ND: Tensor, ends_E: Tensor, assigned: Assigned | None = None) -> Tensor:
+        """Compute each row with its expert; with `assigned`, rows are tokens, and so are the results."""
+        network = self.network()
+        if assigned is not None:
+            return apply_low_memory(x_ND, assigned, network)
+        z_NZ = grouped_linear(x_ND, network.up, ends_E, network.up_bias, self.backend)
+        hidden_NH = F.dropout(_hidden_units(z_NZ, self.hidden_dim, self.activation), network.dropout)
+        return grouped_linear(hidden_NH, network.down, ends_E, network.down_bias, self.backend)
+
+    def one(self, expert: int, x_TD: Tensor) -> Tensor:
+        """Return the output of one expert for every token."""
+        up, up_bias, down, down_bias, activation, dropout = self.network()
+        z_TZ = F.linear(x_TD, up[expert], None if up_bias is None else up_bias[expert])
+        hidden_TH = F.dropout(_hidden_units(z_TZ, self.hidden_dim, activation), dropout)
+        return F.linear(hidden_TH, down[expert], None if down_bias is None else down_bias[expert])
+
+    def as_one(self, x_TD: Tensor) -> Tensor:
+        """Return the sum of all experts' outputs: a dense network of their joint width."""
+        network = self.network()
+        num_experts, _, hidden_dim = network.down.shape
+        halves = network.up.shape[1] // hidden_dim
+        # Gates first, then the rest, as in one wide expert.
+        up_ZD = network.up.view(num_experts, halves, hidden_dim, -1).transpose(0, 1).flatten(0, 2)
+        up_bias_Z = network.up_bias
+        if up_bias_Z is not None:
+            up_bias_Z = up_bias_Z.view(num_experts, halves, hidden_dim).transpose(0, 1).flatten()
+        hidden_TH = _hidden_units(_linear(x_TD, up_ZD, up_bias_Z), num_experts * hidden_dim, self.activation)
+        hidden_TH = F.dropout(hidden_TH, network.dropout)
+        down_DH = network.down.transpose(0, 1).flatten(1)
+        return _linear(hidden_TH, down_DH, None if network.down_bias is None else network.down_bias.sum(0))
+
+    def extra_repr(self) -> str:
+        """Show the sizes."""
+        return f"num_experts={self.spec.num_experts}, hidden_dim={self.hidden_dim}, activation={self.activation}"
+
+
 @final
-class MLPExperts(Experts):
+class MLPExperts(TwoLayerExperts):
     """Two linear maps with an activation between: `W_2 act(W_1 x + b_1) + b_2`.
 
     Args:
@@ -125,11 +161,10 @@ class MLPExperts(Experts):
         self.up_bias = nn.Parameter(torch.zeros(spec.num_experts, self.hidden_dim)) if bias else None
         self.down_bias = nn.Parameter(torch.zeros(spec.num_experts, spec.d_model)) if bias else None
 
-    def forward(self, x_ND: Tensor, ends_E: Tensor) -> Tensor:
-        """Compute each row with its expert."""
-        hidden_NH = ACTIVATIONS[self.activation](grouped_linear(x_ND, self.up, ends_E, self.up_bias, self.backend))
-        hidden_NH = F.dropout(hidden_NH, self.dropout, self.training)
-        return grouped_linear(hidden_NH, self.down, ends_E, self.down_bias, self.backend)
+    def network(self) -> FeedForward:
+        """Return the weights, and the dropout of now."""
+        dropout = self.dropout if self.training else 0.0
+        return FeedForward(self.up, self.up_bias, self.down, self.down_bias, self.activation, dropout)
 
     def upcycle_from(self, dense: FeedForwardWeights) -> None:
         """Copy the maps of a network without a gate into every expert."""
@@ -139,13 +174,9 @@ class MLPExperts(Experts):
         _copy_to_all(self.up, self.up_bias, dense.up)
         _copy_to_all(self.down, self.down_bias, dense.down)
 
-    def extra_repr(self) -> str:
-        """Show the sizes."""
-        return f"num_experts={self.spec.num_experts}, hidden_dim={self.hidden_dim}, activation={self.activation}"
-
 
 @final
-class SwiGLUExperts(Experts):
+class SwiGLUExperts(TwoLayerExperts):
     """Gated networks: `W_down (act(W_gate x) * W_up x)` (Shazeer 2020, https://arxiv.org/abs/2002.05202).
 
     Gate and up are one parameter, gate first, as in Mixtral's public weights.
@@ -177,11 +208,10 @@ class SwiGLUExperts(Experts):
         self.gate_up_bias = nn.Parameter(torch.zeros(spec.num_experts, 2 * self.hidden_dim)) if bias else None
         self.down_bias = nn.Parameter(torch.zeros(spec.num_experts, spec.d_model)) if bias else None
 
-    def forward(self, x_ND: Tensor, ends_E: Tensor) -> Tensor:
-        """Compute each row with its expert."""
-        gate_up_NH = grouped_linear(x_ND, self.gate_up, ends_E, self.gate_up_bias, self.backend)
-        hidden_NH = F.dropout(_gated(gate_up_NH, self.activation), self.dropout, self.training)
-        return grouped_linear(hidden_NH, self.down, ends_E, self.down_bias, self.backend)
+    def network(self) -> FeedForward:
+        """Return the weights, and the dropout of now."""
+        dropout = self.dropout if self.training else 0.0
+        return FeedForward(self.gate_up, self.gate_up_bias, self.down, self.down_bias, self.activation, dropout)
 
     def upcycle_from(self, dense: FeedForwardWeights) -> None:
         """Copy the maps of a gated network into every expert."""
@@ -194,21 +224,24 @@ class SwiGLUExperts(Experts):
         _copy_to_all(self.gate_up[:, half:], None if bias is None else bias[:, half:], dense.up)
         _copy_to_all(self.down, self.down_bias, dense.down)
 
-    def extra_repr(self) -> str:
-        """Show the sizes."""
-        return f"num_experts={self.spec.num_experts}, hidden_dim={self.hidden_dim}, activation={self.activation}"
-
 
 EXPERTS: dict[str, type[MLPExperts] | type[SwiGLUExperts]] = {"MLPExperts": MLPExperts, "SwiGLUExperts": SwiGLUExperts}
 """The built-in classes by name."""
 
 
-def _gated(gate_up_NH: Tensor, activation: Activation) -> Tensor:
-    if activation == "silu" and gate_up_NH.device.type == "cpu" and not torch.compiler.is_compiling():
-        hidden_NH: Tensor = _SiluAndMul.apply(gate_up_NH)
+def _hidden_units(z_NZ: Tensor, hidden_dim: int, activation: Activation) -> Tensor:
+    gated = z_NZ.shape[1] > hidden_dim
+    if gated and activation == "silu" and z_NZ.device.type == "cpu" and not torch.compiler.is_compiling():
+        hidden_NH: Tensor = _SiluAndMul.apply(z_NZ)
         return hidden_NH
-    gate_NH, up_NH = gate_up_NH.chunk(2, dim=-1)
-    return ACTIVATIONS[activation](gate_NH) * up_NH
+    return activated(z_NZ, hidden_dim, activation)
+
+
+def _linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    if not widens(x_TI.device.type, x_TI.dtype):
+        return F.linear(x_TI, weight_OI, bias_O)
+    ends_E = torch.full((1,), len(x_TI), dtype=torch.int32)  # one expert, which the CPU computes in float32
+    return grouped_linear(x_TI, weight_OI.unsqueeze(0), ends_E, None if bias_O is None else bias_O.unsqueeze(0))
 
 
 class _SiluAndMul(torch.autograd.Function):

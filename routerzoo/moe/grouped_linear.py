@@ -113,6 +113,8 @@ def _per_row(bias_EO: Tensor, ends_E: Tensor, num_rows: int) -> Tensor:
     return bias_EO.index_select(0, expert_N)
 
 
+MOST_GROUPS = 1024
+
 # Up to this share of the experts in rows, visiting only experts that have rows wins on a CPU.
 FEW_ROWS_PER_EXPERT = 1 / 8
 
@@ -145,6 +147,8 @@ def grouped_refuses(x_NI: Tensor, weight_EOI: Tensor) -> str:
         return f"torch has no grouped product in {x_NI.dtype}"
     if x_NI.device.type == "cuda" and x_NI.dtype != torch.bfloat16:
         return "on CUDA torch's grouped product is bfloat16 only"
+    if x_NI.device.type == "cuda" and len(weight_EOI) >= MOST_GROUPS:
+        return f"on CUDA torch's grouped product takes fewer than {MOST_GROUPS} experts"
     if x_NI.device.type not in ("cpu", "cuda"):
         return f"torch has no grouped product on {x_NI.device.type}"
     if torch.compiler.is_compiling() and x_NI.dtype != torch.bfloat16:
@@ -199,10 +203,11 @@ def _widening(x_NI: Tensor, weight_EOI: Tensor, ends: list[int]) -> Widening | N
     return Widening(weight_EOI[0], max(end - start for start, end in itertools.pairwise([0, *ends])))
 
 
-# Custom operators, so that `torch.compile` takes the loops as they are: their trip counts depend on data.
+# Custom operators, so that `torch.compile` takes the loops as they are: their trip counts depend on data. They wait for
+# a GPU, which no CUDA graph can.
 
 
-@custom_op("routerzoo::grouped_matmul", mutates_args=())
+@custom_op("routerzoo::grouped_matmul", mutates_args=(), tags=[torch.Tag.cudagraph_unsafe])
 def _matmul(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     y_NO = x_NI.new_empty(x_NI.shape[0], weight_EOI.shape[1])
     ends = ends_E.tolist()
@@ -221,7 +226,7 @@ def _(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     return x_NI.new_empty(x_NI.shape[0], weight_EOI.shape[1])
 
 
-@custom_op("routerzoo::grouped_weight_grad", mutates_args=())
+@custom_op("routerzoo::grouped_weight_grad", mutates_args=(), tags=[torch.Tag.cudagraph_unsafe])
 def _weight_grad(grad_NO: Tensor, x_NI: Tensor, ends_E: Tensor) -> Tensor:
     grad_EOI = x_NI.new_empty(ends_E.shape[0], grad_NO.shape[1], x_NI.shape[1])
     ends = ends_E.tolist()

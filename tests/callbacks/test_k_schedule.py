@@ -5,7 +5,7 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-from routerzoo import KSchedule
+from routerzoo import KSchedule, MoE
 from routerzoo.callbacks.steps import planned_steps
 from routerzoo.errors import UserError
 from tests.callbacks.plain import QUIET, Plain, loader
@@ -25,6 +25,23 @@ def test_k_grows_evenly_and_the_last_is_in_the_checkpoint(tmp_path):
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
     assert [state[f"{name}.router.k"].item() for name in ("first", "second")] == [4, 4]
+
+
+def test_a_compiled_model_is_not_compiled_for_each_k():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    layer = MoE(d_model=8, num_experts=16)
+    with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=False):
+        fit(Plain(), KSchedule(1, 4), max_steps=1)  # sets what a loop of one's own sets itself
+        compiled, x_TD = torch.compile(layer, fullgraph=True, backend=backend), torch.randn(5, 8)
+        for k in range(1, 13):
+            layer.router.top_k = k
+            torch.testing.assert_close(compiled(x_TD), layer(x_TD))
+    assert len(graphs) == 2  # one for the first k, and one for all others
 
 
 def test_the_run_is_planned_once_where_accumulation_changes():

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from torchvision.models import VisionTransformer
 
 from routerzoo import MLPExperts, MoE, SwiGLUExperts, moe_layers, plan_sparsify, sparsify
-from routerzoo.moe.experts import ACTIVATIONS
+from routerzoo.moe.activations import ACTIVATIONS
 
 
 class Mlp(nn.Module):

@@ -120,9 +120,9 @@ def test_flops_without_values_are_those_of_all_rows(place):
 def test_gated_activation_is_what_its_parts_are():
     gate_up = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
     gate, up = gate_up.chunk(2, dim=-1)
-    assert_close(experts._gated(gate_up, "silu"), torch.nn.functional.silu(gate) * up)
-    assert torch.autograd.gradcheck(lambda x: experts._gated(x, "silu"), gate_up)
-    assert torch.autograd.gradgradcheck(lambda x: experts._gated(x, "silu"), gate_up)
+    assert_close(experts._hidden_units(gate_up, 4, "silu"), torch.nn.functional.silu(gate) * up)
+    assert torch.autograd.gradcheck(lambda x: experts._hidden_units(x, 4, "silu"), gate_up)
+    assert torch.autograd.gradgradcheck(lambda x: experts._hidden_units(x, 4, "silu"), gate_up)
 
 
 def layouts(matrix):

@@ -1,0 +1,235 @@
+"""Calls of the Triton kernels: the parts of the experts' operator on a GPU."""
+# Shape suffixes: T tokens, N assignments (rows sorted by expert), E experts, D model width, H hidden width,
+# Z width of the pre-activations (2 H where gated, else H), I input width, O output width, C columns.
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from routerzoo.moe import kernels
+from routerzoo.moe.kernels import INTERPRETED
+from routerzoo.moe.rows import Rows
+
+
+def tile_sizes(dtype: torch.dtype, rows_per_expert: int) -> dict[str, int]:
+    """Return the tiles of the products: rows, columns, inner width, and how many warps and stages work on one.
+
+    Args:
+        dtype: of the operands. float32 is multiplied without tensor cores, unless torch is told otherwise.
+        rows_per_expert: in the mean; tiles of few rows where there are few.
+    """
+    if INTERPRETED:
+        return {"BM": 16, "BN": 16, "BK": 16, "num_warps": 4, "num_stages": 2}
+    if dtype == torch.float32:
+        return {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 3}
+    if rows_per_expert < 32:
+        return {"BM": 16, "BN": 128, "BK": 64, "num_warps": 4, "num_stages": 3}
+    if rows_per_expert < 96:
+        return {"BM": 64, "BN": 128, "BK": 64, "num_warps": 4, "num_stages": 3}
+    return {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3}
+
+
+def _precision(dtype: torch.dtype) -> str:
+    highest = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if highest else "tf32"
+
+
+def _width(columns: int, most: int = 1024) -> dict[str, Any]:
+    block = min(most, triton.next_power_of_2(columns))
+    return {"BH": block, "num_warps": max(1, min(8, block // 128))}
+
+
+def activate(
+    z_NZ: Tensor,
+    bias_EZ: Tensor | None,
+    rows: Rows,
+    hidden_dim: int,
+    activation: str,
+    dropout: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """Return the hidden units of each row, `[N, H]`."""
+    (num_rows, width), num_experts = z_NZ.shape, len(rows.ends_E)
+    a_NH = z_NZ.new_empty(num_rows, hidden_dim)
+    sizes = _width(hidden_dim)
+    kernels.activate[(num_rows, triton.cdiv(hidden_dim, sizes["BH"]))](
+        z_NZ,
+        bias_EZ if bias_EZ is not None else z_NZ,
+        rows.expert_N,
+        seed if seed is not None else rows.order_N,
+        a_NH,
+        dropout,
+        E=num_experts,
+        H=hidden_dim,
+        Z=width,
+        ACTIVATION=activation,
+        BIAS=bias_EZ is not None,
+        DROPOUT=seed is not None,
+        **sizes,
+    )
+    return a_NH
+
+
+def activate_backward(
+    da_NH: Tensor,
+    z_NZ: Tensor,
+    bias_EZ: Tensor | None,
+    weight_N: Tensor,
+    bias_part_TE: Tensor | None,
+    rows: Rows,
+    activation: str,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of pre-activations, `[N, Z]`, the weighted hidden units, and the gradients of weights.
+
+    Args:
+        da_NH: the gradient of the hidden units, without the weights.
+        z_NZ: pre-activations, without the bias.
+        bias_EZ: their bias.
+        weight_N: the weight of each assignment.
+        bias_part_TE: the product of each token's gradient and each expert's second bias, where there is one.
+        rows: which rows are whose.
+        activation: its name.
+        dropout: probability of dropping a hidden unit.
+        seed: of the dropout; None for none.
+    """
+    (num_rows, hidden_dim), width = da_NH.shape, z_NZ.shape[1]
+    dz_NZ, wa_NH, dweight_N = torch.empty_like(z_NZ), torch.empty_like(da_NH), torch.empty_like(weight_N)
+    kernels.activate_backward[(num_rows,)](
+        da_NH,
+        z_NZ,
+        bias_EZ if bias_EZ is not None else z_NZ,
+        weight_N,
+        rows.expert_N,
+        rows.order_N,
+        rows.source_N,
+        seed if seed is not None else rows.order_N,
+        bias_part_TE if bias_part_TE is not None else da_NH,
+        dz_NZ,
+        wa_NH,
+        dweight_N,
+        dropout,
+        E=len(rows.ends_E),
+        H=hidden_dim,
+        Z=width,
+        ACTIVATION=activation,
+        BIAS=bias_EZ is not None,
+        DOWN_BIAS=bias_part_TE is not None,
+        DROPOUT=seed is not None,
+        **_width(hidden_dim),
+    )
+    return dz_NZ, wa_NH, dweight_N
+
+
+def combine(y_ND: Tensor, bias_ED: Tensor | None, weight_N: Tensor | None, rows: Rows) -> Tensor:
+    """Return the sum of each token's rows, weighted where weights are given, `[T, D]`."""
+    width = y_ND.shape[1]
+    out_TD = y_ND.new_empty(rows.num_tokens, width)
+    sizes = _width(width)
+    block = sizes.pop("BH")
+    kernels.combine[(rows.num_tokens, triton.cdiv(width, block))](
+        y_ND,
+        bias_ED if bias_ED is not None else y_ND,
+        weight_N if weight_N is not None else y_ND,
+        rows.expert_N,
+        rows.row_N,
+        rows.begin_T if rows.begin_T is not None else rows.row_N,
+        out_TD,
+        rows.top_k or 0,
+        E=len(rows.ends_E),
+        D=width,
+        RAGGED=rows.begin_T is not None,
+        BIAS=bias_ED is not None,
+        WEIGHTED=weight_N is not None,
+        BD=block,
+        **sizes,
+    )
+    return out_TD
+
+
+def column_sums(g: Tensor, rows: Rows, weight_N: Tensor | None = None) -> Tensor:
+    """Return the sum of each expert's rows, `[E, C]`; with weights, the rows of `g` are tokens."""
+    sums_EC = g.new_empty(len(rows.ends_E), g.shape[1])
+    block = 16 if INTERPRETED else 64
+    kernels.column_sums[(len(rows.ends_E), triton.cdiv(g.shape[1], block))](
+        g,
+        rows.source_N,
+        rows.order_N,
+        weight_N if weight_N is not None else g,
+        rows.ends_E,
+        sums_EC,
+        C=g.shape[1],
+        GATHERED=weight_N is not None,
+        BR=16 if INTERPRETED else 64,
+        BC=block,
+        num_warps=4,
+    )
+    return sums_EC
+
+
+def product(x: Tensor, weight_EOI: Tensor, rows: Rows, *, gather: bool = False) -> Tensor:
+    """Return each row times its expert's weight, transposed as in `torch.nn.Linear`, `[N, O]`.
+
+    Args:
+        x: rows sorted by expert, or with `gather` tokens.
+        weight_EOI: weights, of any strides that cover them.
+        rows: which rows are whose.
+        gather: read the rows of `x` by token.
+    """
+    num_rows, (num_experts, out_width, in_width) = len(rows.source_N), weight_EOI.shape
+    y_NO = x.new_empty(num_rows, out_width)
+    sizes = tile_sizes(x.dtype, num_rows // num_experts)
+    columns = triton.cdiv(out_width, sizes["BN"])
+    tiles = num_rows // sizes["BM"] + min(num_experts, num_rows)  # at most so many, whatever the loads
+    kernels.product[(tiles * columns,)](
+        x,
+        weight_EOI,
+        rows.source_N,
+        rows.ends_E,
+        y_NO,
+        E=num_experts,
+        E2=triton.next_power_of_2(num_experts),
+        IN=in_width,
+        OUT=out_width,
+        STRIDE_O=weight_EOI.stride(1),
+        STRIDE_I=weight_EOI.stride(2),
+        GATHERED=gather,
+        PRECISION=_precision(x.dtype),
+        COLUMNS=columns,
+        **sizes,
+    )
+    return y_NO
+
+
+def weight_grad(g: Tensor, x: Tensor, rows: Rows, *, gather: str) -> Tensor:
+    """Return `g^T x` over each expert's rows, `[E, O, I]`.
+
+    Args:
+        g: rows sorted by expert, or tokens.
+        x: likewise.
+        rows: which rows are whose.
+        gather: `g` or `x`, whose rows are tokens.
+    """
+    num_experts, out_width, in_width = len(rows.ends_E), g.shape[1], x.shape[1]
+    grad_EOI = g.new_empty(num_experts, out_width, in_width)
+    sizes = tile_sizes(g.dtype, 128)
+    sizes["BO"], sizes["BI"] = sizes.pop("BM"), sizes.pop("BN")
+    kernels.weight_grad[(num_experts, triton.cdiv(out_width, sizes["BO"]), triton.cdiv(in_width, sizes["BI"]))](
+        g,
+        x,
+        rows.source_N,
+        rows.ends_E,
+        grad_EOI,
+        OUT=out_width,
+        IN=in_width,
+        GATHERED_G=gather == "g",
+        GATHERED_X=gather == "x",
+        PRECISION=_precision(g.dtype),
+        **sizes,
+    )
+    return grad_EOI

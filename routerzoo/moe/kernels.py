@@ -1,0 +1,366 @@
+"""Triton kernels of the MoE layer: what lies between the experts' products, and the products where torch has none.
+
+No atomics: each sum has one order, so that a run repeats bit for bit. Nothing is read back by the host: a tile of rows
+finds its expert on the device. Sums are float32's. Rows that belong to no expert are neither read nor written.
+"""
+# Shape suffixes: T tokens, N assignments (rows sorted by expert), E experts, D model width, H hidden width,
+# Z width of the pre-activations (2 H where gated, else H), IN input width, OUT output width, C columns.
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton's interpreter runs the kernels, on a CPU."""
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def _dot(a, b, sum, PRECISION: tl.constexpr):
+    if _INTERPRETED:  # its dot product takes bfloat16's raw bits for numbers
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, sum, input_precision=PRECISION)
+
+
+@triton.jit
+def _value_and_slope(v, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "silu":
+        sigmoid = tl.sigmoid(v)
+        value = v * sigmoid
+        slope = sigmoid + value * (1 - sigmoid)
+    elif ACTIVATION == "gelu":
+        below = 0.5 * (1 + tl.erf(v * 0.7071067811865476))
+        value = v * below
+        slope = below + v * tl.exp(-0.5 * v * v) * 0.3989422804014327
+    elif ACTIVATION == "gelu_tanh":
+        tanh = 2 * tl.sigmoid(1.5957691216057308 * (v + 0.044715 * v * v * v)) - 1
+        value = 0.5 * v * (1 + tanh)
+        slope = 0.5 * (1 + tanh) + 0.3989422804014327 * v * (1 - tanh * tanh) * (1 + 0.134145 * v * v)
+    elif ACTIVATION == "quick_gelu":
+        sigmoid = tl.sigmoid(1.702 * v)
+        value = v * sigmoid
+        slope = sigmoid + 1.702 * value * (1 - sigmoid)
+    elif ACTIVATION == "sigmoid":
+        value = tl.sigmoid(v)
+        slope = value * (1 - value)
+    elif ACTIVATION == "relu2":
+        positive = tl.maximum(v, 0.0)
+        value = positive * positive
+        slope = 2 * positive
+    else:
+        tl.static_assert(ACTIVATION == "relu")
+        value = tl.maximum(v, 0.0)
+        slope = tl.where(v > 0, 1.0, 0.0)
+    return value, slope
+
+
+@triton.jit
+def _kept(seed_ptr, place, probability):
+    """Dropout's factor of a hidden unit, the same in both passes."""
+    return tl.where(tl.rand(tl.load(seed_ptr), place) >= probability, 1 / (1 - probability), 0.0)
+
+
+@triton.jit
+def _biased(z_ptr, bias_ptr, row, expert, column, mask, Z: tl.constexpr, BIAS: tl.constexpr):
+    v = tl.load(z_ptr + row * Z + column, mask=mask, other=0.0).to(tl.float32)
+    if BIAS:
+        v += tl.load(bias_ptr + expert * Z + column, mask=mask, other=0.0).to(tl.float32)
+    return v
+
+
+@triton.jit
+def activate(
+    z_ptr,
+    bias_ptr,
+    expert_ptr,
+    seed_ptr,
+    a_ptr,
+    dropout,
+    E: tl.constexpr,
+    H: tl.constexpr,
+    Z: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    BH: tl.constexpr,
+):
+    """Write the hidden units of a row."""
+    row = tl.program_id(0).to(tl.int64)
+    expert = tl.load(expert_ptr + row).to(tl.int64)
+    if expert >= E:
+        return
+    h = tl.program_id(1) * BH + tl.arange(0, BH)
+    inside = h < H
+    a, _ = _value_and_slope(_biased(z_ptr, bias_ptr, row, expert, h, inside, Z, BIAS), ACTIVATION)
+    if Z > H:
+        a *= _biased(z_ptr, bias_ptr, row, expert, H + h, inside, Z, BIAS)
+    if DROPOUT:
+        a *= _kept(seed_ptr, row * H + h, dropout)
+    tl.store(a_ptr + row * H + h, a.to(a_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def activate_backward(
+    da_ptr,
+    z_ptr,
+    bias_ptr,
+    weight_ptr,
+    expert_ptr,
+    order_ptr,
+    source_ptr,
+    seed_ptr,
+    bias_part_ptr,
+    dz_ptr,
+    wa_ptr,
+    dweight_ptr,
+    dropout,
+    E: tl.constexpr,
+    H: tl.constexpr,
+    Z: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BIAS: tl.constexpr,
+    DOWN_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    BH: tl.constexpr,
+):
+    """One pass over a row: the gradient of the pre-activations, the weighted activations, the weight's gradient.
+
+    The last is `<dy, y> = <dy W_down, a> + <dy, b_down>`, so that no expert's output is kept.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    expert = tl.load(expert_ptr + row).to(tl.int64)
+    n = tl.load(order_ptr + row)
+    if expert >= E:
+        tl.store(dweight_ptr + n, 0.0)
+        return
+    weight = tl.load(weight_ptr + n).to(tl.float32)
+    dweight_H = tl.zeros((BH,), tl.float32)
+    for start in range(0, H, BH):
+        h = start + tl.arange(0, BH)
+        inside = h < H
+        da = tl.load(da_ptr + row * H + h, mask=inside, other=0.0).to(tl.float32)
+        value, slope = _value_and_slope(_biased(z_ptr, bias_ptr, row, expert, h, inside, Z, BIAS), ACTIVATION)
+        if DROPOUT:
+            kept = _kept(seed_ptr, row * H + h, dropout)
+            value *= kept
+            slope *= kept
+        if Z > H:
+            up = _biased(z_ptr, bias_ptr, row, expert, H + h, inside, Z, BIAS)
+            dup = da * weight * value
+            tl.store(dz_ptr + row * Z + H + h, dup.to(dz_ptr.dtype.element_ty), mask=inside)
+            value *= up
+            slope *= up
+        dweight_H += da * value
+        tl.store(wa_ptr + row * H + h, (value * weight).to(wa_ptr.dtype.element_ty), mask=inside)
+        tl.store(dz_ptr + row * Z + h, (da * weight * slope).to(dz_ptr.dtype.element_ty), mask=inside)
+    dweight = tl.sum(dweight_H, 0)
+    if DOWN_BIAS:
+        token = tl.load(source_ptr + row).to(tl.int64)
+        dweight += tl.load(bias_part_ptr + token * E + expert).to(tl.float32)
+    tl.store(dweight_ptr + n, dweight)
+
+
+@triton.jit
+def combine(
+    y_ptr,
+    bias_ptr,
+    weight_ptr,
+    expert_ptr,
+    row_ptr,
+    begin_ptr,
+    out_ptr,
+    top_k,
+    E: tl.constexpr,
+    D: tl.constexpr,
+    RAGGED: tl.constexpr,
+    BIAS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Add up a token's rows, weighted, in the order of its assignments."""
+    t = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    sum_D = tl.zeros((BD,), tl.float32)
+    if RAGGED:
+        n = tl.load(begin_ptr + t).to(tl.int64)
+        end = tl.load(begin_ptr + t + 1).to(tl.int64)
+    else:
+        n = t * top_k
+        end = n + top_k
+    while n < end:
+        row = tl.load(row_ptr + n).to(tl.int64)
+        expert = tl.load(expert_ptr + row).to(tl.int64)
+        inside = d < tl.where(expert < E, D, 0)
+        y = tl.load(y_ptr + row * D + d, mask=inside, other=0.0).to(tl.float32)
+        if BIAS:
+            y += tl.load(bias_ptr + expert * D + d, mask=inside, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            y *= tl.load(weight_ptr + n).to(tl.float32)
+        sum_D += y
+        n += 1
+    tl.store(out_ptr + t * D + d, sum_D.to(out_ptr.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def column_sums(
+    g_ptr,
+    source_ptr,
+    order_ptr,
+    weight_ptr,
+    ends_ptr,
+    sums_ptr,
+    C: tl.constexpr,
+    GATHERED: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Add up each expert's rows: a bias's gradient. Rows by token are gathered and weighted."""
+    expert = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    start = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(ends_ptr + expert)
+    sum_C = tl.zeros((BC,), tl.float32)
+    while start < end:
+        rows = start + tl.arange(0, BR)
+        inside = rows < end
+        at = rows.to(tl.int64)
+        if GATHERED:
+            at = tl.load(source_ptr + rows, mask=inside, other=0).to(tl.int64)
+        mask = inside[:, None] & (c < C)[None, :]
+        g = tl.load(g_ptr + at[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        if GATHERED:
+            n = tl.load(order_ptr + rows, mask=inside, other=0)
+            g *= tl.load(weight_ptr + n, mask=inside, other=0.0).to(tl.float32)[:, None]
+        sum_C += tl.sum(g, 0)
+        start += BR
+    tl.store(sums_ptr + expert * C + c, sum_C.to(sums_ptr.dtype.element_ty), mask=c < C)
+
+
+@triton.jit
+def _tile(ends_ptr, tile, E: tl.constexpr, E2: tl.constexpr, BM: tl.constexpr):
+    """Return the expert that a tile of rows belongs to, the tile's first row, and where the expert's rows end."""
+    e = tl.arange(0, E2)
+    end = tl.load(ends_ptr + e, mask=e < E, other=0)
+    start = tl.load(ends_ptr + e - 1, mask=(e > 0) & (e < E), other=0)
+    tiles = tl.where(e < E, (end - start + BM - 1) // BM, 0)
+    until = tl.cumsum(tiles, 0)
+    expert = tl.sum((until <= tile).to(tl.int32), 0)
+    here = e == expert
+    first = tl.sum(tl.where(here, until - tiles, 0), 0)
+    row = tl.sum(tl.where(here, start, 0), 0) + (tile - first) * BM
+    return expert, row, tl.sum(tl.where(here, end, 0), 0)
+
+
+@triton.jit
+def product(
+    x_ptr,
+    weight_ptr,
+    source_ptr,
+    ends_ptr,
+    y_ptr,
+    E: tl.constexpr,
+    E2: tl.constexpr,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    STRIDE_O: tl.constexpr,
+    STRIDE_I: tl.constexpr,
+    GATHERED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Multiply each row with its expert's weight; rows by token are gathered while they are read."""
+    expert, start, end = _tile(ends_ptr, tl.program_id(0) // COLUMNS, E, E2, BM)
+    if expert >= E:
+        return
+    rows = start + tl.arange(0, BM)
+    inside = rows < end
+    at = rows.to(tl.int64)
+    if GATHERED:
+        at = tl.load(source_ptr + rows, mask=inside, other=0).to(tl.int64)
+    o = (tl.program_id(0) % COLUMNS) * BN + tl.arange(0, BN)
+    i = tl.arange(0, BK)
+    x_ptrs = x_ptr + at[:, None] * IN + i[None, :]
+    weight_ptrs = weight_ptr + expert.to(tl.int64) * OUT * IN + o[None, :] * STRIDE_O + i[:, None] * STRIDE_I
+    y = tl.zeros((BM, BN), tl.float32)
+    for begin in range(0, IN, BK):
+        left = begin + i < IN
+        x = tl.load(x_ptrs + begin, mask=inside[:, None] & left[None, :], other=0.0)
+        weight = tl.load(weight_ptrs + begin * STRIDE_I, mask=left[:, None] & (o < OUT)[None, :], other=0.0)
+        y = _dot(x, weight, y, PRECISION)
+    y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * OUT + o[None, :]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=inside[:, None] & (o < OUT)[None, :])
+
+
+@triton.jit
+def _add_rows(
+    grad,
+    g_ptr,
+    x_ptr,
+    source_ptr,
+    start,
+    end,
+    o,
+    i,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    GATHERED_G: tl.constexpr,
+    GATHERED_X: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BK: tl.constexpr,
+):
+    rows = start + tl.arange(0, BK)
+    inside = rows < end
+    g_at = rows.to(tl.int64)
+    x_at = g_at
+    if GATHERED_G:
+        g_at = tl.load(source_ptr + rows, mask=inside, other=0).to(tl.int64)
+    if GATHERED_X:
+        x_at = tl.load(source_ptr + rows, mask=inside, other=0).to(tl.int64)
+    g = tl.load(g_ptr + g_at[None, :] * OUT + o[:, None], mask=inside[None, :] & (o < OUT)[:, None], other=0.0)
+    x = tl.load(x_ptr + x_at[:, None] * IN + i[None, :], mask=inside[:, None] & (i < IN)[None, :], other=0.0)
+    return _dot(g, x, grad, PRECISION)
+
+
+@triton.jit
+def weight_grad(
+    g_ptr,
+    x_ptr,
+    source_ptr,
+    ends_ptr,
+    grad_ptr,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    GATHERED_G: tl.constexpr,
+    GATHERED_X: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BO: tl.constexpr,
+    BI: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Multiply `g^T x` over each expert's rows; of either, rows by token are gathered while they are read."""
+    expert = tl.program_id(0).to(tl.int64)
+    o = tl.program_id(1) * BO + tl.arange(0, BO)
+    i = tl.program_id(2) * BI + tl.arange(0, BI)
+    start = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(ends_ptr + expert)
+    grad = tl.zeros((BO, BI), tl.float32)
+    if _INTERPRETED:  # Triton 3.6's interpreter knows no range of tensors
+        while start < end:
+            grad = _add_rows(
+                grad, g_ptr, x_ptr, source_ptr, start, end, o, i, OUT, IN, GATHERED_G, GATHERED_X, PRECISION, BK
+            )
+            start += BK
+    else:  # a loop that the compiler pipelines
+        for begin in range(start, end, BK):
+            grad = _add_rows(
+                grad, g_ptr, x_ptr, source_ptr, begin, end, o, i, OUT, IN, GATHERED_G, GATHERED_X, PRECISION, BK
+            )
+    grad_ptrs = grad_ptr + expert * OUT * IN + o[:, None] * IN + i[None, :]
+    tl.store(grad_ptrs, grad.to(grad_ptr.dtype.element_ty), mask=(o < OUT)[:, None] & (i < IN)[None, :])

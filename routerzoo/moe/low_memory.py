@@ -1,0 +1,388 @@
+"""The experts of a MoE layer as one operator, which keeps the hidden states and the pre-activations alone.
+
+Composed of separate operations, the layer keeps for its backward pass each assignment's hidden state, its hidden units
+and its output, so that memory grows with k at equal FLOPs. Here the hidden states are gathered and the hidden units
+computed again, and the gradient of a weight is `<dy, y> = <W_down^T dy, a>`, so that no output is kept (SonicMoE,
+Guo et al. 2025, https://arxiv.org/abs/2512.14080): `T D + N Z` elements and the indices, whatever the granularity.
+"""
+# Shape suffixes: T tokens, N assignments (rows sorted by expert), E experts, D model width, H hidden width,
+# Z width of the pre-activations (2 H where gated, else H), I input width, O output width.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import custom_op
+
+from routerzoo.moe.activations import ACTIVATIONS, GRADIENTS, Activation, activated
+from routerzoo.moe.grouped_linear import grouped_linear, grouped_refuses, multiply, weight_grad
+from routerzoo.moe.permute import sum_bags
+from routerzoo.moe.rows import Rows
+
+Means = Literal["torch", "hybrid", "triton"]
+"""How it is computed: on a CPU by torch; on a GPU with torch's grouped product, or without."""
+
+
+class Assigned(NamedTuple):
+    """What a bank needs beside hidden states to return sums by token."""
+
+    rows: Rows
+    weight_N: Tensor
+    means: Means
+
+
+class FeedForward(NamedTuple):
+    """The weights of a bank of two-layer networks: `W_down act(W_up x + b_up) + b_down`.
+
+    Where gated, the first map has two halves: `act(gate) * up`.
+    """
+
+    up: Tensor
+    up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+    activation: Activation
+    dropout: float
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of the hidden units."""
+        return self.down.shape[2]
+
+
+def apply_low_memory(x_TD: Tensor, assigned: Assigned, network: FeedForward) -> Tensor:
+    """Return the weighted sum of each token's experts, `[T, D]`, in the autocast dtype where autocast is on.
+
+    Args:
+        x_TD: hidden states.
+        assigned: the assignments, sorted by expert, and the weight of each, in the order of tokens.
+        network: the bank's weights; its dropout is that of now.
+    """
+    rows, weight_N, means = assigned
+    device_type = x_TD.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x_TD.dtype
+    if rows.num_tokens == 0 or len(rows.source_N) == 0:
+        return (x_TD * 0.0).to(dtype)
+    seed = torch.randint(2**31, (), device=x_TD.device) if network.dropout > 0 else None
+    tensors = (x_TD, weight_N, network.up, network.up_bias, network.down, network.down_bias)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    out_TD: Tensor = _experts(
+        *tensors, *rows[:-2], seed, rows.top_k or 0, network.activation, network.dropout, dtype, means, keep
+    )[0]
+    return out_TD
+
+
+def means_for(x_TD: Tensor, network: FeedForward) -> Means | None:
+    """Return how the low-memory form is computed for these tensors; None where it is not."""
+    if x_TD.device.type == "cpu":
+        return "torch"
+    if x_TD.device.type != "cuda" or not has_triton():
+        return None
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x_TD.dtype
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return None
+    fits = dtype == torch.bfloat16 and _has_grouped_product(x_TD.device.index or 0)
+    return "hybrid" if fits and not grouped_refuses(x_TD.to(dtype), network.up) else "triton"
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed; torch brings it on Linux."""
+    return find_spec("triton") is not None
+
+
+@cache
+def _has_grouped_product(device: int) -> bool:
+    # On others torch copies the ends to the host and multiplies expert by expert.
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+# One operator a pass: `torch.compile` takes them as they are, and no compiler decides what is kept.
+
+
+@custom_op("routerzoo::experts", mutates_args=())
+def _experts(
+    x_TD: Tensor,
+    weight_N: Tensor,
+    up_EZD: Tensor,
+    up_bias_EZ: Tensor | None,
+    down_EDH: Tensor,
+    down_bias_ED: Tensor | None,
+    ends_E: Tensor,
+    expert_N: Tensor,
+    order_N: Tensor,
+    source_N: Tensor,
+    row_N: Tensor,
+    begin_T: Tensor | None,
+    seed: Tensor | None,
+    top_k: int,
+    activation: str,
+    dropout: float,
+    dtype: torch.dtype,
+    means: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    rows = Rows(ends_E, expert_N, order_N, source_N, row_N, begin_T, top_k or None, len(x_TD))
+    compute = _parts(means)
+    with torch.autocast(x_TD.device.type, enabled=False):
+        x_TD, up_EZD, down_EDH = (values.to(dtype).contiguous() for values in (x_TD, up_EZD, down_EDH))
+        weight_N = weight_N.contiguous()
+        z_NZ = compute.product(x_TD, up_EZD, rows, gather=True)
+        a_NH = compute.activate(z_NZ, up_bias_EZ, rows, down_EDH.shape[2], cast(Activation, activation), dropout, seed)
+        y_ND = compute.product(a_NH, down_EDH, rows)
+        del a_NH
+        out_TD = compute.combine(y_ND, down_bias_ED, weight_N, rows)
+    return out_TD, z_NZ if keep else z_NZ.new_empty(0)
+
+
+@_experts.register_fake
+def _(x_TD, weight_N, up_EZD, *others):  # type: ignore[no-untyped-def]
+    source_N, dtype, keep = others[6], others[13], others[15]
+    kept = (source_N.shape[0], up_EZD.shape[1]) if keep else (0,)
+    return x_TD.new_empty(x_TD.shape, dtype=dtype), x_TD.new_empty(kept, dtype=dtype)
+
+
+@custom_op("routerzoo::experts_backward", mutates_args=())
+def _experts_backward(
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    weight_N: Tensor,
+    up_EZD: Tensor,
+    up_bias_EZ: Tensor | None,
+    down_EDH: Tensor,
+    down_bias_ED: Tensor | None,
+    ends_E: Tensor,
+    expert_N: Tensor,
+    order_N: Tensor,
+    source_N: Tensor,
+    row_N: Tensor,
+    begin_T: Tensor | None,
+    seed: Tensor | None,
+    z_NZ: Tensor,
+    top_k: int,
+    activation: str,
+    dropout: float,
+    means: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    rows = Rows(ends_E, expert_N, order_N, source_N, row_N, begin_T, top_k or None, len(x_TD))
+    compute, dtype = _parts(means), z_NZ.dtype
+    dx_TD, dweight_N, dup_EZD, dup_bias_EZ, ddown_EDH, ddown_bias_ED = (grad_TD.new_empty(0) for _ in range(6))
+    needs_x, needs_weight, needs_up, needs_up_bias, needs_down, needs_down_bias = needs
+    grad_TD, weight_N = grad_TD.to(dtype).contiguous(), weight_N.contiguous()
+    da_NH = compute.product(grad_TD, down_EDH.to(dtype).contiguous().transpose(1, 2), rows, gather=True)
+    bias_part_TE = None
+    if needs_weight and down_bias_ED is not None:
+        bias_part_TE = grad_TD @ down_bias_ED.to(dtype).T
+    dz_NZ, wa_NH, dweight_N = compute.activate_backward(
+        da_NH, z_NZ, up_bias_EZ, weight_N, bias_part_TE, rows, cast(Activation, activation), dropout, seed
+    )
+    del da_NH
+    if needs_down:
+        ddown_EDH = compute.weight_grad(grad_TD, wa_NH, rows, gather="g").to(down_EDH.dtype)
+    del wa_NH
+    if needs_down_bias and down_bias_ED is not None:
+        ddown_bias_ED = compute.column_sums(grad_TD, rows, weight_N).to(down_bias_ED.dtype)
+    if needs_up_bias and up_bias_EZ is not None:
+        dup_bias_EZ = compute.column_sums(dz_NZ, rows).to(up_bias_EZ.dtype)
+    if needs_up:
+        dup_EZD = compute.weight_grad(dz_NZ, x_TD.to(dtype).contiguous(), rows, gather="x").to(up_EZD.dtype)
+    if needs_x:
+        dx_ND = compute.product(dz_NZ, up_EZD.to(dtype).contiguous().transpose(1, 2), rows)
+        dx_TD = compute.combine(dx_ND, None, None, rows).to(x_TD.dtype)
+    return [dx_TD, dweight_N, dup_EZD, dup_bias_EZ, ddown_EDH, ddown_bias_ED]
+
+
+@_experts_backward.register_fake
+def _(grad_TD, x_TD, weight_N, up, up_bias, down, down_bias, *others):  # type: ignore[no-untyped-def]
+    like = (x_TD, weight_N, up, up_bias, down, down_bias)
+    return [
+        grad_TD.new_empty(0) if tensor is None or not (needed or tensor is weight_N) else torch.empty_like(tensor)
+        for tensor, needed in zip(like, others[-1], strict=True)
+    ]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:13], output[1])
+    ctx.options = inputs[13:18]
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_TD: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, z_NZ = ctx.saved_tensors
+    top_k, activation, dropout, _dtype, means = ctx.options
+    needs = list(ctx.needs_input_grad[:6])
+    if grad_TD is None:
+        return (None,) * 19
+    if torch.is_grad_enabled():
+        grads: Sequence[Tensor | None] = _differentiable(grad_TD, tensors, needs, ctx.options)
+    else:
+        grads = _experts_backward(grad_TD, *tensors, z_NZ, top_k, activation, dropout, means, needs)
+    return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *(None,) * 13
+
+
+_experts.register_autograd(_backward, setup_context=_setup)
+
+
+def _differentiable(
+    grad_TD: Tensor, tensors: Sequence[Any], needs: Sequence[bool], options: tuple[Any, ...]
+) -> list[Tensor | None]:
+    """Return gradients that can be differentiated themselves: those of plain operations, computed again."""
+    top_k, activation, dropout, dtype, _ = options
+    x_TD, weight_N, up_EZD, up_bias_EZ, down_EDH, down_bias_ED = tensors[:6]
+    ends_E, expert_N, order_N, source_N, row_N, begin_T = tensors[6:12]
+    rows = Rows(ends_E, expert_N, order_N, source_N, row_N, begin_T, top_k or None, len(x_TD))
+    if dropout > 0:
+        raise NotImplementedError("gradients of gradients of experts with dropout: set dropout to 0")
+    up, down = (w.to(dtype) for w in (up_EZD, down_EDH))
+    z_NZ = grouped_linear(x_TD.to(dtype).index_select(0, rows.source_N), up, rows.ends_E, up_bias_EZ)
+    a_NH = activated(z_NZ, down_EDH.shape[2], activation)
+    y_ND = grouped_linear(a_NH, down, rows.ends_E, down_bias_ED)
+    real_N = rows.expert_N < len(rows.ends_E)
+    y_ND = torch.where(real_N.unsqueeze(1), y_ND * weight_N.index_select(0, rows.order_N).unsqueeze(1), 0)
+    out_TD = torch.zeros_like(grad_TD).index_add(0, rows.source_N, y_ND)
+    wanted = [tensor for tensor, needed in zip(tensors[:6], needs, strict=True) if needed]
+    grads = iter(torch.autograd.grad(out_TD, wanted, grad_TD, create_graph=True, allow_unused=True))
+    return [next(grads) if needed else None for needed in needs]
+
+
+# --- the parts on a CPU; `routerzoo.moe.kernel_calls` has them on a GPU ---
+
+
+class _Torch:
+    """The parts by torch's own operations."""
+
+    @staticmethod
+    def product(x: Tensor, weight_EOI: Tensor, rows: Rows, *, gather: bool = False) -> Tensor:
+        return multiply(x.index_select(0, rows.source_N) if gather else x, weight_EOI, rows.ends_E)
+
+    @staticmethod
+    def weight_grad(g: Tensor, x: Tensor, rows: Rows, *, gather: str) -> Tensor:
+        gathered = (g if gather == "g" else x).index_select(0, rows.source_N)
+        return weight_grad(*((gathered, x) if gather == "g" else (g, gathered)), rows.ends_E)
+
+    @staticmethod
+    def activate(
+        z_NZ: Tensor,
+        bias_EZ: Tensor | None,
+        rows: Rows,
+        hidden_dim: int,
+        activation: Activation,
+        dropout: float,
+        seed: Tensor | None,
+    ) -> Tensor:
+        a_NH = activated(_with_bias(z_NZ, bias_EZ, rows), hidden_dim, activation)
+        return a_NH * _dropout_factor(a_NH, dropout, seed) if seed is not None else a_NH
+
+    @staticmethod
+    def activate_backward(
+        da_NH: Tensor,
+        z_NZ: Tensor,
+        bias_EZ: Tensor | None,
+        weight_N: Tensor,
+        bias_part_TE: Tensor | None,
+        rows: Rows,
+        activation: Activation,
+        dropout: float,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        weight_N1 = weight_N.index_select(0, rows.order_N).to(da_NH.dtype).unsqueeze(1)
+        z_NZ = _with_bias(z_NZ, bias_EZ, rows)
+        dz_NZ = torch.empty_like(z_NZ)
+        factor_NH = _dropout_factor(da_NH, dropout, seed) if seed is not None else None
+        gated = z_NZ.shape[1] > da_NH.shape[1]
+        gate_NH, up_NH = z_NZ.chunk(2, dim=-1) if gated else (z_NZ, None)
+        dgate_NH, dup_NH = dz_NZ.chunk(2, dim=-1) if gated else (dz_NZ, None)
+        value_NH = ACTIVATIONS[activation](gate_NH)
+        a_NH = value_NH * up_NH if up_NH is not None else value_NH
+        if factor_NH is not None:
+            a_NH = a_NH * factor_NH
+        dweight_N = (da_NH * a_NH).sum(1)
+        if bias_part_TE is not None:
+            num_experts = bias_part_TE.shape[1]
+            places_N = rows.source_N.long() * num_experts + rows.expert_N.clamp_max(num_experts - 1)
+            dweight_N += bias_part_TE.flatten().index_select(0, places_N)
+        dweight_N[int(rows.ends_E[-1]) :] = 0
+        dweight_N = dweight_N.index_select(0, rows.row_N).to(weight_N.dtype)
+        da_NH = da_NH.mul_(weight_N1) if factor_NH is None else da_NH.mul_(weight_N1).mul_(factor_NH)
+        if up_NH is not None and dup_NH is not None:
+            torch.mul(da_NH, value_NH, out=dup_NH)
+            da_NH = da_NH.mul_(up_NH)
+        dgate_NH.copy_(GRADIENTS[activation](da_NH, gate_NH))
+        return dz_NZ, a_NH.mul_(weight_N1), dweight_N
+
+    @staticmethod
+    def combine(y_ND: Tensor, bias_ED: Tensor | None, weight_N: Tensor | None, rows: Rows) -> Tensor:
+        y_ND[int(rows.ends_E[-1]) :] = 0
+        if bias_ED is not None:
+            for expert, start, end in _segments(rows.ends_E):
+                y_ND[start:end] += bias_ED[expert].to(y_ND.dtype)
+        if rows.begin_T is not None:
+            begin_T = rows.begin_T[:-1]
+        else:
+            assert rows.top_k is not None
+            begin_T = torch.arange(rows.num_tokens, dtype=torch.int32) * rows.top_k
+        return sum_bags(y_ND, rows.row_N, begin_T, None if weight_N is None else weight_N.to(y_ND.dtype))
+
+    @staticmethod
+    def column_sums(g: Tensor, rows: Rows, weight_N: Tensor | None = None) -> Tensor:
+        if weight_N is not None:
+            g = g.index_select(0, rows.source_N)
+            g.mul_(weight_N.index_select(0, rows.order_N).to(g.dtype).unsqueeze(1))
+        sums_EC = g.new_zeros(len(rows.ends_E), g.shape[1])
+        for expert, start, end in _segments(rows.ends_E):
+            torch.sum(g[start:end], 0, out=sums_EC[expert])
+        return sums_EC
+
+
+def _segments(ends_E: Tensor) -> list[tuple[int, int, int]]:
+    ends = [0, *ends_E.tolist()]
+    return [(e, ends[e], ends[e + 1]) for e in range(len(ends_E)) if ends[e + 1] > ends[e]]
+
+
+def _with_bias(z_NZ: Tensor, bias_EZ: Tensor | None, rows: Rows) -> Tensor:
+    if bias_EZ is None:
+        return z_NZ
+    return z_NZ + bias_EZ.to(z_NZ.dtype).index_select(0, rows.expert_N.int().clamp_max(len(bias_EZ) - 1))
+
+
+def _dropout_factor(like: Tensor, probability: float, seed: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(int(seed))
+    return torch.empty_like(like).bernoulli_(1 - probability, generator=generator).div_(1 - probability)
+
+
+class _Hybrid:
+    """torch's grouped product, and kernels between."""
+
+    @staticmethod
+    def product(x: Tensor, weight_EOI: Tensor, rows: Rows, *, gather: bool = False) -> Tensor:
+        x = x.index_select(0, rows.source_N) if gather else x
+        return F.grouped_mm(x, weight_EOI.transpose(1, 2), offs=rows.ends_E)
+
+    @staticmethod
+    def weight_grad(g: Tensor, x: Tensor, rows: Rows, *, gather: str) -> Tensor:
+        g = g.index_select(0, rows.source_N) if gather == "g" else g
+        x = x.index_select(0, rows.source_N) if gather == "x" else x
+        return F.grouped_mm(g.T, x, offs=rows.ends_E)
+
+
+def _parts(means: str) -> Any:
+    if means == "torch":
+        return _Torch
+    from routerzoo.moe import kernel_calls  # Triton takes long to import, and is not everywhere
+
+    return kernel_calls if means == "triton" else _hybrid(kernel_calls)
+
+
+@cache
+def _hybrid(kernel_calls: ModuleType) -> type:
+    between = ("activate", "activate_backward", "combine", "column_sums")
+    return type("_HybridParts", (_Hybrid,), {name: staticmethod(getattr(kernel_calls, name)) for name in between})

@@ -1,0 +1,75 @@
+"""Counts what a GPU would be asked to launch, on a CPU: the operations of torch and the kernels, views left out."""
+
+from collections import Counter
+from contextlib import contextmanager
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from routerzoo.moe import dispatch, kernel_calls, low_memory
+
+# What makes no kernel: views, allocations, questions.
+FREE = frozenset(
+    """
+    T _local_scalar_dense _unsafe_view alias as_strided chunk detach empty empty_like empty_strided expand flatten
+    is_contiguous lift_fresh new_empty new_empty_strided numpy_T permute reshape select slice split split_with_sizes
+    squeeze sym_size t transpose unsqueeze view
+    """.split()  # noqa: SIM905
+)
+KERNELS = ("activate", "activate_backward", "combine", "column_sums", "product", "weight_grad")
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations; those of the layer's own operators one by one."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        for operator in (low_memory._experts, low_memory._experts_backward):
+            if name == operator._qualname:
+                with self:
+                    return operator._init_fn(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        short = name.split("::")[1]
+        free = short in FREE or (short in ("to", "contiguous") and result is args[0])
+        if not free:
+            self.counts[short] += 1
+        return result
+
+    @property
+    def total(self):
+        return sum(self.counts.values())
+
+
+@contextmanager
+def counted(monkeypatch, means="triton"):
+    """Count what is launched inside, with the layer's path for a GPU."""
+    launches = Launches()
+    monkeypatch.setattr(dispatch, "means_for", lambda x_TD, network: means)
+    monkeypatch.setattr(dispatch, "_is_one_operator", lambda *arguments: True)
+    low_memory._hybrid.cache_clear()
+    for name in KERNELS:
+        original = getattr(kernel_calls, name)
+
+        def count(*args, _name=name, _original=original, **kwargs):
+            launches.counts["kernel " + _name] += 1
+            with _quiet(launches):
+                return _original(*args, **kwargs)
+
+        monkeypatch.setattr(kernel_calls, name, count)
+    with launches:
+        yield launches
+    low_memory._hybrid.cache_clear()
+
+
+@contextmanager
+def _quiet(launches):
+    before = launches.counts.copy()
+    yield
+    for name in set(launches.counts) - set(before):
+        del launches.counts[name]
+    launches.counts.update(Counter())
+    for name, value in before.items():
+        launches.counts[name] = value

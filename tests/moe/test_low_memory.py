@@ -1,0 +1,312 @@
+"""The experts as one operator: the same sums by every means, and what it keeps for the backward pass."""
+# Triton's interpreter runs the kernels here, on a CPU: see tests/conftest.py.
+
+import itertools
+from functools import partial
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from routerzoo import LayerSpec, LinearRouter, MLPExperts, MoE, Routing, RoutingContext, SwiGLUExperts, auxiliary_loss
+from routerzoo.moe import low_memory
+from routerzoo.moe.activations import ACTIVATIONS
+from routerzoo.moe.dispatch import apply_experts
+from routerzoo.moe.low_memory import Assigned, has_triton
+from routerzoo.moe.rows import sorted_rows
+from tests.moe.launches import counted
+
+MEANS = ["torch", "hybrid", "triton"] if has_triton() else ["torch"]
+BANKS = {
+    "mlp": MLPExperts,
+    "plain": partial(MLPExperts, bias=False),
+    "swiglu": SwiGLUExperts,
+    "gated with biases": partial(SwiGLUExperts, bias=True),
+}
+
+
+def bank_of(kind, d_model, num_experts, dtype=torch.float32, **options):
+    bank = BANKS[kind](LayerSpec(d_model, num_experts), **options)
+    for parameter in bank.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter)
+    return bank.to(dtype)
+
+
+def routing_of(num_tokens, num_experts, top_k, dtype=torch.float32, *, drop=0.0, skew=0.0, flat=False):
+    """Return a function of the weights that gives the routing, and the weights."""
+    logits_TE = torch.randn(num_tokens, num_experts)
+    logits_TE[:, 0] += skew
+    weights_TK, experts_TK = logits_TE.topk(top_k)
+    weights_TK = weights_TK.softmax(-1)
+    experts_TK = experts_TK.masked_fill(torch.rand(experts_TK.shape) < drop, -1)
+    weights_TK = weights_TK.masked_fill(experts_TK < 0, 0.0).to(dtype)
+    if not flat:
+        return partial(Routing, experts_TK, may_drop=drop > 0), weights_TK
+    some_N = torch.randperm(experts_TK.numel())[: -num_tokens // 4]  # in any order, some tokens with fewer experts
+    token_N, expert_N = some_N // top_k, experts_TK.flatten()[some_N]
+    weight_N = weights_TK.flatten()[some_N]
+    return (lambda weight_N: Routing(token_N=token_N, expert_N=expert_N, weight_N=weight_N)), weight_N
+
+
+def gradients(compute, bank, x_TD, weights, grad_TD):
+    x_TD, weights = x_TD.clone().requires_grad_(), weights.clone().requires_grad_()
+    y_TD = compute(x_TD, weights)
+    return [y_TD.detach(), *torch.autograd.grad(y_TD, [x_TD, weights, *bank.parameters()], grad_TD)]
+
+
+def compare(means, bank, make, weights, num_experts, x_TD, tolerance):
+    """Compare outputs and all gradients with the reference backend's, relative to the largest value."""
+    grad_TD = torch.randn_like(x_TD)
+
+    def low(x_TD, weights):
+        rows, weight_N = sorted_rows(make(weights), len(x_TD), num_experts)
+        return bank(x_TD, rows.ends_E, Assigned(rows, weight_N, means))
+
+    def reference(x_TD, weights):
+        bank.backend = "reference"
+        try:
+            return apply_experts(x_TD, make(weights), bank, num_experts)
+        finally:
+            bank.backend = "auto"
+
+    found = gradients(low, bank, x_TD, weights, grad_TD)
+    expected = gradients(reference, bank, x_TD, weights, grad_TD)
+    for value, right in zip(found, expected, strict=True):
+        assert value.dtype == right.dtype
+        assert value.isfinite().all()
+        scale = max(float(right.abs().max()), 1e-30)
+        assert float((value.double() - right.double()).abs().max()) <= tolerance * scale
+
+
+@pytest.mark.parametrize("means", MEANS)
+@pytest.mark.parametrize(
+    ("kind", "options", "routing"),
+    [
+        ("mlp", {"activation": "gelu"}, {"drop": 0.3}),
+        ("swiglu", {}, {"skew": 20.0}),
+        ("gated with biases", {"activation": "gelu_tanh"}, {"flat": True, "drop": 0.2}),
+    ],
+)
+def test_the_sums_and_gradients_are_those_of_the_reference(means, kind, options, routing):
+    bank = bank_of(kind, 24, 5, hidden_dim=20, **options)
+    make, weights = routing_of(14, 5, 3, **routing)
+    compare(means, bank, make, weights, 5, torch.randn(14, 24), 1e-6)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("means", MEANS)
+@pytest.mark.parametrize(
+    ("kind", "dtype", "routing"),
+    [
+        (kind, dtype, routing)
+        for kind, dtype in itertools.product(BANKS, ["float32", "bfloat16", "float16"])
+        for routing in ({}, {"drop": 0.3}, {"skew": 20.0}, {"flat": True, "drop": 0.2})
+    ],
+)
+def test_every_bank_dtype_and_routing(means, kind, dtype, routing):
+    dtype = getattr(torch, dtype)
+    # The interpreter cuts bfloat16 off where a GPU rounds.
+    tolerance = {torch.float32: 1e-6, torch.float16: 4e-3, torch.bfloat16: 6e-2}[dtype]
+    bank = bank_of(kind, 40, 5, dtype, hidden_dim=24)
+    make, weights = routing_of(24, 5, 3, dtype, **routing)
+    compare(means, bank, make, weights, 5, torch.randn(24, 40).to(dtype), tolerance)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("means", MEANS)
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "top_k"),
+    [(1, 8, 1), (1, 8, 8), (3, 4, 4), (33, 1, 1), (2, 1100, 3), (17, 2, 1)],
+)
+def test_few_tokens_one_expert_all_experts_and_many(means, num_tokens, num_experts, top_k):
+    bank = bank_of("mlp", 16, num_experts, hidden_dim=8)
+    make, weights = routing_of(num_tokens, num_experts, top_k)
+    compare(means, bank, make, weights, num_experts, torch.randn(num_tokens, 16), 1e-6)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("means", MEANS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("kind", ["mlp", "gated with biases"])
+def test_every_activation(means, activation, kind):
+    bank = bank_of(kind, 16, 3, hidden_dim=8, activation=activation)
+    make, weights = routing_of(9, 3, 2)
+    compare(means, bank, make, weights, 3, torch.randn(9, 16), 2e-6)
+
+
+@pytest.mark.parametrize("means", MEANS)
+def test_without_tokens_or_choices(means):
+    bank = bank_of("mlp", 16, 4, hidden_dim=8)
+    for num_tokens, top_k in ((0, 2), (3, 0)):
+        x_TD = torch.randn(num_tokens, 16, requires_grad=True)
+        routing = Routing(torch.zeros(num_tokens, top_k, dtype=torch.int64), torch.zeros(num_tokens, top_k))
+        rows, weight_N = sorted_rows(routing, num_tokens, 4)
+        y_TD = bank(x_TD, rows.ends_E, Assigned(rows, weight_N, means))
+        y_TD.sum().backward()
+        assert_close(y_TD, torch.zeros(num_tokens, 16))
+
+
+@pytest.mark.parametrize("means", MEANS)
+def test_memory_that_no_expert_writes_is_not_read(means, monkeypatch):
+    """Of assignments that name no expert nothing is computed; what their memory holds reaches nobody."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # with NaN
+    try:
+        bank = bank_of("mlp", 16, 4, hidden_dim=8)
+        make, weights = routing_of(12, 4, 2, drop=0.5)
+        compare(means, bank, make, weights, 4, torch.randn(12, 16), 1e-6)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.mark.parametrize("means", MEANS)
+def test_two_runs_give_equal_bits(means):
+    bank = bank_of("gated with biases", 16, 4, torch.bfloat16, hidden_dim=24)
+    make, weights = routing_of(20, 4, 2, torch.bfloat16)
+    x_TD = torch.randn(20, 16).bfloat16()
+    rows, _ = sorted_rows(make(weights), 20, 4)
+
+    def low(x_TD, weights):
+        return bank(x_TD, rows.ends_E, Assigned(rows, weights.flatten(), means))
+
+    first, second = (gradients(low, bank, x_TD, weights, x_TD) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("means", MEANS)
+def test_dropout_is_the_same_in_both_passes(means):
+    bank = bank_of("plain", 16, 2, hidden_dim=24, activation="relu", dropout=0.5)
+    make, weights = routing_of(6, 2, 1)
+    rows, weight_N = sorted_rows(make(weights), 6, 2)
+    x_TD = torch.randn(6, 16, requires_grad=True)
+
+    def output():
+        torch.manual_seed(4)
+        return bank(x_TD, rows.ends_E, Assigned(rows, weight_N, means))
+
+    y_TD = output()
+    assert torch.equal(y_TD, output())
+    assert not torch.equal(y_TD, bank(x_TD, rows.ends_E, Assigned(rows, weight_N, means)))
+    # The output is piecewise linear in the hidden states, so that their gradient gives it back, but for no bias.
+    grad_TD = torch.randn(6, 16)
+    (dx_TD,) = torch.autograd.grad(output(), x_TD, grad_TD)
+    assert_close((dx_TD * x_TD).sum(), (y_TD * grad_TD).sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_mean_over_dropout_is_the_output_without():
+    bank = bank_of("plain", 16, 2, hidden_dim=256, dropout=0.5)
+    make, weights = routing_of(6, 2, 1)
+    rows, weight_N = sorted_rows(make(weights), 6, 2)
+    x_TD = torch.randn(6, 16)
+    drawn = torch.stack([bank(x_TD, rows.ends_E, Assigned(rows, weight_N, "torch")) for _ in range(400)]).mean(0)
+    drawn, whole = drawn.detach(), bank.eval()(x_TD, rows.ends_E, Assigned(rows, weight_N, "torch")).detach()
+    assert float((drawn - whole).norm() / whole.norm()) < 0.2
+
+
+def saved_bytes(compute, parameters):
+    """Return the bytes that a computation keeps for its backward pass, beside the parameters."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    saved, alive = {}, []
+
+    def pack(tensor):
+        alive.append(tensor)
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        compute()
+    return sum(saved.values())
+
+
+@pytest.mark.parametrize(("kind", "halves"), [("swiglu", 2), ("plain", 1)])
+def test_what_is_kept_does_not_grow_with_granularity(kind, halves):
+    num_tokens, d_model, found = 256, 512, []
+    for num_experts, top_k, hidden_dim in ((8, 2, 512), (64, 16, 64)):
+        router, experts = partial(LinearRouter, top_k=top_k), partial(BANKS[kind], hidden_dim=hidden_dim)
+        layer = MoE(d_model=d_model, num_experts=num_experts, router=router, experts=experts, low_memory=True)
+        x_TD = torch.randn(num_tokens, d_model, requires_grad=True)
+        kept = saved_bytes(lambda layer=layer, x_TD=x_TD: layer(x_TD), list(layer.parameters()))
+        rows = num_tokens * top_k
+        elements = num_tokens * d_model + halves * rows * hidden_dim
+        # Four int32, an int16 and a weight for each assignment; the router's logits, scores and choices.
+        assert kept <= 4 * elements + 34 * rows + 16 * num_tokens * num_experts + 4096
+        found.append(kept)
+    assert found[1] <= 1.1 * found[0]
+
+
+def test_weights_in_float32_are_kept_alone_under_autocast():
+    layer = MoE(d_model=64, num_experts=4, experts="SwiGLUExperts", low_memory=True)
+    x_TD = torch.randn(8, 64, requires_grad=True)
+
+    def compute():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x_TD).dtype == torch.bfloat16
+
+    copies = 2 * sum(parameter.numel() for parameter in layer.experts.parameters())
+    assert saved_bytes(compute, list(layer.parameters())) < copies / 4
+
+
+def test_the_layer_computes_the_same_with_little_memory():
+    outputs = []
+    for low in (False, True):
+        torch.manual_seed(0)
+        router = partial(LinearRouter, top_k=2)
+        layer = MoE(d_model=16, num_experts=4, num_shared_experts=1, router=router, low_memory=low)
+        context = RoutingContext(padding_mask=torch.arange(10) > 7)
+        x_TD = torch.randn(10, 16, requires_grad=True)
+        y_TD = layer(x_TD, context)
+        loss = y_TD.square().sum() + auxiliary_loss(layer, context, {"balance": 0.1, "z": 0.1})
+        outputs.append([y_TD, *torch.autograd.grad(loss, [x_TD, *layer.parameters()])])
+    for value, right in zip(*outputs, strict=True):
+        assert_close(value, right, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_of_gradients_are_right():
+    bank = bank_of("mlp", 4, 2, torch.float64, hidden_dim=3)
+    make, weights = routing_of(3, 2, 2, torch.float64)
+
+    def compute(x_TD, weights, up):
+        rows, weight_N = sorted_rows(make(weights), 3, 2)
+        return torch.func.functional_call(bank, {"up": up}, (x_TD, rows.ends_E, Assigned(rows, weight_N, "torch")))
+
+    inputs = torch.randn(3, 4).double().requires_grad_(), weights.requires_grad_(), bank.up
+    assert torch.autograd.gradcheck(compute, inputs)
+    assert torch.autograd.gradgradcheck(compute, inputs)
+
+
+def test_it_compiles_as_one_operator():
+    layer = MoE(d_model=16, num_experts=4, router=partial(LinearRouter, top_k=2), low_memory=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x_TD = torch.randn(6, 16, requires_grad=True)
+    expected = layer(x_TD)
+    grads = torch.autograd.grad(expected.sum(), [x_TD, *layer.parameters()])
+    found = compiled(x_TD)
+    assert_close(found, expected)
+    for value, right in zip(torch.autograd.grad(found.sum(), [x_TD, *layer.parameters()]), grads, strict=True):
+        assert_close(value, right)
+    torch.library.opcheck(low_memory._experts, _arguments(layer, x_TD), test_utils=("test_schema", "test_faketensor"))
+
+
+def _arguments(layer, x_TD):
+    rows, weight_N = sorted_rows(layer.router(x_TD), len(x_TD), 4)
+    network = layer.experts.network()
+    tensors = (x_TD, weight_N.detach(), network.up, network.up_bias, network.down, network.down_bias)
+    return (*tensors, *rows[:-2], None, 2, network.activation, 0.0, torch.float32, "torch", True)
+
+
+@pytest.mark.skipif(not has_triton(), reason="needs triton")
+@pytest.mark.parametrize(("means", "most"), [("hybrid", 68), ("triton", 64)])
+def test_launches_of_a_layer_with_losses(means, most, monkeypatch):
+    """What a GPU is asked for in a training step; torch's own composition of the same needs 137."""
+    layer = MoE(d_model=32, num_experts=4, experts=partial(SwiGLUExperts, hidden_dim=32)).bfloat16()
+    x_TD, context = torch.randn(16, 32, dtype=torch.bfloat16, requires_grad=True), RoutingContext()
+    with counted(monkeypatch, means) as launches:
+        y_TD = layer(x_TD, context)
+        loss = auxiliary_loss(layer, context, {"balance": 0.01, "z": 0.001})
+        torch.autograd.backward([y_TD, loss], [torch.zeros_like(y_TD), None])
+    assert launches.total <= most, launches.counts
