@@ -102,13 +102,13 @@ def _activated(hidden: Tensor, setting: Setting) -> Tensor:
     return F.silu(gate) * up
 
 
-def ours(setting: Setting, backend: str = "auto", router: Any = None) -> nn.Module:
+def ours(setting: Setting, backend: str = "auto", router: Any = None, low_memory: bool | None = None) -> MoE:
     """Our layer, without losses: the peers' are measured without theirs, or have none."""
     bank = MLPExperts if setting.experts == "mlp" else SwiGLUExperts
     experts = partial(bank, hidden_dim=setting.hidden, bias=False)
     router = router or partial(LinearRouter, top_k=setting.top_k)
     sizes = {"d_model": setting.d_model, "num_experts": setting.num_experts}
-    return MoE(router=router, experts=experts, backend=backend, **sizes)  # type: ignore[arg-type]
+    return MoE(router=router, experts=experts, backend=backend, low_memory=low_memory, **sizes)  # type: ignore[arg-type]
 
 
 def compiled(setting: Setting) -> nn.Module:
@@ -159,6 +159,34 @@ def mixtral(setting: Setting, implementation: str) -> nn.Module:
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.02)
     return _Batched(block)
+
+
+class Liger(nn.Module):
+    """liger-kernel's fused experts behind our router: its weights are laid out as ours."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__()
+        from liger_kernel.ops import LigerFusedMoEFunction
+
+        self.layer, self.function = ours(setting), LigerFusedMoEFunction
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Route, and let it do the rest."""
+        routing, experts = self.layer.router(x_TD), self.layer.experts
+        y: Tensor = self.function.apply(
+            x_TD, experts.gate_up, experts.down, routing.experts_TK.int(), routing.weights_TK
+        )
+        return y
+
+
+def liger(setting: Setting) -> nn.Module:
+    """The fused layer of liger-kernel."""
+    if setting.experts != "swiglu" or setting.device != "cuda":
+        raise Unavailable("has gated experts on GPUs only")
+    try:
+        return Liger(setting)
+    except ImportError as error:
+        raise Unavailable(f"liger-kernel is not usable: {error}") from error
 
 
 def titan(setting: Setting) -> nn.Module:
@@ -276,6 +304,7 @@ OURS: dict[str, Callable[[Setting], nn.Module]] = {
     "routerzoo": ours,
     "routerzoo grouped": partial(ours, backend="grouped"),
     "routerzoo loop": partial(ours, backend="loop"),
+    "routerzoo low memory": partial(ours, low_memory=True),
     "routerzoo compiled": compiled,
     "routerzoo CUDA graph": CudaGraph,
 }
@@ -283,6 +312,7 @@ PEERS: dict[str, Callable[[Setting], nn.Module]] = {
     "transformers grouped_mm": partial(mixtral, implementation="grouped_mm"),
     "transformers eager": partial(mixtral, implementation="eager"),
     "transformers batched_mm": partial(mixtral, implementation="batched_mm"),
+    "liger": liger,
     "torchtitan (bf16)": titan,
     "st-moe-pytorch": st_moe,
     "deepspeed dropless": deepspeed,

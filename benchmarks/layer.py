@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default=None, choices=["float32", "bfloat16"])
     parser.add_argument("--experts", nargs="*", default=["mlp", "swiglu"], choices=["mlp", "swiglu"])
+    parser.add_argument("--hidden_dim", type=int, default=None, help="hidden units of an expert")
     parser.add_argument("--rounds", type=int, default=200, help="at most so many")
     parser.add_argument("--seconds", type=float, default=40.0, help="after so long, no more than 7 rounds")
     parser.add_argument("--threads", type=int, default=1)
@@ -113,7 +114,7 @@ def run_grid(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     started = time.monotonic()
     for number, (experts, *sizes) in enumerate(points):
-        setting = Setting(*sizes, experts, options.dtype, options.device)
+        setting = Setting(*sizes, experts, options.dtype, options.device, options.hidden_dim)
         if not any(part in named(setting) for part in options.only):
             continue
         minutes = (time.monotonic() - started) / 60

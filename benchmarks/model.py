@@ -62,8 +62,9 @@ def main() -> None:
     tune_cpu()
     torch.manual_seed(0)
     machine = torch.cuda.get_device_name() if options.device == "cuda" else cpu_name()
+    precision = "bfloat16 by autocast" if options.device == "cuda" else "float32"
     told = [
-        f"{machine}, {torch.get_num_threads()} thread(s), float32, torch {torch.__version__}.",
+        f"{machine}, {torch.get_num_threads()} thread(s), {precision}, torch {torch.__version__}.",
         f"Command: `{' '.join(['python', 'benchmarks/model.py', *sys.argv[1:]])}`",
     ]
     for name in options.only:
@@ -76,9 +77,10 @@ def main() -> None:
 def training_step(options: argparse.Namespace) -> list[str]:
     """Training step against a dense model."""
     tokens = options.sequences * LENGTH
-    setting = Setting(tokens, WIDTH, EXPERTS, TOP_K, "mlp", "float32", options.device, hidden_dim=HIDDEN)
-    x_TD = torch.randn(tokens, WIDTH, device=options.device)
-    floors = {name: step_of(build(setting).to(options.device), x_TD) for name, build in FLOORS.items()}
+    dtype = "bfloat16" if options.device == "cuda" else "float32"
+    setting = Setting(tokens, WIDTH, EXPERTS, TOP_K, "mlp", dtype, options.device, hidden_dim=HIDDEN)
+    x_TD = torch.randn(tokens, WIDTH, device=options.device, dtype=getattr(torch, dtype))
+    floors = {name: step_of(build(setting).to(x_TD), x_TD) for name, build in FLOORS.items()}
     steps = {
         "language, MoE": decoder_step(EXPERTS, options),
         "language, dense": decoder_step(0, options),
@@ -218,8 +220,12 @@ def optimised(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
     optimizer = torch.optim.AdamW(model.parameters())
     use_fused_kernel(optimizer)
 
+    on_gpu = next(model.parameters()).is_cuda
+
     def step() -> None:
-        loss().backward()
+        with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
+            value = loss()
+        value.backward()
         optimizer.step()
         optimizer.zero_grad()
 

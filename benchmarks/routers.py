@@ -68,13 +68,13 @@ def main() -> None:
     # One after the other: all at once would fill the memory. Their time changes a share by little.
     shares = {}
     for name, factory in layers.items():
-        step = training_step(MoE(spec, factory, MLPExperts).to(options.device), options)
+        step = training_step(MoE(spec, factory, MLPExperts).to(options.device, dtype_on(options.device)), options)
         step()
         shares[name] = min(times[name, "training"]) / min(timed(step, options.device) for _ in range(LAYER_ROUNDS))
         del step
     table = [
         f"{options.tokens} tokens, width {options.d_model}, {options.num_experts} experts, k = {options.top_k}, "
-        f"{options.device}, float32, {torch.get_num_threads()} thread(s), torch {torch.__version__}, medians of "
+        f"{options.device}, {dtype_on(options.device)}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, medians of "
         f"{options.rounds} rounds. Command: `python benchmarks/routers.py`",
         "",
         "| router | training, ms | to LinearRouter | share of its layer | evaluation, ms | to LinearRouter |",
@@ -107,7 +107,13 @@ def inputs(options: Any) -> tuple[Tensor, RoutingContext]:
         step=0,
         total_steps=100,
     )
-    return torch.randn(options.tokens, options.d_model, device=options.device), context
+    x_TD = torch.randn(options.tokens, options.d_model, device=options.device, dtype=dtype_on(options.device))
+    return x_TD, context
+
+
+def dtype_on(device: str) -> torch.dtype:
+    """Return the dtype of hidden states and experts that one would use there."""
+    return torch.bfloat16 if device == "cuda" else torch.float32
 
 
 def training_step(module: Router | MoE, options: Any) -> Callable[[], None]:
