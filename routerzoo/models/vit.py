@@ -116,8 +116,8 @@ class ViTMoE(nn.Module):
         if patch_ids is not None:
             if tuple(image // side for image, side in zip(self.image_size, patch, strict=True)) != self.grid_size:
                 raise ValueError(
-                    f"patch_ids are those of patches of pixels, and the tokens of {backbone} come from convolutions: take a "
-                    "plain vit_* backbone"
+                    f"patch_ids are those of patches of pixels, and the tokens of {backbone} come from convolutions: "
+                    "take a plain vit_* backbone"
                 )
             self.patch_ids = create_patch_ids(patch_ids, patch, in_channels, num_patches, num_patch_ids)
             vocab_size = self.patch_ids.vocab_size + self.num_prefix_tokens
