@@ -161,7 +161,8 @@ class RouterZooCLI(LightningCLI):
             sentence = f"{sentence}; {removed}" if sentence else removed
         elif number and folder is not None and self.subcommand == "fit" and runs.has_checkpoint(folder, "last"):
             step = read_outline(folder / runs.CHECKPOINTS / "last.ckpt")["global_step"]
-            command = f"python -m routerzoo fit --run_dir {shlex.quote(str(folder))} --ckpt_path last"
+            trust = f" {TRUST}" if class_paths.goes_beyond_known() else ""
+            command = f"python -m routerzoo fit --run_dir {shlex.quote(str(folder))} --ckpt_path last{trust}"
             sentence = f"{sentence}; step {step} is saved. Resume with: {command}"
         if sentence and is_first_process():
             print(sentence, file=sys.stderr)

@@ -120,6 +120,14 @@ def test_the_command_itself_may_name_any_class(form, foreign):
     assert Path("ran").exists()
 
 
+def test_who_resumes_a_run_of_foreign_classes_is_told_to_trust_it(foreign):
+    seen = []
+    for options in ([], ["--trust"], [f"--trainer.callbacks+={foreign}"], ["--trainer.callbacks+=routerzoo.KSchedule"]):
+        cli.main(["fit", *options], cli=lambda _: seen.append(class_paths.goes_beyond_known()))
+    assert seen == [False, True, True, False]
+    assert not class_paths.goes_beyond_known()
+
+
 def test_the_environment_may_trust_and_a_config_may_not(capsys, monkeypatch, foreign):
     hostile = config("trainer.callbacks", [{"class_path": foreign}])
     Path("trusting.yaml").write_text("trust: true\n")
