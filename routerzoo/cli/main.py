@@ -159,8 +159,7 @@ class RouterZooCLI(LightningCLI):
             runs.discard(ended.folder, ended.is_new)
             removed = f"removed {ended.folder}, where nothing was trained"
             sentence = f"{sentence}; {removed}" if sentence else removed
-        elif number and folder is not None and self.subcommand == "fit" and runs.has_checkpoint(folder, "last"):
-            step = read_outline(folder / runs.CHECKPOINTS / "last.ckpt")["global_step"]
+        elif number and folder is not None and (step := self._saved_step()):
             trust = f" {TRUST}" if class_paths.goes_beyond_known() else ""
             command = f"python -m routerzoo fit --run_dir {shlex.quote(str(folder))} --ckpt_path last{trust}"
             sentence = f"{sentence}; step {step} is saved. Resume with: {command}"
@@ -168,6 +167,13 @@ class RouterZooCLI(LightningCLI):
             print(sentence, file=sys.stderr)
         if number:
             raise SystemExit(128 + number) from None
+
+    def _saved_step(self) -> int:
+        """Return the step of the latest checkpoint of the training, 0 if there is none."""
+        callbacks = [] if self.trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
+        latest = (c for c in callbacks if isinstance(c, RunCheckpoint) and c.monitor is None)
+        resumed = self._resumed_step if self._command[0] == "fit" else None
+        return max((callback.saved_step for callback in latest), default=0) or resumed or 0
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the given arguments alone."""
