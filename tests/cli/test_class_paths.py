@@ -1,6 +1,8 @@
 """What a config or a checkpoint can run: classes of known packages, of the kind asked for, and nothing else."""
 
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -183,6 +185,15 @@ def test_a_factory_that_is_false_is_not_taken_for_the_default():
         LanguageModeling(d_model=16, num_heads=2, num_blocks=2, experts=0)
     with pytest.raises(TypeError, match="None"):
         LanguageModeling(d_model=16, num_heads=2, num_blocks=2, router=lambda spec: None)
+
+
+@pytest.mark.full
+def test_a_fresh_process_knows_installed_plugins_and_no_more():
+    code = "from routerzoo.tasks.class_paths import known_packages; print(*sorted(known_packages()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    known = set(done.stdout.split())
+    assert {"lightning", "routerzoo", "routerzoo_topk", "timm", "torch"} <= known, done.stderr
+    assert all(name in class_paths.LIBRARIES or name.startswith("routerzoo_") for name in known), known
 
 
 def test_classes_that_a_package_registers_are_known(tmp_path, monkeypatch, recwarn):
