@@ -343,6 +343,13 @@ class RouterZooCLI(LightningCLI):
             folder, is_new = runs.claim(None, self._run_name)
             print(f"{self.run_dir} cannot be written to: what this command writes goes to {folder}")
             return _RunFolder(folder, text, claimed=True, is_new=is_new)
+        if not fitting and self.run_dir is not None and self.run_dir.is_dir():
+            if any((self.run_dir / name).exists() for name in (runs.CONFIG, runs.CHECKPOINTS)):
+                raise UserError(
+                    f"{self.run_dir} holds a run, which the command does not evaluate: evaluate it with --ckpt_path "
+                    "best, or choose another --run_dir"
+                )
+            return _RunFolder(self.run_dir, text)  # of other evaluations
         if fitting and config["overwrite"] and self.run_dir is not None:
             runs.clear(self.run_dir)
         folder, is_new = runs.claim(self.run_dir, self._run_name)
