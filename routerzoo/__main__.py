@@ -28,6 +28,7 @@ commands:
 
 python -m routerzoo COMMAND --help lists a command's options;
 python -m routerzoo fit --model LanguageModeling --model.router.help HyperRouter explains a router's.
+Configs can name classes of torch, Lightning, timm, routerzoo and installed plugins; --trust lets them name any.
 """
 
 

@@ -159,14 +159,21 @@ class RouterZooCLI(LightningCLI):
             runs.discard(ended.folder, ended.is_new)
             removed = f"removed {ended.folder}, where nothing was trained"
             sentence = f"{sentence}; {removed}" if sentence else removed
-        elif number and folder is not None and self.subcommand == "fit" and runs.has_checkpoint(folder, "last"):
-            step = read_outline(folder / runs.CHECKPOINTS / "last.ckpt")["global_step"]
-            command = f"python -m routerzoo fit --run_dir {shlex.quote(str(folder))} --ckpt_path last"
+        elif number and folder is not None and (step := self._saved_step()):
+            trust = f" {TRUST}" if class_paths.goes_beyond_known() else ""
+            command = f"python -m routerzoo fit --run_dir {shlex.quote(str(folder))} --ckpt_path last{trust}"
             sentence = f"{sentence}; step {step} is saved. Resume with: {command}"
         if sentence and is_first_process():
             print(sentence, file=sys.stderr)
         if number:
             raise SystemExit(128 + number) from None
+
+    def _saved_step(self) -> int:
+        """Return the step of the latest checkpoint of the training, 0 if there is none."""
+        callbacks = [] if self.trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
+        latest = (c for c in callbacks if isinstance(c, RunCheckpoint) and c.monitor is None)
+        resumed = self._resumed_step if self._command[0] == "fit" else None
+        return max((callback.saved_step for callback in latest), default=0) or resumed or 0
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the given arguments alone."""
@@ -336,6 +343,13 @@ class RouterZooCLI(LightningCLI):
             folder, is_new = runs.claim(None, self._run_name)
             print(f"{self.run_dir} cannot be written to: what this command writes goes to {folder}")
             return _RunFolder(folder, text, claimed=True, is_new=is_new)
+        if not fitting and self.run_dir is not None and self.run_dir.is_dir():
+            if any((self.run_dir / name).exists() for name in (runs.CONFIG, runs.CHECKPOINTS)):
+                raise UserError(
+                    f"{self.run_dir} holds a run, which the command does not evaluate: evaluate it with --ckpt_path "
+                    "best, or choose another --run_dir"
+                )
+            return _RunFolder(self.run_dir, text)  # of other evaluations
         if fitting and config["overwrite"] and self.run_dir is not None:
             runs.clear(self.run_dir)
         folder, is_new = runs.claim(self.run_dir, self._run_name)

@@ -220,7 +220,8 @@ def _print_commands(folder: Path, runs: Sequence[Run], threads: int, console: Co
             continue
         place = folder / run.folder
         test = " ".join(map(shlex.quote, run.test))
-        python = f"OMP_NUM_THREADS={threads} python -m routerzoo"
+        trust = f"{TRUST_VARIABLE}=1 " if os.environ.get(TRUST_VARIABLE, "0") != "0" else ""
+        python = f"{trust}OMP_NUM_THREADS={threads} python -m routerzoo"
         console.print(f"# {run.label}", markup=False)
         by_hand = shlex.quote(str(Path("by-hand") / place.name))
         fit = f"{python} fit --config {shlex.quote(str(place / work.CELL))} --run_dir {by_hand}"

@@ -349,8 +349,8 @@ def _read_image(images: Any, index: int) -> Any:
         raise UserError(f"cannot read the image {path}: {error}") from error
     if mode in ("I", "F"):
         raise UserError(
-            f"the image {path} has pixels of 32 bits (mode {mode}), whose largest value is not known: save it with 8 or "
-            "16 bits"
+            f"the image {path} has pixels of 32 bits (mode {mode}), whose largest value is not known: save it with 8 "
+            "or 16 bits"
         )
     return converted
 

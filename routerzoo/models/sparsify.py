@@ -135,7 +135,7 @@ def sparsify(
     """
     found = find_feed_forward(model, match, exact=experts is None or upcycle)
     taken = _taken(found, match)
-    if not any(network.reading for network in taken):
+    if not taken:
         raise ValueError(_nothing_found(model, found))
     chosen = [taken[index] for index in moe_block_indices(blocks, len(taken))]
     for network in chosen:

@@ -114,6 +114,11 @@ class ViTMoE(nn.Module):
         self.patch_ids: PatchIds | None = None
         vocab_size = None
         if patch_ids is not None:
+            if tuple(image // side for image, side in zip(self.image_size, patch, strict=True)) != self.grid_size:
+                raise ValueError(
+                    f"patch_ids are those of patches of pixels, and the tokens of {backbone} come from convolutions: "
+                    "take a plain vit_* backbone"
+                )
             self.patch_ids = create_patch_ids(patch_ids, patch, in_channels, num_patches, num_patch_ids)
             vocab_size = self.patch_ids.vocab_size + self.num_prefix_tokens
         mlps = {block.mlp for block in self.vit.blocks}
@@ -317,6 +322,10 @@ def _create_vit(backbone: str, pretrained: bool, arguments: dict[str, Any]) -> A
         vit: Any = timm.create_model(backbone, pretrained=pretrained, **arguments)
     except TypeError as error:
         raise ValueError(f"timm cannot build {backbone} with {arguments}: {error}") from error
-    if not (hasattr(vit, "blocks") and hasattr(vit, "patch_embed") and all(hasattr(b, "mlp") for b in vit.blocks)):
+    patches = all(hasattr(getattr(vit, "patch_embed", None), name) for name in ("grid_size", "img_size", "patch_size"))
+    blocks = all(hasattr(vit, name) for name in ("blocks", "num_prefix_tokens")) and all(
+        hasattr(block, "mlp") for block in vit.blocks
+    )
+    if not (patches and blocks):
         raise ValueError(f"{backbone} is not a vision transformer with blocks that have an MLP; take a vit_* or deit_*")
     return vit

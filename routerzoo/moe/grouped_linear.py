@@ -180,9 +180,12 @@ class _GradientWithRows(torch.autograd.Function):
     """Hands on a grouped product, and to its backward pass a gradient that it takes."""
 
     @staticmethod
-    def forward(ctx: Any, y_NO: Tensor) -> Tensor:
-        ctx.mark_dirty(y_NO)  # so that it is no view, and biases can be added in place
+    def forward(y_NO: Tensor) -> Tensor:
         return y_NO
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.mark_dirty(output)  # so that it is no view, and biases can be added in place
 
     @staticmethod
     def backward(ctx: Any, grad_NO: Tensor) -> Tensor:

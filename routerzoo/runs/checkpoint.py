@@ -83,6 +83,11 @@ class RunCheckpoint(ModelCheckpoint):
         """Name of the state in checkpoints: the same whatever the interval of saves."""
         return self._generate_state_key(monitor=self.monitor)
 
+    @property
+    def saved_step(self) -> int:
+        """Step of the checkpoint that this run has saved last, 0 for none."""
+        return int(self._last_global_step_saved)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the best score, also where the run's folder was moved."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,10 @@ def known_classes_only(named: Iterable[str] = (), *, trust: bool = False) -> Ite
     """
     parser: Any = ArgumentParser
     before, add_function_arguments = dict(parsing_settings), parser.add_function_arguments
+    known = known_packages()
+    beyond = _beyond_known.set(trust or not known.issuperset(named))
     if not trust:
-        allowed = {*known_packages(), *named} - {"jsonargparse", "builtins"}
+        allowed = {*known, *named} - {"jsonargparse", "builtins"}
         set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=sorted(allowed))
     # A value of no particular type is a value, whatever it looks like.
     set_parsing_settings(instantiate_subclass_spec_in_any=False)
@@ -75,6 +78,15 @@ def known_classes_only(named: Iterable[str] = (), *, trust: bool = False) -> Ite
     finally:
         parsing_settings.update(before)
         parser.add_function_arguments = add_function_arguments
+        _beyond_known.reset(beyond)
+
+
+_beyond_known: ContextVar[bool] = ContextVar("beyond_known", default=False)
+
+
+def goes_beyond_known() -> bool:
+    """Whether class paths may name more than known packages here, so that a resumed run must be trusted again."""
+    return _beyond_known.get()
 
 
 def _refuse_function(self: ArgumentParser, function: Any, *arguments: Any, **options: Any) -> list[str]:

@@ -1,6 +1,8 @@
 """What a config or a checkpoint can run: classes of known packages, of the kind asked for, and nothing else."""
 
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,6 +122,14 @@ def test_the_command_itself_may_name_any_class(form, foreign):
     assert Path("ran").exists()
 
 
+def test_who_resumes_a_run_of_foreign_classes_is_told_to_trust_it(foreign):
+    seen = []
+    for options in ([], ["--trust"], [f"--trainer.callbacks+={foreign}"], ["--trainer.callbacks+=routerzoo.KSchedule"]):
+        cli.main(["fit", *options], cli=lambda _: seen.append(class_paths.goes_beyond_known()))
+    assert seen == [False, True, True, False]
+    assert not class_paths.goes_beyond_known()
+
+
 def test_the_environment_may_trust_and_a_config_may_not(capsys, monkeypatch, foreign):
     hostile = config("trainer.callbacks", [{"class_path": foreign}])
     Path("trusting.yaml").write_text("trust: true\n")
@@ -175,6 +185,15 @@ def test_a_factory_that_is_false_is_not_taken_for_the_default():
         LanguageModeling(d_model=16, num_heads=2, num_blocks=2, experts=0)
     with pytest.raises(TypeError, match="None"):
         LanguageModeling(d_model=16, num_heads=2, num_blocks=2, router=lambda spec: None)
+
+
+@pytest.mark.full
+def test_a_fresh_process_knows_installed_plugins_and_no_more():
+    code = "from routerzoo.tasks.class_paths import known_packages; print(*sorted(known_packages()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    known = set(done.stdout.split())
+    assert {"lightning", "routerzoo", "routerzoo_topk", "timm", "torch"} <= known, done.stderr
+    assert all(name in class_paths.LIBRARIES or name.startswith("routerzoo_") for name in known), known
 
 
 def test_classes_that_a_package_registers_are_known(tmp_path, monkeypatch, recwarn):

@@ -29,6 +29,18 @@ def test_results_that_cannot_be_read_are_kept_aside(run, capsys, damaged):
     assert [path.read_bytes() for path in RUN.glob("results*.json") if path.name != "results.json"] == [damaged]
 
 
+@pytest.mark.parametrize(
+    "damaged", [b"", b"model: [", b"caf\xe9: 1", b"\0", b"- a", b"model: {class_path: nothing.Here}"]
+)
+def test_the_config_of_a_run_that_is_damaged_is_named(run, damaged, capsys):
+    (RUN / "config.yaml").write_bytes(damaged)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["test", "--ckpt_path", str(LAST)])
+    line = str(ended.value.code) if isinstance(ended.value.code, str) else capsys.readouterr().err.strip()
+    assert "\n" not in line
+    assert str(RUN / "config.yaml") in line or "nothing.Here is of no known package" in line
+
+
 def rows():
     with LOG.open(newline="") as file:
         return list(csv.DictReader(file))
@@ -111,7 +123,9 @@ def test_checkpoints_that_lack_something_are_refused(run, capsys, changes, messa
     assert rows() == before
 
 
-@pytest.mark.parametrize("change", ["shape", "missing", "more"])
+@pytest.mark.parametrize(
+    "change", ["shape", pytest.param("missing", marks=pytest.mark.full), pytest.param("more", marks=pytest.mark.full)]
+)
 @pytest.mark.parametrize("command", [RESUME, ["test", "--ckpt_path", "last"], ["look", "--ckpt_path", "last"]])
 def test_weights_of_another_model_are_refused(run, capsys, change, command):
     weights = torch.load(LAST, weights_only=True)["state_dict"]

@@ -114,7 +114,9 @@ def test_commands_that_write_nothing_run_where_nothing_can_be_written(capsys, tm
     assert "LinearRouter" in capsys.readouterr().out
 
 
-def test_a_sweep_that_is_read_only_is_reported_elsewhere(capsys, tmp_path):
+@pytest.fixture
+def sweep(tmp_path):
+    """Make a sweep of two finished runs, in the folder `shared`."""
     ledger = Ledger(Path("shared"))
     row = {"task": "text", "router": "LinearRouter", "variant": "LinearRouter", "config": "{}", "test": []}
     ledger.plan([{**row, "key": f"{seed}", "seed": seed, "folder": f"runs/{seed}"} for seed in range(2)])
@@ -123,6 +125,9 @@ def test_a_sweep_that_is_read_only_is_reported_elsewhere(capsys, tmp_path):
         run = ledger.claim("code")
         ledger.finish(run.key, "finished", results={"fit": results, "test": {**results, "bpb": value}})
     Path("shared", "plan.json").write_text('{"config": "s.yaml", "baseline": "LinearRouter", "margin": 0.01}')
+
+
+def test_a_sweep_that_is_read_only_is_reported_elsewhere(sweep, capsys, tmp_path):
     before = files("shared")
     with read_only(tmp_path / "shared"):
         main(["report", "shared"])
@@ -130,3 +135,22 @@ def test_a_sweep_that_is_read_only_is_reported_elsewhere(capsys, tmp_path):
     assert "shared cannot be written to: the report goes to reports/shared" in shown
     assert "1.5" in Path("reports", "shared", "report.md").read_text()
     assert files("shared") == before
+
+
+def test_a_report_on_a_full_disk_says_what_is_full(sweep, capsys):
+    with full_disk(1000):
+        line = said(capsys, "report", "shared")
+    assert "shared" in line
+
+
+def test_a_sweep_on_a_full_disk_says_what_is_full(capsys):
+    with full_disk(0):
+        line = said(capsys, "sweep", "--config", "sweeps/quick", "--folder", "out")
+    assert "out" in line
+
+
+@pytest.mark.full
+def test_checks_write_nothing(capsys, tmp_path):
+    with read_only(tmp_path), full_disk(0):
+        main(["check", "LinearRouter", "--examples", "1"])
+    assert "LinearRouter passes all" in capsys.readouterr().out

@@ -79,12 +79,16 @@ def test_a_run_is_never_overwritten_unless_asked(run, config):
         f"error: {run} holds a run: resume it with --run_dir {run} --ckpt_path last, replace it with "
     )
     # Nor does an evaluation without a checkpoint, or of another run's, write into it.
-    assert "holds a run" in fails("test", "--config", config, "--run_dir", str(run))
+    told = fails("test", "--config", config, "--run_dir", str(run))
+    assert "holds a run, which the command does not evaluate: evaluate it with --ckpt_path best, or" in told
     (elsewhere := Path("elsewhere/checkpoints")).mkdir(parents=True)
     shutil.copy(run / "checkpoints" / "best.ckpt", elsewhere / "best.ckpt")
     other = ["--config", config, "--ckpt_path", str(elsewhere / "best.ckpt")]
-    assert "holds a run" in fails("test", *other, "--run_dir", str(run))
+    assert "does not evaluate: evaluate it with" in fails("test", *other, "--run_dir", str(run))
     assert contents(run) == before
+    for _ in range(2):  # evaluations may share a folder
+        cli.main(["test", *other, "--run_dir", "results"])
+    assert Path("results/results.json").is_file()
     replaced = ["--run_dir", str(run), "--overwrite", "--model.router", "HashRouter", "--trainer.max_steps", "2"]
     cli.main(["fit", "--config", config, *replaced])
     assert list(losses(run)) == [0, 1]

@@ -279,7 +279,7 @@ def test_what_holds_more_than_the_network_is_left_alone_and_named(network, reaso
     with pytest.warns(UserWarning, match=rf"sparsify leaves as they are: 1 \(.*\): {reason}"):
         sparsify(model, num_experts=2, blocks="all", experts=experts)
     assert [type(m) for m in model] == [MoE, type(network()), MoE]
-    with pytest.raises(ValueError, match=rf"1 \(.*\): {reason}"):
+    with pytest.raises(ValueError, match=rf"1 \(.*\) cannot become a MoE layer: {reason}"):
         sparsify(model, num_experts=2, blocks="all", experts=experts, match=lambda m: m is model[1])
 
 

@@ -105,6 +105,27 @@ def test_backbones_whose_tokens_are_described_are_built_without_a_trace(backbone
     assert torch.equal(torch.get_rng_state(), after)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "backbone", ["hiera_tiny_224", "samvit_base_patch16", "xcit_nano_12_p16_224", "hieradet_small"]
+)
+def test_backbones_of_another_build_are_refused(backbone):
+    with torch.device("meta"), pytest.raises(ValueError, match=f"{backbone} is not a vision transformer with blocks"):
+        ViTMoE(backbone, 10, LinearRouter)
+
+
+def test_dense_baselines_need_no_networks_that_experts_can_replace():
+    sizes = {"depth": 1, "embed_dim": 48, "num_heads": 3}
+    assert not list(moe_layers(vit(backbone="eva02_base_patch14_224", arguments=sizes, moe_blocks="none")))
+    with pytest.raises(ValueError, match=r"blocks.0.mlp \(SwiGLU\) cannot become a MoE layer: it holds norm"):
+        vit(backbone="eva02_base_patch14_224", arguments=sizes)
+
+
+def test_patch_ids_need_patches_of_pixels():
+    with torch.device("meta"), pytest.raises(ValueError, match="patch_ids are those of patches of pixels, and the"):
+        ViTMoE("vit_tiny_r_s16_p8_224", 10, LinearRouter, patch_ids="lsh", backbone_arguments={"depth": 1})
+
+
 def test_the_patch_size_is_the_datas_unless_one_is_given():
     def patch(size, **options):
         return vit(image_size=size, arguments={"depth": 1, **options}, patch_size=size // 4).vit.patch_embed.patch_size

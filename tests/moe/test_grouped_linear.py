@@ -179,3 +179,13 @@ def test_layers_take_any_layout_and_the_gradient_of_a_sum(bank, shared, backend)
             loss(layer(laid_out)).backward()
             for got, value in zip(layer.parameters(), expected, strict=True):
                 assert_close(got.grad, value)
+
+
+def test_function_transforms_differentiate_the_grouped_product():
+    x, weight = torch.randn(8, 16), torch.randn(2, 24, 16, requires_grad=True)
+
+    def loss(weight):
+        return grouped_linear(x, weight, ends([3, 5]), backend="grouped").square().sum()
+
+    loss(weight).backward()
+    assert_close(torch.func.grad(loss)(weight.detach()), weight.grad)
