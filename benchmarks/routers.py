@@ -74,8 +74,8 @@ def main() -> None:
         del step
     table = [
         f"{options.tokens} tokens, width {options.d_model}, {options.num_experts} experts, k = {options.top_k}, "
-        f"{options.device}, {dtype_on(options.device)}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, medians of "
-        f"{options.rounds} rounds. Command: `python benchmarks/routers.py`",
+        f"{options.device}, {dtype_on(options.device)}, {torch.get_num_threads()} thread(s), torch {torch.__version__},"
+        f" medians of {options.rounds} rounds. Command: `python benchmarks/routers.py`",
         "",
         "| router | training, ms | to LinearRouter | share of its layer | evaluation, ms | to LinearRouter |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",

@@ -45,7 +45,7 @@ class _NarrowProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-        if _has_tensor_cores(x_TD):
+        if _on_tensor_cores(x_TD, weight_ED):
             return three_part_product(x_TD, weight_ED.T)
         return F.linear(x_TD.float(), weight_ED)
 
@@ -57,15 +57,20 @@ class _NarrowProduct(torch.autograd.Function):
     def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x_TD, weight_ED = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad
-        if _has_tensor_cores(x_TD) and not torch.is_grad_enabled():
+        if _on_tensor_cores(x_TD, weight_ED) and not torch.is_grad_enabled():
             grad_x = torch.mm(*_two_parts(grad_TE, weight_ED)) if needs_x else None
             return grad_x, three_part_product(x_TD.T, grad_TE).T if needs_weight else None
         grad_x = (grad_TE @ weight_ED).to(x_TD.dtype) if needs_x else None
         return grad_x, grad_TE.T @ x_TD.float() if needs_weight else None
 
 
-def _has_tensor_cores(x_TD: Tensor) -> bool:
-    return x_TD.dtype == torch.bfloat16 and x_TD.device.type == "cuda"
+FEWEST_PRODUCTS = 2**28
+"""Of fewer multiplications, float32's take no longer than the launches that splitting takes (by count, not measured)."""
+
+
+def _on_tensor_cores(x_TD: Tensor, weight_ED: Tensor) -> bool:
+    narrow = x_TD.dtype == torch.bfloat16 and x_TD.device.type == "cuda"
+    return narrow and x_TD.numel() * weight_ED.shape[0] >= FEWEST_PRODUCTS
 
 
 def three_part_product(narrow_MI: Tensor, wide_IN: Tensor) -> Tensor:

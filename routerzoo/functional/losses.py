@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 
 from routerzoo.distributed.collectives import sum_over_ranks
 from routerzoo.functional.ids import checked_ids
+from routerzoo.functional.ragged import add_by_index
 
 if TYPE_CHECKING:
     from routerzoo.routing import RoutingContext
@@ -309,7 +310,7 @@ def _sum_by_group(values_TE: Tensor, group_T: Tensor | None) -> Tensor:
         return values_TE.sum(0, keepdim=True)
     # As many groups as there are tokens, so that no number is read back from the device; groups without a token
     # count nothing.
-    return values_TE.new_zeros(values_TE.shape).index_add(0, group_T, values_TE)
+    return add_by_index(values_TE, group_T, values_TE.shape[0])
 
 
 def _squared_variation(means_GE: Tensor) -> Tensor:

@@ -76,3 +76,14 @@ def group_by_sequence(
     within_R = torch.arange(len(token_R), device=device) - begin_G.index_select(0, group_R)
     real_GS = torch.arange(length, device=device).unsqueeze(0) < lengths_G.unsqueeze(1)
     return Sequences(token_R, group_R * length + within_R, real_GS)
+
+
+def add_by_index(values: Tensor, index: Tensor, num_rows: int) -> Tensor:
+    """Return `[num_rows, ...]`, the sums of the values with each index, in the same order every time.
+
+    `index_add` on a GPU adds in whatever order threads come; accumulating by `index_put` sorts first.
+    """
+    zeros = values.new_zeros(num_rows, *values.shape[1:])
+    if values.device.type == "cuda":
+        return zeros.index_put((index,), values, accumulate=True)
+    return zeros.index_add(0, index, values)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from routerzoo.functional.ragged import add_by_index
 from routerzoo.moe.cpu_upcast import FEWEST_ROWS_PER_EXPERT, Widening, widens
 
 Backend = Literal["auto", "grouped", "loop", "reference"]
@@ -59,6 +60,9 @@ def grouped_linear(
     if x_NI.device.type == "cpu" and not torch.compiler.is_compiling():
         added: Tensor = _BiasBySegment.apply(y_NO, bias_EO, ends_E)
         return added
+    if x_NI.device.type == "cuda" and not torch.compiler.is_exporting():
+        by_row: Tensor = _BiasByRow.apply(bias_EO, _expert_of_row(ends_E, x_NI.shape[0]))
+        return y_NO + by_row
     return y_NO + _per_row(bias_EO, ends_E, x_NI.shape[0])
 
 
@@ -107,10 +111,32 @@ def _segments(ends: list[int]) -> Iterator[tuple[int, int, int]]:
             yield expert, start, end
 
 
-def _per_row(bias_EO: Tensor, ends_E: Tensor, num_rows: int) -> Tensor:
+def _expert_of_row(ends_E: Tensor, num_rows: int) -> Tensor:
+    """Return the expert of each row; E for none."""
     rows = torch.arange(num_rows, device=ends_E.device, dtype=ends_E.dtype)
-    expert_N = torch.searchsorted(ends_E, rows, right=True).clamp_max(bias_EO.shape[0] - 1)
-    return bias_EO.index_select(0, expert_N)
+    return torch.searchsorted(ends_E, rows, right=True)
+
+
+def _per_row(bias_EO: Tensor, ends_E: Tensor, num_rows: int) -> Tensor:
+    return bias_EO.index_select(0, _expert_of_row(ends_E, num_rows).clamp_max(bias_EO.shape[0] - 1))
+
+
+class _BiasByRow(torch.autograd.Function):
+    """The bias of each row, whose gradient is summed in float32 and always in the same order."""
+
+    @staticmethod
+    def forward(bias_EO: Tensor, expert_N: Tensor) -> Tensor:
+        return bias_EO.index_select(0, expert_N.clamp_max(bias_EO.shape[0] - 1))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.num_experts, ctx.dtype = inputs[0].shape[0], inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor, None]:
+        (expert_N,) = ctx.saved_tensors
+        return add_by_index(grad_NO.float(), expert_N, ctx.num_experts + 1)[:-1].to(ctx.dtype), None
 
 
 MOST_GROUPS = 1024

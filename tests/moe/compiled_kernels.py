@@ -44,9 +44,9 @@ def cases():
         for gathered in (True, False):
             shape = {"OUT": D, "IN": H, "GATHERED_G": gathered, "GATHERED_X": not gathered, "PRECISION": "ieee"}
             yield f"weight_grad {gathered} {dtype}", kernels.weight_grad, types, {**shape, **sizes}
-        pointers = {name: values for name in ("z_ptr", "bias_ptr", "a_ptr", "da_ptr", "weight_ptr", "bias_part_ptr")}
-        pointers |= {name: values for name in ("dz_ptr", "wa_ptr", "dweight_ptr", "y_ptr", "out_ptr", "g_ptr")}
-        pointers |= {name: index for name in ("order_ptr", "source_ptr", "row_ptr", "begin_ptr", "ends_ptr")}
+        pointers = dict.fromkeys(("z_ptr", "bias_ptr", "a_ptr", "da_ptr", "weight_ptr", "bias_part_ptr"), values)
+        pointers |= dict.fromkeys(("dz_ptr", "wa_ptr", "dweight_ptr", "y_ptr", "out_ptr", "g_ptr"), values)
+        pointers |= dict.fromkeys(("order_ptr", "source_ptr", "row_ptr", "begin_ptr", "ends_ptr"), index)
         pointers |= {"sums_ptr": values, "expert_ptr": "*i16", "seed_ptr": "*i64", "dropout": "fp32", "top_k": "i32"}
         hidden = {"E": E, "H": H, "Z": 2 * H, "BIAS": True, "DROPOUT": True, "BH": 1024, "num_warps": 8}
         for activation in ("silu", "gelu"):
@@ -65,9 +65,7 @@ def compiled(kernel, types, constants, architecture):
     constants = {name: value for name, value in constants.items() if name not in options}
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if str(signature[name]).startswith("*")
-    }
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if str(signature[name]).startswith("*")}
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
     binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from routerzoo import MLPExperts, MoE, SwiGLUExperts, grouped_linear
 from routerzoo.moe import experts
 from routerzoo.moe import grouped_linear as grouped
-from routerzoo.moe.grouped_linear import BACKENDS
+from routerzoo.moe.grouped_linear import BACKENDS, _BiasByRow, _expert_of_row
 
 LOADS = {
     "even": [4, 4, 4, 4],
@@ -189,3 +189,13 @@ def test_function_transforms_differentiate_the_grouped_product():
 
     loss(weight).backward()
     assert_close(torch.func.grad(loss)(weight.detach()), weight.grad)
+
+
+def test_biases_by_row_have_the_gradient_of_their_sum():
+    bias = torch.randn(3, 2, requires_grad=True)
+    expert_N = _expert_of_row(ends([1, 0, 2]), 5)  # of the last two rows none
+    assert expert_N.tolist() == [0, 2, 2, 3, 3]
+    by_row = _BiasByRow.apply(bias, expert_N)
+    assert torch.equal(by_row[:3], bias[[0, 2, 2]])
+    (grad,) = torch.autograd.grad(by_row, bias, torch.tensor([[1.0, 2], [3, 4], [5, 6], [70, 80], [90, 100]]))
+    assert grad.tolist() == [[1, 2], [0, 0], [8, 10]]

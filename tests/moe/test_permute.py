@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from routerzoo.moe.permute import permutation_of, permute, unpermute
+from routerzoo.moe.permute import _sum_gathered, permutation_of, permute, sum_bags, unpermute
 
 CASES = {
     "one each": ([0, 1, 2, 3], 1),
@@ -49,3 +49,13 @@ def test_gradients_can_be_differentiated(case):
 def test_a_token_without_assignments_gets_zeros():
     permutation, _, y_ND, weight_N = example("as they come")
     assert not unpermute(y_ND, weight_N, permutation)[[1, 3]].any()
+
+
+@pytest.mark.parametrize("case", ["one each", "two each", "as they come"])
+def test_a_gpu_sums_what_a_cpu_does(case):
+    permutation, _, y_ND, weight_N = example(case)
+    assert permutation.bags is not None
+    for weights in (None, weight_N):
+        expected = sum_bags(y_ND, *permutation.bags, weights)
+        # In float32 where tokens have different numbers of experts.
+        assert_close(_sum_gathered(y_ND, *permutation.bags, weights, permutation.top_k), expected, rtol=1e-6, atol=1e-6)
