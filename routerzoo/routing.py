@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Self
@@ -203,8 +204,28 @@ def _flatten_context_with_keys(context: RoutingContext) -> tuple[list[tuple[Any,
     return [(GetAttrKey(name), tensor) for name, tensor in zip(TOKEN_FIELDS, tensors, strict=True)], rest
 
 
+def _dump_rest(rest: tuple[Any, ...]) -> str:
+    step, total_steps, process_group, compute_aux_losses, cache, _ = rest
+    if process_group is not None or cache:
+        what = "process_group" if process_group is not None else "cache"
+        raise ValueError(f"a RoutingContext with a {what} cannot be saved: export the model with {what} None")
+    return json.dumps([step, total_steps, compute_aux_losses, cache])
+
+
+def _load_rest(dumped: str) -> tuple[Any, ...]:
+    step, total_steps, compute_aux_losses, cache = json.loads(dumped)
+    return step, total_steps, None, compute_aux_losses, cache, _Pass()
+
+
 register_pytree_node(
-    RoutingContext, _flatten_context, _unflatten_context, flatten_with_keys_fn=_flatten_context_with_keys
+    RoutingContext,
+    _flatten_context,
+    _unflatten_context,
+    # `torch.export.save` writes what an exported model is called with.
+    serialized_type_name="routerzoo.RoutingContext",
+    to_dumpable_context=_dump_rest,
+    from_dumpable_context=_load_rest,
+    flatten_with_keys_fn=_flatten_context_with_keys,
 )
 
 

@@ -77,6 +77,9 @@ class Parser(LightningArgumentParser):
     def format_help(self, *args: Any) -> Any:
         """Return the help, which starts with one line of usage instead of a line for each option."""
         self.prog = self.prog.replace(" [OPTIONS]", "").replace(" [options]", "")
+        for action in self._actions:
+            if action.dest == "ckpt_path":  # Lightning's names of checkpoints are others
+                action.help = "last or best, of the latest run or of --run_dir, or the path of a checkpoint."
         return super().format_help(*args)
 
     def error(self, message: str, ex: Exception | None = None) -> Any:

@@ -1,4 +1,4 @@
-"""`Reinitializable`: modules whose constructor is also their `reset_parameters`."""
+"""Initial values: `Reinitializable`, modules whose constructor is also their `reset_parameters`, and `orthogonal`."""
 
 from __future__ import annotations
 
@@ -45,6 +45,16 @@ class Reinitializable(nn.Module):
         for name, tensor in fresh.items():
             if not getattr(own[name], "_is_hf_initialized", False):  # transformers has loaded this one
                 own[name].copy_(_placed_as(own[name], tensor))
+
+
+def orthogonal(rows: int, columns: int, gain: float = 1.0) -> Tensor:
+    """Draw a matrix whose rows are orthonormal, or its columns where there are more rows, times a gain.
+
+    It is drawn in at least float32, since no decomposition takes 16 bits, and returned in torch's default dtype.
+    """
+    dtype = torch.get_default_dtype()
+    drawn = torch.empty(rows, columns, dtype=torch.promote_types(dtype, torch.float32))
+    return nn.init.orthogonal_(drawn, gain=gain).to(dtype)
 
 
 def _placed_as(own: Any, fresh: Tensor) -> Tensor:

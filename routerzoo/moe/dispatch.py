@@ -66,12 +66,17 @@ def _is_one_operator(x_TD: Tensor, experts: TwoLayerExperts, low_memory: bool | 
         return False
     # Transforms of functions know torch's own operations; sharded weights too.
     transformed = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
-    return not transformed and all(type(weight) in (Tensor, nn.Parameter) for weight in experts.parameters())
+    return not transformed and _are_plain(experts)
+
+
+def _are_plain(experts: nn.Module) -> bool:
+    return all(type(weight) in (Tensor, nn.Parameter) for weight in experts.parameters())
 
 
 def dense_forward(experts: nn.Module, x_TD: Tensor, num_experts: int) -> Tensor:
     """Return the sum of all experts' outputs for every token, `[T, D]`: a dense feed-forward network."""
-    if isinstance(experts, TwoLayerExperts) and experts.backend == "auto":
+    # Sharded weights are gathered by the hooks of the module's call.
+    if isinstance(experts, TwoLayerExperts) and experts.backend == "auto" and _are_plain(experts):
         y_TD: Tensor = experts.as_one(x_TD)
         return y_TD
     num_tokens = x_TD.shape[0]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo.functional.gate import gate_linear
+from routerzoo.functional.initialization import orthogonal
 from routerzoo.functional.losses import distillation_loss, scope_of, stablemoe_balance_loss
 from routerzoo.functional.topk import topk_indices
 from routerzoo.registry import register_router
@@ -81,8 +82,7 @@ class StableMoERouter(LogitRouter):
         if evaluate not in ("distilled", "stage"):
             raise ValueError(f"evaluate must be distilled or stage, got {evaluate!r}")
         self.stage1_fraction, self.stage1_steps, self.evaluate = stage1_fraction, stage1_steps, evaluate
-        self.expert_centroids = nn.Parameter(torch.empty(spec.num_experts, spec.d_model))
-        nn.init.orthogonal_(self.expert_centroids, gain=0.1)
+        self.expert_centroids = nn.Parameter(orthogonal(spec.num_experts, spec.d_model, gain=0.1))
         self.routing_embedding = nn.Parameter(torch.randn(spec.vocab_size, routing_dim) * routing_dim**-0.5)
         self.distilled_centroids = nn.Parameter(torch.randn(spec.num_experts, routing_dim) * routing_dim**-0.5)
         self.register_buffer("frozen_choices", torch.zeros(spec.vocab_size, spec.num_experts, dtype=torch.int64))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo.functional.gate import gate_linear
+from routerzoo.functional.initialization import orthogonal
 from routerzoo.functional.topk import ScoreFunction
 from routerzoo.registry import register_router
 from routerzoo.router import LogitRouter, LossWeight
@@ -72,8 +73,7 @@ class XMoERouter(LogitRouter):
             raise ValueError(f"temperature must be at least {MIN_TEMPERATURE}, got {temperature}")
         bound = spec.d_model**-0.5
         self.projection = nn.Parameter(torch.empty(routing_dim, spec.d_model).uniform_(-bound, bound))
-        self.expert_embedding = nn.Parameter(torch.empty(spec.num_experts, routing_dim))
-        nn.init.orthogonal_(self.expert_embedding)
+        self.expert_embedding = nn.Parameter(orthogonal(spec.num_experts, routing_dim))
         self.temperature = nn.Parameter(torch.tensor(float(temperature)))
 
     @torch.no_grad()

@@ -188,6 +188,8 @@ def test_help_has_one_line_of_usage_and_only_what_may_be_set(capsys, options, us
     assert shown.splitlines()[1] == ""
     assert option in shown
     assert "spec." not in shown
+    if options == ["--help"]:
+        assert "last or best, of the latest run or of --run_dir" in " ".join(shown.split())
 
 
 def test_values_of_another_domain(capsys):

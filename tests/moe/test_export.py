@@ -1,5 +1,7 @@
 """`torch.export` in its default mode, with numbers of sequences and tokens that may change."""
 
+import io
+
 import pytest
 import torch
 from torch.export import Dim, export
@@ -47,6 +49,26 @@ def check(layer, dtype=torch.float32, tolerance=None):
 @pytest.mark.parametrize("experts", ["MLPExperts", "SwiGLUExperts"])
 def test_a_layer_is_exported_with_dynamic_sizes(experts):
     check(MoE(SPEC, "LinearRouter", experts, num_shared_experts=1))
+
+
+def test_what_was_exported_with_a_context_is_saved_and_loaded():
+    layer = MoE(SPEC, "StableMoERouter").eval()
+    x = torch.randn(6, 32)
+    context = RoutingContext(token_ids=torch.arange(6), step=3, total_steps=10)
+    file = io.BytesIO()
+    torch.export.save(export(layer, (x, context)), file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    other = context.new_pass(token_ids=torch.arange(6).flip(0))
+    assert_close(loaded(2 * x, other), layer(2 * x, other))
+    assert not torch.equal(loaded(2 * x, context.new_pass()), layer(2 * x, other))  # token ids are an input
+
+
+def test_a_context_that_no_file_can_hold_is_refused_when_it_is_saved():
+    context = RoutingContext(cache={"layer": 1})
+    exported = export(MoE(SPEC, "LinearRouter").eval(), (torch.randn(6, 32), context))
+    with pytest.raises(ValueError, match="a RoutingContext with a cache cannot be saved: export the model with cache"):
+        torch.export.save(exported, io.BytesIO())
 
 
 @pytest.mark.full

@@ -516,6 +516,14 @@ class RoutesInBfloat16(Sound):
         return Routing(routing.experts_TK, routing.weights_TK.to(x_TD.dtype), routing.logits_TE)
 
 
+class DrawsIn16Bits(Sound):
+    """Decomposes what it draws in the default dtype."""
+
+    def __init__(self, spec, *, top_k: int = 2):
+        super().__init__(spec, top_k=top_k)
+        nn.init.orthogonal_(self.weight)
+
+
 class RoutesInTheAssignedDtype(Sound):
     """Overrides `forward`, so that nothing makes its parameters float32."""
 
@@ -683,6 +691,7 @@ BROKEN = {
     LearnsUndeclared: ("gradients", "declares trainable = False, but weight require"),
     DeclaresTop1: ("gradient_at_top_1", "the largest gradient at k = 1 is 0"),
     RoutesInBfloat16: ("float32_scores", "logits are torch.bfloat16 under autocast"),
+    DrawsIn16Bits: ("default_dtype", "raises NotImplementedError under the default dtype torch.bfloat16"),
     RoutesInTheAssignedDtype: ("assigned_bfloat16", "parameters that were assigned in bfloat16 are not computed with"),
     ReadsTheParameterItWasBuiltWith: ("assigned_bfloat16", "parameters that were assigned in bfloat16"),
     Overflows: ("extremes", "weights are not finite for hidden states around 1e15"),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from routerzoo import ByMode, LayerSpec, LogitRouter, Routing, RoutingContext, register_router
 from routerzoo.distributed.collectives import rows_of_all_ranks
 from routerzoo.functional import gate_linear
+from routerzoo.functional.initialization import orthogonal
 from routerzoo_assignment.auction import balanced_assignment
 
 
@@ -52,8 +53,7 @@ class BaseLayerRouter(LogitRouter):
             raise ValueError(f"precision must be above 0, got {precision}")
         super().__init__(spec, top_k=1, max_top_k=1)
         self.precision, self.max_rounds = precision, max_rounds
-        self.expert_embedding = nn.Parameter(torch.empty(spec.num_experts, spec.d_model))
-        nn.init.orthogonal_(self.expert_embedding, gain=init_gain)
+        self.expert_embedding = nn.Parameter(orthogonal(spec.num_experts, spec.d_model, gain=init_gain))
 
     def logits(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
         """Return the scores."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from routerzoo import LayerSpec, LogitRouter, LossWeight, RoutingContext, register_router
 from routerzoo.functional import gate_linear
+from routerzoo.functional.initialization import orthogonal
 
 
 @register_router
@@ -38,8 +39,7 @@ class SimBalRouter(LogitRouter):
                 f"{spec.num_experts} experts cannot be orthogonal in d_model = {spec.d_model}: take fewer experts"
             )
         super().__init__(spec, top_k=top_k)
-        self.weight = nn.Parameter(torch.empty(spec.num_experts, spec.d_model))
-        nn.init.orthogonal_(self.weight)
+        self.weight = nn.Parameter(orthogonal(spec.num_experts, spec.d_model))
 
     def logits(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
         """Return `x W^T`."""

@@ -22,6 +22,7 @@ CHECKS: dict[str, Callable[[Cases], None]] = {
         independence.tokenwise,
         independence.padding,
         numerics.float32_scores,
+        numerics.default_dtype,
         numerics.assigned_bfloat16,
         numerics.extremes,
         numerics.nan,

@@ -17,6 +17,7 @@ from routerzoo.testing.checks.common import (
     mode,
     require_equal_effects,
     require_same,
+    require_valid,
 )
 
 
@@ -50,6 +51,32 @@ def float32_scores(cases: Cases) -> None:
         )
 
     cases.each(law)
+
+
+def default_dtype(cases: Cases) -> None:
+    """A router builds, routes and adapts under another default dtype of torch, with hidden states of that dtype.
+
+    Whole models are built so. Draw what 16 bits cannot (decompositions, as `nn.init.orthogonal_`) in float32 and round
+    it: `routerzoo.functional.initialization.orthogonal` does.
+    """
+    usual = torch.get_default_dtype()
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            case = cases.standard()
+            for training in MODES:
+                router, x_TD, context = case.router(training=training), case.hidden(), case.context()
+                routing, _ = case.route_with_losses(router, x_TD, context)
+                require_valid(case, routing, x_TD)
+                if training and router.needs_updates:
+                    with torch.no_grad():
+                        router.update(router.statistics(routing.for_losses, context))
+        except CheckFailure as error:
+            raise CheckFailure(f"under the default dtype {dtype}: {error}") from error
+        except Exception as error:
+            raise CheckFailure(f"raises {type(error).__name__} under the default dtype {dtype}: {error}") from error
+        finally:
+            torch.set_default_dtype(usual)
 
 
 def assigned_bfloat16(cases: Cases) -> None:
