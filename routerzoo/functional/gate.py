@@ -65,7 +65,7 @@ class _NarrowProduct(torch.autograd.Function):
 
 
 FEWEST_PRODUCTS = 2**28
-"""Of fewer multiplications, float32's take no longer than the launches that splitting takes (by count, not measured)."""
+"""Fewer multiplications take no longer in float32 than what splitting launches (by count, not measured)."""
 
 
 def _on_tensor_cores(x_TD: Tensor, weight_ED: Tensor) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from routerzoo.functional.losses import Scope, balance_loss, importance_loss, load_loss, scope_of, z_loss
 from routerzoo.functional.topk import topk_indices
 from routerzoo.moe.layer import MoE, inner_router, moe_layers
+from routerzoo.moe.softmax_losses import softmax_losses
 from routerzoo.router import LossWeight, Router
 from routerzoo.routing import LayerRouting, Routing, RoutingContext
 
@@ -170,6 +171,8 @@ def _pooled(routings: list[Routing], context: RoutingContext) -> tuple[Routing, 
 def _balance(
     routing: Routing, context: RoutingContext, scope: Scope = "batch", weighted: bool = False
 ) -> Tensor | None:
+    if scope == "batch" and not weighted and (both := softmax_losses(routing, context)) is not None:
+        return both[0]
     experts_TK = _choices(routing)
     if experts_TK is None:
         return None
@@ -231,6 +234,8 @@ def _load(routing: Routing, context: RoutingContext) -> Tensor | None:
 
 
 def _z(routing: Routing, context: RoutingContext) -> Tensor | None:
+    if (both := softmax_losses(routing, context)) is not None:
+        return both[1]
     clean_TE = routing.logits_TE if routing.clean_logits_TE is None else routing.clean_logits_TE
     return None if clean_TE is None else z_loss(clean_TE, padding_mask=context.padding_mask)
 

@@ -172,6 +172,11 @@ def column_sums(g: Tensor, rows: Rows, weight_N: Tensor | None = None) -> Tensor
     return sums_EC
 
 
+def gathered(x_TD: Tensor, rows: Rows) -> tuple[Tensor, bool]:
+    """Return what products read, and whether they gather it: here they do."""
+    return x_TD, True
+
+
 def product(x: Tensor, weight_EOI: Tensor, rows: Rows, *, gather: bool = False) -> Tensor:
     """Return each row times its expert's weight, transposed as in `torch.nn.Linear`, `[N, O]`.
 
@@ -213,7 +218,7 @@ def weight_grad(g: Tensor, x: Tensor, rows: Rows, *, gather: str) -> Tensor:
         g: rows sorted by expert, or tokens.
         x: likewise.
         rows: which rows are whose.
-        gather: `g` or `x`, whose rows are tokens.
+        gather: `g` or `x`, whose rows are tokens; empty for neither.
     """
     num_experts, out_width, in_width = len(rows.ends_E), g.shape[1], x.shape[1]
     grad_EOI = g.new_empty(num_experts, out_width, in_width)
@@ -233,3 +238,53 @@ def weight_grad(g: Tensor, x: Tensor, rows: Rows, *, gather: str) -> Tensor:
         **sizes,
     )
     return grad_EOI
+
+
+def softmax_losses(logits_TE: Tensor, experts_TK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the balance loss and the z-loss, the log-partition values, and the sums, `[2 E + 1]`."""
+    (num_tokens, num_experts), top_k = logits_TE.shape, experts_TK.shape[1]
+    sizes = _token_blocks(num_experts)
+    num_blocks = triton.cdiv(num_tokens, sizes["BT"])
+    log_partition_T = logits_TE.new_empty(num_tokens)
+    sums = logits_TE.new_empty(num_blocks, 2 * num_experts + 1)
+    kernels.softmax_sums[(num_blocks,)](
+        logits_TE, experts_TK, log_partition_T, sums, num_tokens, top_k, E=num_experts, **sizes
+    )
+    sums = sums.sum(0)
+    balance, z = logits_TE.new_empty(()), logits_TE.new_empty(())
+    kernels.softmax_losses[(1,)](sums, balance, z, num_tokens, top_k, E=num_experts, E2=sizes["E2"])
+    return balance, z, log_partition_T, sums
+
+
+def softmax_losses_backward(
+    grad_balance: Tensor | None,
+    grad_z: Tensor | None,
+    logits_TE: Tensor,
+    log_partition_T: Tensor,
+    sums: Tensor,
+    top_k: int,
+) -> Tensor:
+    """Return the gradient of the logits."""
+    num_tokens, num_experts = logits_TE.shape
+    grad_TE = torch.empty_like(logits_TE)
+    sizes = _token_blocks(num_experts)
+    kernels.softmax_losses_backward[(triton.cdiv(num_tokens, sizes["BT"]),)](
+        logits_TE,
+        log_partition_T,
+        sums,
+        grad_balance if grad_balance is not None else sums,
+        grad_z if grad_z is not None else sums,
+        grad_TE,
+        num_tokens,
+        top_k,
+        E=num_experts,
+        BALANCE=grad_balance is not None,
+        Z_LOSS=grad_z is not None,
+        **sizes,
+    )
+    return grad_TE
+
+
+def _token_blocks(num_experts: int) -> dict[str, int]:
+    width = triton.next_power_of_2(num_experts)
+    return {"E2": width, "BT": max(1, min(64, 4096 // width))}

@@ -364,3 +364,85 @@ def weight_grad(
             )
     grad_ptrs = grad_ptr + expert * OUT * IN + o[:, None] * IN + i[None, :]
     tl.store(grad_ptrs, grad.to(grad_ptr.dtype.element_ty), mask=(o < OUT)[:, None] & (i < IN)[None, :])
+
+
+@triton.jit
+def softmax_sums(
+    logits_ptr,
+    experts_ptr,
+    log_partition_ptr,
+    sums_ptr,
+    num_tokens,
+    top_k,
+    E: tl.constexpr,
+    E2: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """Over a block of tokens, sum the softmax and the choices of each expert, and the squared log-partition values."""
+    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    e = tl.arange(0, E2)
+    inside = t < num_tokens
+    logits_TE = tl.load(logits_ptr + t[:, None] * E + e[None, :], mask=inside[:, None] & (e < E)[None, :], other=0.0)
+    logits_TE = tl.where((e < E)[None, :], logits_TE, -float("inf"))
+    largest_T = tl.max(logits_TE, 1)
+    exp_TE = tl.exp(logits_TE - largest_T[:, None])
+    total_T = tl.sum(exp_TE, 1)
+    log_partition_T = largest_T + tl.log(total_T)
+    tl.store(log_partition_ptr + t, log_partition_T, mask=inside)
+    softmax_TE = tl.where(inside[:, None], exp_TE / total_T[:, None], 0.0)
+    chosen_E = tl.zeros((E2,), tl.float32)
+    k = top_k * 0
+    while k < top_k:
+        expert_T = tl.load(experts_ptr + t * top_k + k, mask=inside, other=-1)
+        chosen_E += tl.sum((expert_T[:, None] == e[None, :]).to(tl.float32), 0)
+        k += 1
+    row = sums_ptr + tl.program_id(0).to(tl.int64) * (2 * E + 1)
+    tl.store(row + e, tl.sum(softmax_TE, 0), mask=e < E)
+    tl.store(row + E + e, chosen_E, mask=e < E)
+    tl.store(row + 2 * E, tl.sum(tl.where(inside, log_partition_T * log_partition_T, 0.0), 0))
+
+
+@triton.jit
+def softmax_losses(sums_ptr, balance_ptr, z_ptr, num_tokens, top_k, E: tl.constexpr, E2: tl.constexpr):
+    """Write the balance loss and the z-loss, from the sums over all tokens."""
+    e = tl.arange(0, E2)
+    softmax_E = tl.load(sums_ptr + e, mask=e < E, other=0.0)
+    chosen_E = tl.load(sums_ptr + E + e, mask=e < E, other=0.0)
+    tokens = num_tokens.to(tl.float32)
+    tl.store(balance_ptr, tl.sum(softmax_E * chosen_E, 0) * (E / tokens / (tokens * top_k)))
+    tl.store(z_ptr, tl.load(sums_ptr + 2 * E) / tokens)
+
+
+@triton.jit
+def softmax_losses_backward(
+    logits_ptr,
+    log_partition_ptr,
+    sums_ptr,
+    grad_balance_ptr,
+    grad_z_ptr,
+    grad_ptr,
+    num_tokens,
+    top_k,
+    E: tl.constexpr,
+    E2: tl.constexpr,
+    BALANCE: tl.constexpr,
+    Z_LOSS: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """Write the gradient of the logits, of either loss or of both."""
+    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    e = tl.arange(0, E2)
+    mask = (t < num_tokens)[:, None] & (e < E)[None, :]
+    logits_TE = tl.load(logits_ptr + t[:, None] * E + e[None, :], mask=mask, other=-float("inf"))
+    log_partition_T = tl.load(log_partition_ptr + t, mask=t < num_tokens, other=0.0)
+    softmax_TE = tl.exp(logits_TE - log_partition_T[:, None])
+    tokens = num_tokens.to(tl.float32)
+    grad_TE = tl.zeros((BT, E2), tl.float32)
+    if BALANCE:
+        chosen_E = tl.load(sums_ptr + E + e, mask=e < E, other=0.0)
+        factor_E = chosen_E * (tl.load(grad_balance_ptr) * (E / tokens / (tokens * top_k)))
+        mean_T = tl.sum(softmax_TE * factor_E[None, :], 1)
+        grad_TE += softmax_TE * (factor_E[None, :] - mean_T[:, None])
+    if Z_LOSS:
+        grad_TE += softmax_TE * (log_partition_T * (2 * tl.load(grad_z_ptr) / tokens))[:, None]
+    tl.store(grad_ptr + t[:, None] * E + e[None, :], grad_TE, mask=mask)

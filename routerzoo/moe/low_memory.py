@@ -177,7 +177,8 @@ def _experts_backward(
     dx_TD, dweight_N, dup_EZD, dup_bias_EZ, ddown_EDH, ddown_bias_ED = (grad_TD.new_empty(0) for _ in range(6))
     needs_x, needs_weight, needs_up, needs_up_bias, needs_down, needs_down_bias = needs
     grad_TD, weight_N = grad_TD.to(dtype).contiguous(), weight_N.contiguous()
-    da_NH = compute.product(grad_TD, down_EDH.to(dtype).contiguous().transpose(1, 2), rows, gather=True)
+    grad, by_token = compute.gathered(grad_TD, rows)
+    da_NH = compute.product(grad, down_EDH.to(dtype).contiguous().transpose(1, 2), rows, gather=by_token)
     bias_part_TE = None
     if needs_weight and down_bias_ED is not None:
         bias_part_TE = grad_TD @ down_bias_ED.to(dtype).T
@@ -186,8 +187,8 @@ def _experts_backward(
     )
     del da_NH
     if needs_down:
-        ddown_EDH = compute.weight_grad(grad_TD, wa_NH, rows, gather="g").to(down_EDH.dtype)
-    del wa_NH
+        ddown_EDH = compute.weight_grad(grad, wa_NH, rows, gather="g" if by_token else "").to(down_EDH.dtype)
+    del wa_NH, grad
     if needs_down_bias and down_bias_ED is not None:
         ddown_bias_ED = compute.column_sums(grad_TD, rows, weight_N).to(down_bias_ED.dtype)
     if needs_up_bias and up_bias_EZ is not None:
@@ -261,13 +262,16 @@ class _Torch:
     """The parts by torch's own operations."""
 
     @staticmethod
+    def gathered(x_TD: Tensor, rows: Rows) -> tuple[Tensor, bool]:
+        return x_TD.index_select(0, rows.source_N), False
+
+    @staticmethod
     def product(x: Tensor, weight_EOI: Tensor, rows: Rows, *, gather: bool = False) -> Tensor:
         return multiply(x.index_select(0, rows.source_N) if gather else x, weight_EOI, rows.ends_E)
 
     @staticmethod
     def weight_grad(g: Tensor, x: Tensor, rows: Rows, *, gather: str) -> Tensor:
-        gathered = (g if gather == "g" else x).index_select(0, rows.source_N)
-        return weight_grad(*((gathered, x) if gather == "g" else (g, gathered)), rows.ends_E)
+        return weight_grad(g, x.index_select(0, rows.source_N) if gather == "x" else x, rows.ends_E)
 
     @staticmethod
     def activate(
@@ -362,6 +366,8 @@ def _dropout_factor(like: Tensor, probability: float, seed: Tensor) -> Tensor:
 class _Hybrid:
     """torch's grouped product, and kernels between."""
 
+    gathered = _Torch.gathered
+
     @staticmethod
     def product(x: Tensor, weight_EOI: Tensor, rows: Rows, *, gather: bool = False) -> Tensor:
         x = x.index_select(0, rows.source_N) if gather else x
@@ -369,7 +375,6 @@ class _Hybrid:
 
     @staticmethod
     def weight_grad(g: Tensor, x: Tensor, rows: Rows, *, gather: str) -> Tensor:
-        g = g.index_select(0, rows.source_N) if gather == "g" else g
         x = x.index_select(0, rows.source_N) if gather == "x" else x
         return F.grouped_mm(g.T, x, offs=rows.ends_E)
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from routerzoo.moe import dispatch, kernel_calls, low_memory
+from routerzoo.moe import dispatch, kernel_calls, low_memory, softmax_losses
 
 # What makes no kernel: views, allocations, questions.
 FREE = frozenset(
@@ -16,6 +16,12 @@ FREE = frozenset(
     """.split()  # noqa: SIM905
 )
 KERNELS = ("activate", "activate_backward", "combine", "column_sums", "product", "weight_grad")
+OPERATORS = (
+    low_memory._experts,
+    low_memory._experts_backward,
+    softmax_losses._losses,
+    softmax_losses._losses_backward,
+)
 
 
 class Launches(TorchDispatchMode):
@@ -27,7 +33,7 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name
-        for operator in (low_memory._experts, low_memory._experts_backward):
+        for operator in OPERATORS:
             if name == operator._qualname:
                 with self:
                     return operator._init_fn(*args, **(kwargs or {}))
@@ -49,12 +55,13 @@ def counted(monkeypatch, means="triton"):
     launches = Launches()
     monkeypatch.setattr(dispatch, "means_for", lambda x_TD, network: means)
     monkeypatch.setattr(dispatch, "_is_one_operator", lambda *arguments: True)
+    monkeypatch.setattr(softmax_losses, "_on_gpu", lambda logits_TE: True)
     low_memory._hybrid.cache_clear()
-    for name in KERNELS:
+    for name, number in (*((name, 1) for name in KERNELS), ("softmax_losses", 3), ("softmax_losses_backward", 1)):
         original = getattr(kernel_calls, name)
 
-        def count(*args, _name=name, _original=original, **kwargs):
-            launches.counts["kernel " + _name] += 1
+        def count(*args, _name=name, _number=number, _original=original, **kwargs):
+            launches.counts["kernel " + _name] += _number
             with _quiet(launches):
                 return _original(*args, **kwargs)
 

@@ -1,0 +1,102 @@
+"""The balance loss and the z-loss of softmax scores in four kernels: on a GPU a small model waits for launches."""
+# Shape suffixes: T tokens, E experts, K choices per token.
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from routerzoo.moe.low_memory import has_triton
+from routerzoo.routing import Routing, RoutingContext
+
+
+def softmax_losses(routing: Routing, context: RoutingContext) -> tuple[Tensor, Tensor] | None:
+    """Return a routing's balance loss and z-loss, computed together once; None where they are computed one by one.
+
+    So they are on a CPU, with padding, over several processes, and of scores other than the softmax of the logits.
+    """
+    if routing.softmax_losses is None and _applies(routing, context):
+        balance, z, _, _ = _losses(routing.logits_TE, routing.experts_TK)
+        routing.softmax_losses = balance, z
+    return routing.softmax_losses
+
+
+def _applies(routing: Routing, context: RoutingContext) -> bool:
+    logits_TE, experts_TK = routing.logits_TE, routing.experts_TK
+    if logits_TE is None or experts_TK is None or not _on_gpu(logits_TE) or logits_TE.dtype != torch.float32:
+        return False
+    plain = routing.score_fn == "softmax" and routing.balance_probs_TE is None and routing.clean_logits_TE is None
+    whole = context.padding_mask is None and context.process_group is None and not routing.may_drop
+    return plain and whole and not routing.balances_by_score and experts_TK.numel() > 0
+
+
+def _on_gpu(logits_TE: Tensor) -> bool:
+    if logits_TE.device.type != "cuda" or not has_triton() or torch.compiler.is_exporting():
+        return False
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None
+
+
+@custom_op("routerzoo::softmax_losses", mutates_args=())
+def _losses(logits_TE: Tensor, experts_TK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from routerzoo.moe import kernel_calls  # Triton takes long to import, and is not everywhere
+
+    return kernel_calls.softmax_losses(logits_TE.contiguous(), experts_TK.contiguous())
+
+
+@_losses.register_fake
+def _(logits_TE: Tensor, experts_TK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_tokens, num_experts = logits_TE.shape
+    balance, z = logits_TE.new_empty(()), logits_TE.new_empty(())
+    return balance, z, logits_TE.new_empty(num_tokens), logits_TE.new_empty(2 * num_experts + 1)
+
+
+@custom_op("routerzoo::softmax_losses_backward", mutates_args=())
+def _losses_backward(
+    grad_balance: Tensor | None,
+    grad_z: Tensor | None,
+    logits_TE: Tensor,
+    log_partition_T: Tensor,
+    sums: Tensor,
+    top_k: int,
+) -> Tensor:
+    from routerzoo.moe import kernel_calls
+
+    return kernel_calls.softmax_losses_backward(
+        grad_balance, grad_z, logits_TE.contiguous(), log_partition_T, sums, top_k
+    )
+
+
+@_losses_backward.register_fake
+def _(grad_balance: Any, grad_z: Any, logits_TE: Tensor, *others: Any) -> Tensor:
+    return torch.empty_like(logits_TE, memory_format=torch.contiguous_format)
+
+
+def _setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    _, _, log_partition_T, sums = output
+    ctx.save_for_backward(inputs[0], log_partition_T, sums)
+    ctx.top_k = inputs[1].shape[1]
+    ctx.mark_non_differentiable(log_partition_T, sums)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_balance: Tensor | None, grad_z: Tensor | None, *_: Any) -> tuple[Tensor | None, None]:
+    logits_TE, log_partition_T, sums = ctx.saved_tensors
+    if grad_balance is None and grad_z is None:
+        return None, None
+    if torch.is_grad_enabled():  # somebody differentiates the gradient
+        num_tokens, num_experts = logits_TE.shape
+        softmax_TE, grad_TE = logits_TE.softmax(-1), torch.zeros_like(logits_TE)
+        if grad_balance is not None:
+            chosen_E = sums[num_experts : 2 * num_experts]
+            factor_E = chosen_E * (grad_balance * num_experts / (num_tokens**2 * ctx.top_k))
+            grad_TE = grad_TE + softmax_TE * (factor_E - (softmax_TE * factor_E).sum(-1, keepdim=True))
+        if grad_z is not None:
+            grad_TE = grad_TE + softmax_TE * logits_TE.logsumexp(-1, keepdim=True) * (2 * grad_z / num_tokens)
+        return grad_TE, None
+    return _losses_backward(grad_balance, grad_z, logits_TE, log_partition_T, sums, ctx.top_k), None
+
+
+_losses.register_autograd(_backward, setup_context=_setup)

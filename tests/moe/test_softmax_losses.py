@@ -1,0 +1,49 @@
+"""The balance loss and the z-loss in one pass: what they are one by one."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from routerzoo.functional.losses import balance_loss, z_loss
+from routerzoo.moe.low_memory import has_triton
+from routerzoo.moe.softmax_losses import _losses
+
+pytestmark = pytest.mark.skipif(not has_triton(), reason="needs triton")
+
+
+def one_by_one(logits_TE, experts_TK):
+    return balance_loss(logits_TE.softmax(-1), experts_TK), z_loss(logits_TE)
+
+
+@pytest.mark.parametrize(("num_tokens", "num_experts", "top_k"), [(1, 1, 1), (7, 3, 2), (150, 5, 5), (70, 130, 4)])
+def test_values_and_gradients(num_tokens, num_experts, top_k):
+    logits_TE = (3 * torch.randn(num_tokens, num_experts)).requires_grad_()
+    experts_TK = logits_TE.detach().topk(top_k).indices
+    expected = one_by_one(logits_TE, experts_TK)
+    found = _losses(logits_TE, experts_TK)[:2]
+    assert_close(torch.stack(found), torch.stack(expected), rtol=1e-5, atol=1e-7)
+    for weights in ((1.0, 0.0), (0.0, 1.0), (0.3, -2.0)):
+        used = [number for number, weight in enumerate(weights) if weight]
+        totals = [sum(weights[n] * losses[n] for n in used) for losses in (found, expected)]
+        grad, right = (torch.autograd.grad(total, logits_TE, retain_graph=True)[0] for total in totals)
+        assert_close(grad, right, rtol=1e-4, atol=1e-6 * float(right.abs().max()) + 1e-8)
+
+
+def test_large_logits_stay_finite():
+    logits_TE = torch.tensor([[1e4, -1e4, 0.0], [-3e4, -3e4, -3e4]], requires_grad=True)
+    experts_TK = torch.tensor([[0], [1]])
+    balance, z = _losses(logits_TE, experts_TK)[:2]
+    expected = one_by_one(logits_TE, experts_TK)
+    assert_close((balance, z), expected)
+    (grad,) = torch.autograd.grad(balance + z, logits_TE)
+    assert grad.isfinite().all()
+
+
+def test_gradients_of_gradients():
+    logits_TE = torch.randn(4, 3, requires_grad=True)
+    experts_TK = logits_TE.detach().topk(2).indices
+    second = []
+    for losses in (_losses(logits_TE, experts_TK)[:2], one_by_one(logits_TE, experts_TK)):
+        (grad,) = torch.autograd.grad(losses[0] + losses[1], logits_TE, create_graph=True)
+        second.append(torch.autograd.grad(grad.square().sum(), logits_TE)[0])
+    assert_close(*second)
