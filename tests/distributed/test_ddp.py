@@ -66,6 +66,19 @@ def test_routers_train_on_two_processes(router_name, tmp_path):
     assert (folders[0] / "checkpoints" / "last.ckpt").is_file()
 
 
+def test_two_processes_share_prompts_and_refuse_a_single_one(folder):
+    main(["fit", "--config", "config.yaml", "--run_dir", "one", "--model.predict_tokens", "4"])
+    predict = ["predict", "--run_dir", "one", "--ckpt_path", "last", "--trainer.devices", "2"]
+    _, err = run(folder, *predict, "--trainer.strategy", "ddp", code=1)
+    assert "error: 1 prompt cannot be shared among 2 processes: predict with trainer.devices 1" in err
+    _, err = run(folder, *predict, "--trainer.strategy", "sharded", code=1)
+    assert "error: a sharded model cannot generate" in err
+    assert "Traceback" not in err
+    run(folder, *predict, "--trainer.strategy", "ddp", "--data.prompts", '["abc", "xyz"]')
+    written = [json.loads((folder / f"one/predictions-{rank}.jsonl").read_text())["prompt"] for rank in range(2)]
+    assert written == ["abc", "xyz"]
+
+
 def test_an_evaluation_on_two_processes_counts_each_sample_once(folder):
     main(["fit", "--config", "config.yaml", "--run_dir", "one", *SHORT])
     _, err = run(
