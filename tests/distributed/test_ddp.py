@@ -54,11 +54,20 @@ def logged(folder, name):
         return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row[name]}
 
 
-# One whose parameters stop learning on the way, and one with frozen buffers; each takes half a minute to start.
-@pytest.mark.parametrize("router_name", ["StableMoERouter", "HyperRouter"])
-def test_routers_train_on_two_processes(router_name, tmp_path):
+# One whose parameters stop learning on the way, without the loss that alone reaches some of them, and one with frozen
+# buffers; each takes half a minute to start.
+@pytest.mark.parametrize(
+    ("router_name", "options"),
+    [
+        ("StableMoERouter", []),
+        ("StableMoERouter", ["--model.loss_weights", "{balance: 0.1}"]),
+        ("HyperRouter", []),
+    ],
+    ids=["StableMoERouter", "StableMoERouter without distillation", "HyperRouter"],
+)
+def test_routers_train_on_two_processes(router_name, options, tmp_path):
     (tmp_path / "config.yaml").write_text(CONFIG)
-    out, err = run(tmp_path, "fit", "--config", "config.yaml", *ON_TWO, "--model.router", router_name)
+    out, err = run(tmp_path, "fit", "--config", "config.yaml", *ON_TWO, "--model.router", router_name, *options)
     assert "Trained to step 4" in out
     assert "sync_dist" not in err
     folders = list((tmp_path / f"runs/tiny-shakespeare-{router_name}").iterdir())
