@@ -320,8 +320,18 @@ class TextData(LightningDataModule):
         )
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """The prompts, one a batch: token ids `[1, S]`."""
+        """The prompts, one a batch: token ids `[1, S]`.
+
+        Raises:
+            UserError: fewer prompts than processes.
+        """
         prompts = self.prompts if self.prompts is not None else [self.decode(self.stream("test")[:64])]
+        processes = 1 if self.trainer is None else self.trainer.world_size
+        if len(prompts) < processes:
+            raise UserError(
+                f"{len(prompts)} prompt{'s' * (len(prompts) != 1)} cannot be shared among {processes} processes: predict "
+                "with trainer.devices 1 and trainer.strategy auto, or give more prompts (data.prompts)"
+            )
         return DataLoader([self.encode(prompt) for prompt in prompts], batch_size=1, num_workers=0)  # type: ignore[arg-type]
 
     def encode(self, text: str) -> Tensor:

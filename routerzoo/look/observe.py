@@ -68,7 +68,11 @@ def observe(task: MoETask, batch: Any) -> Observation:
         with task.override_top_k(), ExitStack() as stack:
             for layer in layers:
                 stack.callback(layer.register_routing_hook(record).remove)
-            task.evaluate(batch, {})
+            # Tasks look metrics up by name; what is counted here is thrown away.
+            metrics = {name: metric.clone() for name, metric in task.evaluated[0].items()}  # type: ignore[operator]
+            for metric in metrics.values():
+                metric.reset()  # in the mode, inference or not, that it is updated in
+            task.evaluate(batch, metrics)
     finally:
         task.train(training)
     weights = {index: torch.cat(calls[layer]) for index, layer in enumerate(layers)}

@@ -258,6 +258,10 @@ class MoETask(LightningModule, ABC):
             divergence = _divergence(*(prediction for prediction, _ in passes))
             total = total + self.consistency * divergence
             self.log("train/consistency_loss", divergence.detach(), sync_dist=True)
+        if self.loss_weights is not None and all_ranks() is not None and not self.is_sharded:
+            # DDP waits for a gradient of every parameter, also of those that only a loss that is left out would reach.
+            routers = (layer.router for layer in moe_layers(self.net))
+            total = total + 0.0 * sum(p.sum() for router in routers for p in router.parameters() if p.requires_grad)
         loss = torch.stack([prediction.loss for prediction, _ in passes]).mean().detach()
         metrics = {"loss": loss, **self.training_metrics(batch, first, loss)}
         self.log_dict({f"train/{name}": value for name, value in metrics.items()}, prog_bar=True, sync_dist=True)

@@ -88,13 +88,14 @@ class LanguageModeling(DecoderTask):
             return None
         return "unigram", float(reported(torch.tensor(datamodule.unigram_baseline("val")), self.metric))
 
-    def on_predict_start(self) -> None:
-        """Refuse to generate where no process has the whole model.
+    def setup(self, stage: str) -> None:
+        """Refuse to generate where no process will have the whole model.
 
         Raises:
             UserError: a sharded model.
         """
-        if self.is_sharded:
+        super().setup(stage)
+        if stage == "predict" and self._device_mesh is not None:
             raise UserError(
                 "a sharded model cannot generate: predict with trainer.devices 1 and trainer.strategy auto, which read "
                 "the same checkpoint"

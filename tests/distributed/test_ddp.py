@@ -54,16 +54,38 @@ def logged(folder, name):
         return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row[name]}
 
 
-# One whose parameters stop learning on the way, and one with frozen buffers; each takes half a minute to start.
-@pytest.mark.parametrize("router_name", ["StableMoERouter", "HyperRouter"])
-def test_routers_train_on_two_processes(router_name, tmp_path):
+# One whose parameters stop learning on the way, without the loss that alone reaches some of them, and one with frozen
+# buffers; each takes half a minute to start.
+@pytest.mark.parametrize(
+    ("router_name", "options"),
+    [
+        ("StableMoERouter", []),
+        ("StableMoERouter", ["--model.loss_weights", "{balance: 0.1}"]),
+        ("HyperRouter", []),
+    ],
+    ids=["StableMoERouter", "StableMoERouter without distillation", "HyperRouter"],
+)
+def test_routers_train_on_two_processes(router_name, options, tmp_path):
     (tmp_path / "config.yaml").write_text(CONFIG)
-    out, err = run(tmp_path, "fit", "--config", "config.yaml", *ON_TWO, "--model.router", router_name)
+    out, err = run(tmp_path, "fit", "--config", "config.yaml", *ON_TWO, "--model.router", router_name, *options)
     assert "Trained to step 4" in out
     assert "sync_dist" not in err
     folders = list((tmp_path / f"runs/tiny-shakespeare-{router_name}").iterdir())
     assert [path.name for path in folders] == ["000"]  # the processes agree on it
     assert (folders[0] / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_two_processes_share_prompts_and_refuse_a_single_one(folder):
+    main(["fit", "--config", "config.yaml", "--run_dir", "one", "--model.predict_tokens", "4"])
+    predict = ["predict", "--run_dir", "one", "--ckpt_path", "last", "--trainer.devices", "2"]
+    _, err = run(folder, *predict, "--trainer.strategy", "ddp", code=1)
+    assert "error: 1 prompt cannot be shared among 2 processes: predict with trainer.devices 1" in err
+    _, err = run(folder, *predict, "--trainer.strategy", "sharded", code=1)
+    assert "error: a sharded model cannot generate" in err
+    assert "Traceback" not in err
+    run(folder, *predict, "--trainer.strategy", "ddp", "--data.prompts", '["abc", "xyz"]')
+    written = [json.loads((folder / f"one/predictions-{rank}.jsonl").read_text())["prompt"] for rank in range(2)]
+    assert written == ["abc", "xyz"]
 
 
 def test_an_evaluation_on_two_processes_counts_each_sample_once(folder):

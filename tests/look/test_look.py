@@ -63,6 +63,14 @@ def test_every_call_of_a_shared_layer_is_observed():
     assert claims([observation], 256)[0].sum() == 2 * ids.numel()
 
 
+def test_a_task_that_looks_its_metrics_up_is_observed(monkeypatch):
+    task = LanguageModeling(router=HashRouter, vocab_size=256, **TEXT)
+    monkeypatch.setattr(task, "evaluate", lambda batch, metrics: metrics["loss"].update(task.predict_batch(batch).loss))
+    ids = torch.randint(97, 100, (3, 16))
+    assert list(observe(task, TextBatch(ids, ids)).weights) == [0, 1]
+    assert not task.evaluated[0]["loss"].update_called  # it counts what is validated, and nothing else
+
+
 def test_what_has_no_routing_is_refused():
     with pytest.raises(UserError, match="the model has no MoE layer"):
         observe(LanguageModeling(moe_blocks="none", **TEXT), None)
