@@ -3,14 +3,19 @@
 
 import copy
 import csv
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from routerzoo import MLPExperts, MoE, SwiGLUExperts
+from routerzoo import MLPExperts, MoE, Routing, SwiGLUExperts, auxiliary_loss
 from routerzoo.cli.main import main
+from routerzoo.functional import gate_linear
+from routerzoo.functional.losses import balance_loss, z_loss
+from routerzoo.moe.softmax_losses import _losses
 from tests.conftest import SPEC, router_factory
+from tests.moe.test_low_memory import BANKS, bank_of, compare, routing_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.full]
 TOKENS = 256
@@ -56,9 +61,10 @@ def test_backends_agree_in_bfloat16(make_context):
             torch.testing.assert_close(one, other, atol=2e-2, rtol=5e-2)
 
 
-def test_a_step_waits_for_nothing(router_name, make_context):
-    layer = with_bfloat16_experts(router_name).train()
-    x_TD = torch.randn(TOKENS, SPEC.d_model, device="cuda", dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_step_waits_for_nothing(router_name, dtype, make_context):
+    layer = MoE(SPEC, router_factory(router_name, top_k=2), MLPExperts).to("cuda", dtype).train()
+    x_TD = torch.randn(TOKENS, SPEC.d_model, device="cuda", dtype=dtype)
     context = make_context(TOKENS).to("cuda")
     layer(x_TD, context).float().sum().backward()  # what is set up once may wait
     torch.cuda.set_sync_debug_mode("error")
@@ -119,3 +125,68 @@ def test_a_run_trains_and_goes_on(domain, precision, tmp_path):
     with (tmp_path / "run/logs/metrics.csv").open() as file:
         steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
     assert steps == list(range(12))
+
+
+@pytest.mark.parametrize(
+    ("means", "dtype", "tolerance"),
+    [
+        ("hybrid", torch.bfloat16, 3e-2),
+        ("triton", torch.bfloat16, 3e-2),
+        ("triton", torch.float16, 4e-3),
+        ("triton", torch.float32, 1e-5),
+    ],
+)
+@pytest.mark.parametrize("kind", BANKS)
+@pytest.mark.parametrize("routing", [{}, {"drop": 0.3}, {"skew": 20.0}, {"flat": True, "drop": 0.2}])
+def test_experts_as_one_operator(means, dtype, tolerance, kind, routing):
+    if means == "hybrid" and torch.cuda.get_device_capability()[0] not in (9, 10):
+        pytest.skip("torch's grouped product needs sm_90 or sm_100")
+    bank = bank_of(kind, 256, 8, dtype, hidden_dim=192).cuda()
+    make, weights = routing_of(TOKENS, 8, 3, dtype, **routing)
+    arguments = {"args": tuple(a.cuda() for a in make.args)} if isinstance(make, partial) else {}
+    if arguments:
+        make = partial(make.func, *arguments["args"], **make.keywords)
+    else:
+        flat = make(weights)
+        token_N, expert_N = flat.token_N.cuda(), flat.expert_N.cuda()
+
+        def make(weight_N):
+            return Routing(token_N=token_N, expert_N=expert_N, weight_N=weight_N)
+
+    x_TD = torch.randn(TOKENS, 256, device="cuda").to(dtype)
+    compare(means, bank, make, weights.cuda(), 8, x_TD, tolerance)
+
+
+@pytest.mark.parametrize("experts", [MLPExperts, SwiGLUExperts])
+@pytest.mark.parametrize("low_memory", [None, False])
+def test_two_steps_give_equal_bits(experts, low_memory, make_context):
+    layer = MoE(SPEC, router_factory("LinearRouter", top_k=2), experts, low_memory=low_memory).to(
+        "cuda", torch.bfloat16
+    )
+    x_TD, found = torch.randn(TOKENS, SPEC.d_model, device="cuda", dtype=torch.bfloat16, requires_grad=True), []
+    context = make_context(TOKENS).to("cuda")
+    weights = {"balance": 0.1, "z": 0.1, "sequence_balance": 0.1}
+    for _ in range(5):
+        current = context.new_pass()
+        loss = layer(x_TD, current).float().square().mean() + auxiliary_loss(layer, current, weights)
+        found.append(torch.autograd.grad(loss, [x_TD, *layer.parameters()]))
+    for gradients in found[1:]:
+        assert all(map(torch.equal, gradients, found[0]))
+
+
+def test_the_gate_is_as_exact_as_float32():
+    x_TD, weight_ED = torch.randn(4096, 2048, device="cuda").bfloat16(), torch.randn(64, 2048, device="cuda") * 0.02
+    weight_ED[1] = weight_ED[0] * (1 + 1e-6)  # nearly tied
+    right = x_TD.double() @ weight_ED.double().T
+    errors = [(x_TD.float() @ weight_ED.T - right).abs().max(), (gate_linear(x_TD, weight_ED) - right).abs().max()]
+    assert errors[1] <= errors[0], errors
+
+
+def test_losses_of_a_softmax_gate():
+    logits_TE = torch.randn(1000, 64, device="cuda", requires_grad=True)
+    experts_TK = logits_TE.detach().topk(6).indices
+    found = _losses(logits_TE, experts_TK)[:2]
+    expected = balance_loss(logits_TE.softmax(-1), experts_TK), z_loss(logits_TE)
+    torch.testing.assert_close(found, expected)
+    grad, right = (torch.autograd.grad(sum(losses), logits_TE)[0] for losses in (found, expected))
+    torch.testing.assert_close(grad, right)
