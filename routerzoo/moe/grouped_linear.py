@@ -167,19 +167,26 @@ def _choose(x_NI: Tensor, weight_EOI: Tensor) -> Backend:
     return "loop" if few or wider else "grouped"
 
 
-def grouped_refuses(x_NI: Tensor, weight_EOI: Tensor) -> str:
-    """Say why torch's grouped product cannot take these tensors; empty where it can."""
-    if x_NI.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"torch has no grouped product in {x_NI.dtype}"
-    if x_NI.device.type == "cuda" and x_NI.dtype != torch.bfloat16:
+def grouped_refuses(x_NI: Tensor, weight_EOI: Tensor, dtype: torch.dtype | None = None) -> str:
+    """Say why torch's grouped product cannot take these tensors; empty where it can.
+
+    Args:
+        x_NI: rows.
+        weight_EOI: weights.
+        dtype: that both will be converted to; by default that of the rows.
+    """
+    dtype = x_NI.dtype if dtype is None else dtype
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"torch has no grouped product in {dtype}"
+    if x_NI.device.type == "cuda" and dtype != torch.bfloat16:
         return "on CUDA torch's grouped product is bfloat16 only"
     if x_NI.device.type == "cuda" and len(weight_EOI) >= MOST_GROUPS:
         return f"on CUDA torch's grouped product takes fewer than {MOST_GROUPS} experts"
     if x_NI.device.type not in ("cpu", "cuda"):
         return f"torch has no grouped product on {x_NI.device.type}"
-    if torch.compiler.is_compiling() and x_NI.dtype != torch.bfloat16:
+    if torch.compiler.is_compiling() and dtype != torch.bfloat16:
         return "torch compiles its grouped product in bfloat16 only"
-    if any(width * x_NI.element_size() % 16 for width in weight_EOI.shape[1:]):
+    if any(width * dtype.itemsize % 16 for width in weight_EOI.shape[1:]):
         return f"rows must be multiples of 16 bytes, widths are {list(weight_EOI.shape[1:])}"
     if not torch.compiler.is_compiling() and x_NI.shape[0] == 0:
         return "there are no rows"

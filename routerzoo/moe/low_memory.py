@@ -88,8 +88,10 @@ def means_for(x_TD: Tensor, network: FeedForward) -> Means | None:
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x_TD.dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
-    fits = dtype == torch.bfloat16 and _has_grouped_product(x_TD.device.index or 0)
-    return "hybrid" if fits and not grouped_refuses(x_TD.to(dtype), network.up) else "triton"
+    if dtype != torch.bfloat16 or not _has_grouped_product(x_TD.device.index or 0):
+        return "triton"
+    refused = any(grouped_refuses(x_TD, weight, dtype) for weight in (network.up, network.down))
+    return "triton" if refused else "hybrid"
 
 
 @cache

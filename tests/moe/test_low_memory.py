@@ -111,7 +111,7 @@ def test_every_bank_dtype_and_routing(means, kind, dtype, routing):
     dtype = getattr(torch, dtype)
     # The interpreter cuts bfloat16 off where a GPU rounds.
     tolerance = {torch.float32: 1e-6, torch.float16: 4e-3, torch.bfloat16: 6e-2}[dtype]
-    bank = bank_of(kind, 24, 5, dtype, hidden_dim=20)
+    bank = bank_of(kind, 24, 5, dtype, hidden_dim=16)
     make, weights = routing_of(14, 5, 3, dtype, **routing)
     compare(means, bank, make, weights, 5, torch.randn(14, 24).to(dtype), tolerance)
 
