@@ -668,8 +668,20 @@ class TakesWhatIsRuledOut(Sound):
         return logits_TE.masked_fill(logits_TE == -torch.inf, 1e9).topk(self.top_k, dim=-1).indices
 
 
+class FlagBesideALevel(Sound):
+    """Says in a flag whether what training measures holds: an averaged model averages them apart."""
+
+    trained_buffers = frozenset({"level", "is_known"})
+
+    def __init__(self, spec, *, top_k=2):
+        super().__init__(spec, top_k=top_k)
+        self.register_buffer("level", torch.zeros(()))
+        self.register_buffer("is_known", torch.tensor(False))
+
+
 BROKEN = {
     WithoutPaper: ("declaration", "paper is empty"),
+    FlagBesideALevel: ("frozen", "trained_buffers names a flag beside other buffers"),
     PositionalArguments: ("declaration", "(spec, *, keywords)"),
     PropertyThatIsNone: ("declaration", "causal is None; a property is a bool or a ByMode"),
     WeightOfNoLoss: ("declaration", "default_loss_weights names a loss that it has no loss 'distillation'"),

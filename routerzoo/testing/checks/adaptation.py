@@ -80,6 +80,12 @@ def frozen(cases: Cases) -> None:
         router = case.build()
         missing = router.trained_buffers - {name for name, _ in router.named_buffers()}
         fail_unless(not missing, f"trained_buffers names {', '.join(sorted(missing))}, which it does not have")
+        kinds = {router.get_buffer(name).dtype == torch.bool for name in router.trained_buffers}
+        fail_unless(
+            len(kinds) < 2,
+            "trained_buffers names a flag beside other buffers, which averaged models average apart: let a buffer be "
+            "infinite until it is known",
+        )
         moving = router.trained_buffers | _stored_ints(router)
         parts = {
             **{name: value for name, value in router.named_buffers() if name not in moving},
