@@ -744,7 +744,7 @@ BROKEN = {
     DeclaresTop1: ("gradient_at_top_1", "the largest gradient at k = 1 is 0"),
     RoutesInBfloat16: ("float32_scores", "logits are torch.bfloat16 under autocast"),
     DrawsIn16Bits: ("default_dtype", "raises NotImplementedError under the default dtype torch.bfloat16"),
-    RoundsItsGate: ("float32_scores", "rounds float32 to 16 bits (aten._to_copy"),
+    RoundsItsGate: ("float32_scores", "rounds float32 hidden states to 16 bits in training (aten._to_copy"),
     RoutesInTheAssignedDtype: ("assigned_bfloat16", "parameters that were assigned in bfloat16 are not computed with"),
     ReadsTheParameterItWasBuiltWith: ("assigned_bfloat16", "parameters that were assigned in bfloat16"),
     Overflows: ("extremes", "weights are not finite for hidden states around 1e15"),

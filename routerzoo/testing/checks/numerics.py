@@ -34,12 +34,13 @@ def float32_scores(cases: Cases) -> None:
 
     def law(case: Case) -> None:
         router, x_TD, context = case.router(), case.hidden(), case.context()
-        with _NarrowOperations() as narrow:
-            plain = case.route(router, x_TD, context)
-        fail_unless(
-            not narrow.found,
-            f"rounds float32 to 16 bits ({', '.join(narrow.found)}), whatever the hidden states are",
-        )
+        for training in MODES:
+            with _NarrowOperations() as narrow:
+                plain = case.route(router.train(training), x_TD, context)
+            fail_unless(
+                not narrow.found,
+                f"rounds float32 hidden states to 16 bits in {mode(training)} ({', '.join(narrow.found)})",
+            )
         with torch.autocast(case.device.type, torch.bfloat16):
             mixed = case.route(router, x_TD, context)
         require_same(case, plain, mixed, x_TD, "routes differently under bfloat16 autocast")
