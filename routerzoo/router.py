@@ -37,6 +37,11 @@ class UnmetRequirementError(ValueError):
 
     def __init__(self, router: str, missing: frozenset[str], hint: str = "") -> None:
         what = " and ".join(sorted(missing))
+        sizes = sorted(missing & LayerSpec.__dataclass_fields__.keys())
+        if not hint and sizes:
+            hint = f"give LayerSpec({', '.join(f'{name}=...' for name in sizes)})"
+        elif not hint:
+            hint = "fill it in on every call, and name it in LayerSpec.provides"
         super().__init__(f"{router} requires {what}, which this model does not provide{hint and f': {hint}'}")
         self.router, self.missing = router, missing
 
@@ -144,7 +149,11 @@ class Router(Reinitializable, ABC):
     compiles: Declared = True
     """`torch.compile(fullgraph=True)` takes the router."""
     trained_buffers: frozenset[str] = frozenset()
-    """The buffers that training changes (running statistics, frozen copies). All others stay as they were drawn."""
+    """The buffers that training changes (running statistics, frozen copies). All others stay as they were drawn.
+
+    Averaged models average those of floating point. One whose first value is measured is infinite until then, rather
+    than 0 beside a flag: an average of both would be in use before it holds.
+    """
     needs_updates: bool = False
     """Training moves the router outside the optimizer (`begin_step`, `update`): `routerzoo.attach` does it."""
     wants_token_counts: bool = False
@@ -165,6 +174,7 @@ class Router(Reinitializable, ABC):
     def __init__(self, spec: LayerSpec, *, top_k: int = 2, max_top_k: int | None = None) -> None:
         super().__init__()
         self._stored_ints: dict[str, int] = {}
+        self._overridden: dict[str, int] = {}
         self.spec = spec
         self.require()
         self.is_frozen = False
@@ -243,12 +253,15 @@ class Router(Reinitializable, ABC):
             ValueError: a k that the router cannot do.
         """
         self._checked_top_k(value)
-        trained = self._stored_ints["k"]
-        self._stored_ints["k"] = value
+        before = self._overridden.get("k")
+        self._overridden["k"] = value
         try:
             yield
         finally:
-            self._stored_ints["k"] = trained
+            if before is None:
+                del self._overridden["k"]
+            else:
+                self._overridden["k"] = before
 
     def store_int(self, name: str, value: int) -> None:
         """Keep an integer that decides the routing, such as a stage of training.
@@ -268,14 +281,25 @@ class Router(Reinitializable, ABC):
 
     def stored_int(self, name: str) -> int:
         """Return what `store_int` keeps."""
-        return self._stored_ints[name]
+        return self._overridden[name] if name in self._overridden else self._stored_ints[name]
 
     def read_stored_ints(self) -> None:
-        """Take the integers from their tensors, after these were written by something else."""
+        """Take the integers from their tensors, after these were written by something else.
+
+        Loading does so, and so does `eval`. Whoever writes buffers in place (an average of weights, say) and goes on
+        without either calls it.
+        """
         for name in self._stored_ints:
             tensor = self._buffers[name]
             if tensor is not None and not tensor.is_meta:
                 self._stored_ints[name] = int(tensor)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch between training and evaluation, which reads the stored integers again."""
+        super().train(mode)
+        if not mode:  # not on the way back: some loops call `train` in every step, and a GPU would wait
+            self.read_stored_ints()
+        return self
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)

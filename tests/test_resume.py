@@ -4,6 +4,7 @@ import csv
 
 import pytest
 import torch
+from lightning import Callback
 
 from routerzoo.cli.main import main
 
@@ -95,3 +96,29 @@ def test_stop_and_resume(router_name, domain, tmp_path):
     ]
     assert records[0]["steps"] == records[1]["steps"] == [*range(0, 64, 9), 66][: len(records[0]["steps"])]
     assert all(torch.equal(*experts) for experts in zip(*(record["experts"] for record in records), strict=True))
+
+
+class StopAt(Callback):
+    """Ends the run as Lightning's `Timer` and `EarlyStopping` do."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = trainer.global_step == self.step
+
+
+# In the middle of an epoch of 8 batches and at its end.
+@pytest.mark.parametrize(
+    "stop", [["--trainer.callbacks.step=5"], ["--trainer.callbacks.step=8"]], ids=["middle", "end"]
+)
+def test_a_run_that_a_callback_ended_without_validation_resumes_bit_for_bit(stop, tmp_path):
+    (tmp_path / "config.yaml").write_text(LANGUAGE + TRAINER.partition("  callbacks:")[0])
+    short = ["fit", "--config", str(tmp_path / "config.yaml"), "--trainer.limit_val_batches", "0"]
+    short += ["--trainer.max_steps", "12"]
+    main([*short, "--run_dir", str(tmp_path / "whole")])
+    resumed = [*short, "--run_dir", str(tmp_path / "resumed")]
+    main([*resumed, "--trainer.callbacks+=tests.test_resume.StopAt", *stop])
+    main([*resumed, "--ckpt_path", "last"])
+    assert len(losses(tmp_path / "whole")) == 12
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")

@@ -329,8 +329,8 @@ class TextData(LightningDataModule):
         processes = 1 if self.trainer is None else self.trainer.world_size
         if len(prompts) < processes:
             raise UserError(
-                f"{len(prompts)} prompt{'s' * (len(prompts) != 1)} cannot be shared among {processes} processes: predict "
-                "with trainer.devices 1 and trainer.strategy auto, or give more prompts (data.prompts)"
+                f"{len(prompts)} prompt{'s' * (len(prompts) != 1)} cannot be shared among {processes} processes: "
+                "predict with trainer.devices 1 and trainer.strategy auto, or give more prompts (data.prompts)"
             )
         return DataLoader([self.encode(prompt) for prompt in prompts], batch_size=1, num_workers=0)  # type: ignore[arg-type]
 

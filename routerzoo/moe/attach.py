@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 
 from routerzoo.functional.recomputation import backward_id
 from routerzoo.moe.layer import MoE, inner_router, moe_layers
-from routerzoo.router import Router
+from routerzoo.router import Router, declaring_class
+from routerzoo.routers.wrapper import RouterWrapper
 from routerzoo.routing import LayerRouting, Routing, RoutingContext
 
 
@@ -40,7 +41,8 @@ def attach(
         model: the model, or its MoE layers.
         optimizer: the optimizer that trains them.
         total_steps: steps that the run will take, for routers with stages of training.
-        step: steps taken so far, where the run resumes.
+        step: steps taken so far, where the run resumes. Load the model's state before: stages of training are
+            prepared here, from the state that the model has.
         token_counts: int64 `[vocab_size]`, how often each token id occurs in the training split, for routers that are
             fitted to it.
         process_group: processes that train copies of the same layers on other data, whose counts are added up; by
@@ -63,6 +65,9 @@ def attach(
         (2, 2)
     """
     layers = list(moe_layers(model)) if isinstance(model, nn.Module) else list(model)
+    if not layers:
+        name = f" in {type(model).__name__}" if isinstance(model, nn.Module) else ""
+        warnings.warn(f"attach found no MoE layer{name}: no router will be updated", stacklevel=2)
     return RouterUpdates(layers, optimizer, total_steps, step, token_counts, process_group)
 
 
@@ -243,16 +248,33 @@ def _differentiable(routing: Routing) -> Tensor | None:
 
 def _zeros(layer: MoE, router: Router) -> dict[str, Tensor]:
     """Return what a router's statistics are where nothing was routed, so that every process has all of them."""
+    if not _has_statistics(router):
+        return {}
     device = next((t.device for t in (*router.parameters(), *router.buffers())), torch.device("cpu"))
     ids = torch.zeros(0, dtype=torch.int64, device=device)
     nothing = RoutingContext(ids, ids, ids, ids.bool(), ids, torch.zeros(0, 1, 1, device=device))
     training = router.training
+    # FSDP2 gathers parameters in the forward pass of its module alone. Without tokens their values say nothing.
+    whole = {
+        name: torch.zeros(value.shape, dtype=value.dtype, device=device)
+        for name, value in router.named_parameters()
+        if hasattr(value, "full_tensor")  # a DTensor, whose import takes a second
+    }
     router.eval()
     try:
-        routing = router(torch.zeros(0, layer.spec.d_model, device=device), nothing)
+        x_TD = torch.zeros(0, layer.spec.d_model, device=device)
+        routing = torch.func.functional_call(router, whole, (x_TD, nothing))
     finally:
         router.train(training)
     return {name: torch.zeros_like(value) for name, value in router.statistics(routing, nothing).items()}
+
+
+def _has_statistics(router: Router) -> bool:
+    return not all(
+        declaring_class(type(part), "statistics") in (Router, RouterWrapper)
+        for part in router.modules()
+        if isinstance(part, Router)
+    )
 
 
 def _over_processes(sums: dict[str, Tensor], process_group: dist.ProcessGroup | None) -> dict[str, Tensor]:

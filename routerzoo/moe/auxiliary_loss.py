@@ -41,7 +41,8 @@ def auxiliary_loss(
         0 where there is nothing to add.
 
     Raises:
-        ValueError: a loss that a router does not have, or a context that none of the layers was called with.
+        ValueError: a loss that a router does not have, a context that none of the layers was called with, or
+            `token_losses` of another number of tokens.
 
     Example:
         >>> import torch
@@ -86,18 +87,25 @@ def auxiliary_losses(
             declared = weight if isinstance(weight, LossWeight) else LossWeight(weight)
             if declared.value != 0:
                 groups.setdefault((name, declared), []).append(entry)
+    for entry in published:
+        wanted = {name for (name, _), entries in groups.items() if entry in entries}
+        _learn(entry, context, token_losses, wanted - ROUTING_LOSSES.keys())
     losses: dict[str, Tensor] = {}
     for (name, weight), entries in groups.items():
-        loss = weight.value * _reduced(name, weight, entries, context, token_losses)
+        loss = weight.value * _reduced(name, weight, entries, context)
         losses[name] = losses[name] + loss if name in losses else loss
     return losses
+
+
+class UnavailableLossError(ValueError):
+    """A loss that a router does not have; `loss_of` says what follows the router's name."""
 
 
 def loss_of(name: str, routing: Routing, context: RoutingContext) -> Tensor:
     """Return a routing's raw loss of that name: the router's own where it has one, else the function of its routing.
 
     Raises:
-        ValueError: it has no such loss.
+        UnavailableLossError: it has no such loss.
     """
     if name in routing.losses:
         return routing.losses[name]
@@ -105,45 +113,60 @@ def loss_of(name: str, routing: Routing, context: RoutingContext) -> Tensor:
     loss = ROUTING_LOSSES[name](routing, context) if name in ROUTING_LOSSES else None
     if loss is None:
         known = sorted({*routing.losses, *(ROUTING_LOSSES if routing.logits_TE is not None else ())})
-        raise ValueError(f"has no loss {name!r}; it has {', '.join(known) or 'none'}")
+        raise UnavailableLossError(f"has no loss {name!r}; it has {', '.join(known) or 'none'}")
     return loss
 
 
-def _reduced(
-    name: str, weight: LossWeight, entries: list[LayerRouting], context: RoutingContext, token_losses: Tensor | None
-) -> Tensor:
+def _reduced(name: str, weight: LossWeight, entries: list[LayerRouting], context: RoutingContext) -> Tensor:
     router = inner_router(entries[0].layer)  # type: ignore[arg-type]
     try:
         if weight.over_layers == "pooled" and name in ROUTING_LOSSES and name not in entries[0].routing.losses:
             return loss_of(name, *_pooled([entry.routing.for_losses for entry in entries], context))
-        losses = [_loss_of_layer(name, entry, context, token_losses) for entry in entries]
+        losses = [loss_of(name, entry.routing, context) for entry in entries]
+    except UnavailableLossError as error:
+        raise UnavailableLossError(f"{type(router).__name__} {error}") from None
     except ValueError as error:
-        raise ValueError(f"{type(router).__name__} {error}") from None
+        raise ValueError(f"the loss {name!r} of {type(router).__name__} cannot be computed: {error}") from None
     total = torch.stack(losses).sum() if len(losses) > 1 else losses[0]
     return total if weight.over_layers == "sum" else total / len(losses)
 
 
-def _loss_of_layer(name: str, entry: LayerRouting, context: RoutingContext, token_losses: Tensor | None) -> Tensor:
+def _learn(entry: LayerRouting, context: RoutingContext, token_losses: Tensor | None, wanted: set[str]) -> None:
+    """Add to a routing the losses that its router takes from the task's, in place of those of an earlier call."""
     router: Router = inner_router(entry.layer)  # type: ignore[arg-type]
-    if router.wants_feedback and name not in entry.routing.losses and name not in ROUTING_LOSSES:
-        if token_losses is None:
-            raise ValueError(f"learns {name!r} from the task's loss of each token: give token_losses")
-        learned = router.feedback(entry.routing.for_losses, context, token_losses.detach().flatten())
-        entry.routing = replace(entry.routing, losses={**entry.routing.losses, **learned})
-    return loss_of(name, entry.routing, context)
+    if not (router.wants_feedback and wanted):
+        return
+    if token_losses is None:
+        if missing := sorted(wanted - entry.routing.losses.keys()):
+            raise ValueError(
+                f"{type(router).__name__} learns {missing[0]!r} from the task's loss of each token: give token_losses"
+            )
+        return
+    routing, losses_T = entry.routing.for_losses, token_losses.detach().flatten()
+    per_token = (getattr(routing, name) for name in ("logits_TE", "weights_TK", "experts_TK"))
+    num_tokens = next((len(value) for value in per_token if value is not None), len(losses_T))
+    if len(losses_T) != num_tokens:
+        raise ValueError(
+            f"token_losses has {len(losses_T)} entries, and {type(router).__name__} routed {num_tokens} tokens: give "
+            "the loss of each token of the batch, 0 for those without a target"
+        )
+    learned = router.feedback(routing, context, losses_T)
+    entry.routing = replace(entry.routing, losses={**entry.routing.losses, **learned})
 
 
 def _pooled(routings: list[Routing], context: RoutingContext) -> tuple[Routing, RoutingContext]:
     """Return one routing of the tokens of all layers, and its context.
 
     Raises:
-        ValueError: layers whose routings cannot be joined.
+        UnavailableLossError: layers whose routings cannot be joined.
     """
     if len({(None if r.logits_TE is None else r.logits_TE.shape[1], r.experts_TK is None) for r in routings}) > 1:
-        raise ValueError("has layers of different sizes, whose losses cannot be pooled: give weights that are summed")
+        raise UnavailableLossError(
+            "has layers of different sizes, whose losses cannot be pooled: give weights that are summed"
+        )
     first, times = routings[0], len(routings)
     if first.dense or first.logits_TE is None:
-        raise ValueError("has no logits, or mixes tokens, so that its losses cannot be pooled over layers")
+        raise UnavailableLossError("has no logits, or mixes tokens, so that its losses cannot be pooled over layers")
     num_tokens = len(first.logits_TE)
     fields: dict[str, Any] = {}
     scores = ("logits_TE", "clean_logits_TE", "balance_probs_TE")
@@ -156,9 +179,11 @@ def _pooled(routings: list[Routing], context: RoutingContext) -> tuple[Routing, 
     if len({(r.score_fn, r.balance_probs_TE is None) for r in routings}) > 1:
         fields["balance_probs_TE"] = torch.cat([routing.balance_scores() for routing in routings])
     if len({type(routing.noise_std) for routing in routings}) > 1:
-        raise ValueError("has layers with and without noise, whose losses cannot be pooled: sum them")
+        raise UnavailableLossError("has layers with and without noise, whose losses cannot be pooled: sum them")
     if len({routing.balances_by_score for routing in routings}) > 1:
-        raise ValueError("has layers with and without a selection bias, whose losses cannot be pooled: sum them")
+        raise UnavailableLossError(
+            "has layers with and without a selection bias, whose losses cannot be pooled: sum them"
+        )
     if isinstance(first.noise_std, Tensor):
         fields["noise_std"] = torch.cat([r.noise_std for r in routings if isinstance(r.noise_std, Tensor)])
     repeated = {

@@ -7,7 +7,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Self, TypeVar, final
+from typing import TYPE_CHECKING, Any, Self, TypeVar, final
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
@@ -96,16 +96,16 @@ class MoE(nn.Module):
         num_experts: int | None = None,
     ) -> None:
         super().__init__()
+        if not (spec is None or isinstance(spec, LayerSpec)):
+            raise TypeError(
+                f"the first argument of MoE is a LayerSpec, got {spec!r}: MoE(d_model=..., num_experts=...)"
+            )
         if spec is not None and not (d_model is None and num_experts is None):
             raise ValueError("a MoE layer takes a spec, or d_model and num_experts, not both")
         if spec is None:
             if d_model is None or num_experts is None:
                 raise ValueError("a MoE layer needs a spec, or d_model and num_experts")
             spec = LayerSpec(d_model, num_experts)
-        if not isinstance(spec, LayerSpec):
-            raise TypeError(
-                f"the first argument of MoE is a LayerSpec, got {spec!r}: MoE(d_model=..., num_experts=...)"
-            )
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
         if num_shared_experts < 0:
@@ -127,6 +127,7 @@ class MoE(nn.Module):
         """Evaluation is taken for serving, until a trainer that only validates sets this to False."""
         self._warns_of_missing_updates = self._warns_of_reentrance = True
         self._provided_context: RoutingContext | None = None
+        self._had_context = False  # whether the last forward pass was provided one
         self._routing_hooks: dict[int, RoutingHook] = {}
         self._hook_numbers = itertools.count()
 
@@ -159,6 +160,7 @@ class MoE(nn.Module):
             "is_driven": False,
             "_warns_of_missing_updates": True,
             "_provided_context": None,
+            "_had_context": False,
             "_routing_hooks": {},
             "_hook_numbers": itertools.count(),
         }
@@ -187,7 +189,8 @@ class MoE(nn.Module):
 
         Raises:
             TypeError: a context that is no `RoutingContext`.
-            ValueError: hidden states of another width, or a context that lacks what the router requires.
+            ValueError: hidden states of another width, a context that lacks what the router requires, or a pass that
+                is computed again after its context is gone.
         """
         context = self._current_context() if context is None else context
         if not isinstance(context, RoutingContext):
@@ -206,9 +209,16 @@ class MoE(nn.Module):
     def _current_context(self) -> RoutingContext:
         """Return the context that was provided, or an empty one once its pass is over; recomputation finds it still."""
         context = self._provided_context
-        if context is None or (context.is_finished and not in_backward()):
-            return RoutingContext(compute_aux_losses=False)
-        return context
+        if in_backward():
+            if context is None and self._had_context:
+                raise ValueError(
+                    "activation checkpointing computes a MoE layer again whose context is gone: run the backward pass "
+                    "inside `with provide_context(...)`, or keep the ContextHook and the model's output until then"
+                )
+        else:
+            context = None if context is None or context.is_finished else context
+            self._had_context = context is not None
+        return RoutingContext(compute_aux_losses=False) if context is None else context
 
     def _publish(self, routing: Routing, context: RoutingContext) -> None:
         call = sum(published.layer is self for published in context.routings)
@@ -251,15 +261,54 @@ class RoutingHookHandle:
 
 
 def moe_layers(model: nn.Module) -> Iterator[MoE]:
-    """Yield the MoE layers of a model, each once, in the order of the model."""
-    for module in model.modules():
+    """Yield the MoE layers of a model, each once, in the order of the model.
+
+    Where PEFT keeps copies of a module beside it (`modules_to_save`), those of the active copy alone.
+    """
+    for module in active_modules(model):
         if isinstance(module, MoE):
             yield module
 
 
 def inner_router(layer: MoE) -> Router:
-    """Return a layer's router, also where something else, such as an adapter, is wrapped around it."""
-    return next(module for module in layer.router.modules() if isinstance(module, Router))
+    """Return a layer's router, also where something else, such as an adapter, is wrapped around it.
+
+    Of the copies that PEFT keeps (`modules_to_save`), it is the active one.
+    """
+    if isinstance(layer.router, Router):
+        return layer.router
+    return next(module for module in active_modules(layer.router) if isinstance(module, Router))
+
+
+def active_modules(module: nn.Module, seen: set[nn.Module] | None = None) -> Iterator[nn.Module]:
+    """Yield what `modules` does, without the copies that PEFT keeps in `modules_to_save` and does not call.
+
+    Raises:
+        ValueError: an active adapter that has no copy of the module.
+    """
+    seen = set() if seen is None else seen
+    if module in seen:
+        return
+    seen.add(module)
+    yield module
+    copies, children = module._modules.get("modules_to_save"), module.children()
+    if isinstance(copies, nn.ModuleDict) and hasattr(module, "active_adapters"):  # PEFT's ModulesToSaveWrapper
+        children = iter([_active_copy(module, copies)])
+    for child in children:
+        yield from active_modules(child, seen)
+
+
+def _active_copy(wrapper: nn.Module, copies: nn.ModuleDict) -> nn.Module:
+    # The same choice as the wrapper's `forward`.
+    names: Any = wrapper.active_adapters
+    if wrapper.disable_adapters or not names:
+        return wrapper.get_submodule("original_module")
+    if names[0] not in copies:
+        raise ValueError(
+            f"the active adapter {names[0]!r} has no copy in modules_to_save, only {', '.join(copies) or 'none'}: "
+            "activate one that has (set_adapter), so that its router is known"
+        )
+    return copies[names[0]]
 
 
 def without_padding(routing: Routing, context: RoutingContext) -> Routing:

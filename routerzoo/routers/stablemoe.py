@@ -96,9 +96,21 @@ class StableMoERouter(LogitRouter):
 
     @torch.no_grad()
     def freeze_choices(self) -> None:
-        """Enter stage 2: write down the choice of every token id."""
+        """Enter stage 2: write down the choice of every token id.
+
+        Parameters that FSDP2 shards are gathered: all of its processes call this together.
+
+        Raises:
+            ValueError: parameters that something else has flattened or split.
+        """
+        embedding_VR, centroids_ER = _whole(self.routing_embedding), _whole(self.distilled_centroids)
+        if embedding_VR.ndim != 2 or len(embedding_VR) != len(self.frozen_choices):
+            raise ValueError(
+                f"StableMoERouter enters stage 2 with a routing_embedding of shape {list(embedding_VR.shape)}, of "
+                f"{len(self.frozen_choices)} token ids: shard the model with FSDP2 (fully_shard), which can gather it"
+            )
         for start in range(0, len(self.frozen_choices), 4096):  # bounds memory at a large vocabulary
-            scores_VE = gate_linear(self.routing_embedding[start : start + 4096], self.distilled_centroids)
+            scores_VE = gate_linear(embedding_VR[start : start + 4096], centroids_ER)
             # Not a sort: the first k must be what `topk` gives on ties.
             first_V1 = scores_VE.argmax(-1, keepdim=True)
             order_VE = scores_VE.scatter(1, first_V1, torch.inf).argsort(dim=-1, descending=True, stable=True)
@@ -176,3 +188,8 @@ class StableMoERouter(LogitRouter):
 
     def _distilled_logits(self, token_ids: Tensor) -> Tensor:
         return gate_linear(F.embedding(token_ids, self.routing_embedding), self.distilled_centroids)
+
+
+def _whole(value: Tensor) -> Tensor:
+    # Of a DTensor, whose import takes a second.
+    return value.full_tensor() if hasattr(value, "full_tensor") else value

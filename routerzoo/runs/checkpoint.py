@@ -16,6 +16,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from routerzoo.runs.final_validation import is_last_step
+
 TERMINATED = 143
 """Exit code of a run that SIGTERM stopped, as shells report it."""
 SAVE_SECONDS = 60.0
@@ -179,6 +181,7 @@ class RunCheckpoint(ModelCheckpoint):
         due = self._validated or steps_before == 0 or self._steps == trainer.max_steps
         due = due or self._steps % max(self._every_n_train_steps, 1) == 0
         stops, late = self._signal is not None, time.monotonic() - self._saved_at >= self._pause
+        late = late or is_last_step(trainer)  # once the epoch is over, its loops would not resume in its middle
         # All processes or none: they write a checkpoint together.
         asked = trainer.strategy.reduce_boolean_decision(stops or late, all=False)
         if due or asked:

@@ -20,13 +20,14 @@ class FinalValidation(Callback):
 
         def should_validate(data_fetcher: Any) -> bool:
             # Before its first step, a resumed loop asks whether the step that it resumes from was validated.
-            ends = not loop.val_loop.restarting and trainer.enable_validation and _is_last_step(trainer)
+            ends = not loop.val_loop.restarting and trainer.enable_validation and is_last_step(trainer)
             return bool(inner(loop, data_fetcher)) or ends
 
         loop._should_check_val_fx = should_validate
 
 
-def _is_last_step(trainer: Trainer) -> bool:
+def is_last_step(trainer: Trainer) -> bool:
+    """Whether a run ends with the step that it has just taken: by a limit, or because something has stopped it."""
     loop = trainer.fit_loop.epoch_loop
     if 0 <= trainer.max_steps <= trainer.global_step or (trainer.should_stop and trainer.fit_loop._can_stop_early):
         return True

@@ -77,3 +77,12 @@ def test_processes_with_few_tokens_or_none_share_experts(experts, ranks, tmp_pat
     differences = finished(*started("tests.distributed.uneven_loads", experts, ranks, tmp_path))
     assert len(differences) >= 12  # two ranks have one case twice
     assert max(differences.values()) < 1e-11, differences
+
+
+def test_a_model_that_its_owner_shards_trains_as_one_process_does(tmp_path):
+    one, two = (finished(*started("tests.distributed.own_sharding", "own", ranks, tmp_path)) for ranks in (1, 2))
+    assert two.pop("losses") == pytest.approx(one.pop("losses"), rel=1e-10)
+    assert two.pop("bias") == pytest.approx(one.pop("bias"))
+    assert two == one
+    assert one["stage"] == 2
+    assert one["idle"] == [[0, 0, 0, 0]] * 6

@@ -9,6 +9,7 @@ from torch import nn
 
 from routerzoo import HashRouter, LayerSpec, LogitRouter, MoE, RoutingContext, StableMoERouter, attach
 from routerzoo.functional import gate_linear
+from routerzoo.moe.layer import inner_router, moe_layers
 
 
 class BiasRouter(LogitRouter):
@@ -323,3 +324,53 @@ def test_reentrant_checkpointing_is_announced():
     layer, _ = make()
     with pytest.warns(UserWarning, match="reentrant activation checkpointing auxiliary losses have no gradient"):
         torch.utils.checkpoint.checkpoint(layer, tokens(0).requires_grad_(), use_reentrant=True)
+
+
+class ModulesToSave(nn.Module):
+    """As PEFT's ModulesToSaveWrapper: a copy for each adapter beside the original."""
+
+    def __init__(self, original, names):
+        super().__init__()
+        self.original_module = original
+        self.modules_to_save = nn.ModuleDict({name: copy.deepcopy(original) for name in names})
+        self.active_adapters, self.disable_adapters = [names[0]], False
+
+    def forward(self, *args):
+        copies, names = self.modules_to_save, self.active_adapters
+        return (self.original_module if self.disable_adapters else copies[names[0]])(*args)
+
+
+def test_the_active_copy_of_a_router_is_updated():
+    layer, _ = make()
+    layer.router = wrapper = ModulesToSave(layer.router, ["one", "two"])
+    optimizer = torch.optim.AdamW(layer.parameters())
+    attach(layer, optimizer)
+    step(layer, optimizer, tokens(0, 0))
+    assert [inner.seen for inner in wrapper.modules_to_save.values()] == [[[2, 0, 0, 0]], []]
+    assert wrapper.original_module.seen == []
+    wrapper.active_adapters = ["two"]
+    assert inner_router(layer) is wrapper.modules_to_save["two"]
+    wrapper.disable_adapters = True
+    assert inner_router(layer) is wrapper.original_module
+    wrapper.active_adapters, wrapper.disable_adapters = ["three"], False
+    with pytest.raises(ValueError, match="the active adapter 'three' has no copy in modules_to_save, only one, two"):
+        inner_router(layer)
+
+
+def test_the_active_copy_of_a_layer_is_the_models():
+    layer, _ = make()
+    model = nn.Sequential(nn.Linear(4, 4), ModulesToSave(layer, ["one"]))
+    assert list(moe_layers(model)) == [model[1].modules_to_save["one"]]
+
+
+def test_a_model_without_moe_layers_is_a_warning():
+    model = nn.Linear(2, 2)
+    with pytest.warns(UserWarning, match="attach found no MoE layer in Linear: no router will be updated"):
+        attach(model, torch.optim.SGD(model.parameters()))
+
+
+def test_a_flattened_table_of_ids_is_refused():
+    router = MoE(LayerSpec(8, 4, vocab_size=10), StableMoERouter).router
+    router.routing_embedding = nn.Parameter(torch.zeros(0))
+    with pytest.raises(ValueError, match=r"enters stage 2 with a routing_embedding of shape \[0\], of 10 token ids"):
+        router.freeze_choices()

@@ -1,5 +1,7 @@
 """Contexts of models whose blocks hand on nothing but hidden states."""
 
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -82,8 +84,81 @@ def test_a_with_block_over_forward_and_backward_serves_recomputation():
     assert len(context.routings) == 2
     with provide_context(model, build(ids)):
         y = model(ids)
-    with pytest.raises(ValueError, match="HashRouter requires token_ids"):  # not silently without a context
+    with pytest.raises(ValueError, match="computes a MoE layer again whose context is gone: run the backward pass"):
         y.sum().backward()
+
+
+def test_a_pass_that_needs_no_context_is_not_computed_again_without_it():
+    model, ids = Model("LinearRouter", checkpointed=True), torch.randint(20, (2, 5))
+    with provide_context(model, RoutingContext(padding_mask=ids > 9)):
+        y = model(ids)
+    with pytest.raises(ValueError, match="whose context is gone"):
+        y.sum().backward()
+    model(ids).sum().backward()  # has had none
+
+
+def masked(ids):
+    return RoutingContext(ids, padding_mask=ids > 12)
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("router", [HashRouter, "LinearRouter"])
+def test_each_of_two_passes_is_computed_again_with_its_own_context(router, together):
+    batches, gradients = [torch.randint(20, (2, 5)) for _ in range(2)], []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = Model(router, checkpointed)
+        hook = ContextHook(model, masked)
+        losses = [model(ids).square().sum() for ids in batches]
+        for loss in [sum(losses)] if together else losses:
+            loss.backward()
+        hook.remove()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) > 1
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_auxiliary_losses_of_two_passes_find_the_contexts_that_somebody_keeps():
+    batches, gradients = [torch.randint(20, (2, 5)) for _ in range(2)], []
+    for keep in (True, False):
+        torch.manual_seed(0)
+        model = Model("LinearRouter", checkpointed=True)
+        hook, kept, losses = ContextHook(model, masked), [], []
+        for ids in batches:
+            model(ids)
+            losses.append(auxiliary_loss(model, hook.context, {"balance": 1.0}))
+            if keep:
+                kept.append(hook.context)
+        if keep:
+            sum(losses).backward()
+            hook.remove()
+            gradients = [p.grad for p in model.blocks[0].router.parameters()]
+        else:
+            with pytest.raises(ValueError, match="whose context is gone"):
+                sum(losses).backward()
+    torch.manual_seed(0)
+    model = Model("LinearRouter")
+    hook, expected = ContextHook(model, masked), 0.0
+    for ids in batches:
+        model(ids)
+        expected = expected + auxiliary_loss(model, hook.context, {"balance": 1.0})
+    expected.backward()
+    for one, other in zip(gradients, model.blocks[0].router.parameters(), strict=True):
+        assert torch.equal(one, other.grad)
+
+
+def test_a_pass_that_was_forgotten_is_freed():
+    model, ids = Model("LinearRouter"), torch.randint(20, (2, 5))
+    hook, contexts = ContextHook(model, build), []
+    gc.disable()  # nothing waits for the collector of cycles
+    try:
+        for _ in range(3):
+            model(ids)
+            contexts.append(weakref.ref(hook.context))
+    finally:
+        gc.enable()
+    assert [context() is None for context in contexts] == [True, True, False]
 
 
 def test_two_passes_of_a_checkpointed_vision_transformer_before_one_backward():

@@ -312,3 +312,28 @@ def test_activation_checkpointing_changes_nothing(router_name, make_context):
     torch.manual_seed(0)
     for got, value in zip(gradients(checkpointed=True), expected, strict=True):
         assert torch.equal(got, value)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: MoE(64, num_experts=8), r"the first argument of MoE is a LayerSpec, got 64: MoE\(d_model=..., num_ex"),
+        (lambda: MoE(SPEC, num_experts=8), "takes a spec, or d_model and num_experts, not both"),
+        (lambda: MoE(SPEC, router=3), "router is the name of one, or a function that builds one, got 3"),
+        (
+            lambda: MoE(d_model=4, num_experts=2, router="HashRouter"),
+            r"vocab_size, .*: give LayerSpec\(vocab_size=",
+        ),
+    ],
+)
+def test_wrong_arguments_are_refused_in_a_sentence(build, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        build()
+
+
+def test_a_loss_that_lacks_sequences_is_named():
+    layer, context = MoE(SPEC), RoutingContext()
+    layer(torch.randn(4, 16), context)
+    message = "the loss 'sequence_balance' of LinearRouter cannot be computed: a loss in the scope of a sequence needs"
+    with pytest.raises(ValueError, match=message):
+        auxiliary_loss(layer, context, {"sequence_balance": 1.0})

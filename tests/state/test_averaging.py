@@ -18,6 +18,7 @@ from routerzoo import (
     ImageClassification,
     KSchedule,
     LanguageModeling,
+    LogitRouter,
     MoE,
     Router,
     TextData,
@@ -34,6 +35,22 @@ from tests.conftest import BUILT_IN
 from tests.state.models import PROVIDED, SPEC, context_of
 
 STEPS = 40
+
+
+class Measured(LogitRouter):
+    """Has a buffer that training measures."""
+
+    paper = "for this test"
+    trained_buffers = frozenset({"level"})
+
+    def __init__(self, spec):
+        super().__init__(spec)
+        self.register_buffer("level", torch.tensor(torch.inf))
+
+    def logits(self, x_TD, context):
+        return x_TD[:, : self.spec.num_experts]
+
+
 # Those of plugins take minutes.
 ROUTERS = [name if name in BUILT_IN else pytest.param(name, marks=pytest.mark.full) for name in list_routers()]
 TOKENS = 5  # of an image: the class token and 4 patches
@@ -285,3 +302,36 @@ def test_tasks_can_be_copied_and_pickled():
             assert twin.hparams.keys() == task.hparams.keys()
             for name, value in task.state_dict().items():
                 assert torch.equal(twin.state_dict()[name], value), name
+
+
+def test_a_buffer_starts_its_average_once_it_is_known():
+    trained, averaged = MoE(SPEC, Measured), MoE(SPEC, Measured)
+    copy_router_state(trained, averaged)
+    assert averaged.router.level.isinf()
+    trained.router.level.fill_(3.0)
+    averaged.router.level.lerp_(trained.router.level, 0.1)  # infinity averages to NaN
+    copy_router_state(trained, averaged)
+    assert averaged.router.level == 3
+    trained.router.level.fill_(5.0)
+    averaged.router.level.lerp_(trained.router.level, 0.1)
+    copy_router_state(trained, averaged)
+    assert averaged.router.level == pytest.approx(3.2)
+
+
+def test_integers_that_a_loop_of_ones_own_copies_in_place_are_read_in_evaluation():
+    trained, averaged = MoE(SPEC, "StableMoERouter"), MoE(SPEC, "StableMoERouter")
+    trained.router.freeze_choices()
+    trained.router.top_k = 2
+    for value, average in zip(trained.buffers(), averaged.buffers(), strict=True):
+        average.copy_(value)
+    averaged.eval()
+    assert (averaged.router.stage, averaged.router.top_k) == (2, 2)
+
+
+def test_evaluation_keeps_a_k_that_is_overridden():
+    router = MoE(SPEC, "LinearRouter").router
+    with router.override_top_k(3):
+        with router.override_top_k(1):
+            assert router.eval().top_k == 1
+        assert router.top_k == 3
+    assert router.top_k == int(router.k) == 2

@@ -6,7 +6,19 @@ import pytest
 import torch
 from lightning import Callback, Trainer
 
-from routerzoo import ImageClassification, ImageData, LanguageModeling, LinearRouter, Router, Routing, TextData
+from routerzoo import (
+    ImageClassification,
+    ImageData,
+    LanguageModeling,
+    LayerSpec,
+    LinearRouter,
+    MoE,
+    Router,
+    Routing,
+    RoutingContext,
+    TextData,
+    auxiliary_loss,
+)
 from routerzoo.data.tokens import IGNORED_TARGET
 from routerzoo.errors import UserError
 from routerzoo.moe.layer import moe_layers
@@ -159,3 +171,16 @@ class ByTask(Router):
 def test_bad_lists_of_corpora(dataset, options, message):
     with pytest.raises(UserError, match=message):
         TextData(dataset, **options)
+
+
+def test_a_second_call_takes_other_losses_of_tokens():
+    layer, context = MoE(LayerSpec(8, 4), Rewarded), RoutingContext()
+    layer(torch.randn(2, 3, 8), context)
+    for factor in (1.0, 3.0):
+        assert auxiliary_loss(layer, context, token_losses=factor * torch.ones(2, 3)).item() == 0.5 * factor
+    with pytest.raises(ValueError, match="token_losses has 5 entries, and Rewarded routed 6 tokens: give the loss of"):
+        auxiliary_loss(layer, context, token_losses=torch.ones(5))
+    fresh = RoutingContext()
+    layer(torch.randn(2, 3, 8), fresh)
+    with pytest.raises(ValueError, match="Rewarded learns 'told' from the task's loss of each token: give"):
+        auxiliary_loss(layer, fresh)

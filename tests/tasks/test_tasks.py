@@ -410,21 +410,13 @@ def test_a_sharded_model_does_not_generate():
     ):
         trainer.predict(task, [torch.zeros(1, 4).long()])
     torch.distributed.destroy_process_group()
-    assert task.is_sharded
-
-
-def test_a_sharded_model_refuses_to_generate_before_data_is_loaded():
-    task = language("LinearRouter")
-    task._device_mesh = object()
-    task.setup("fit")
-    with pytest.raises(UserError, match=r"a sharded model cannot generate: predict with trainer\.devices 1"):
-        task.setup("predict")
+    assert not task.is_sharded  # it is refused before anything is built and read
 
 
 def test_fewer_prompts_than_processes_are_refused():
     data = text_data(prompts=["a", "b"])
     data.trainer = SimpleNamespace(world_size=3)
-    with pytest.raises(UserError, match="2 prompts cannot be shared among 3 processes: predict with trainer.devices 1"):
+    with pytest.raises(UserError, match="2 prompts cannot be shared among 3 processes: predict with"):
         data.predict_dataloader()
     data.trainer.world_size = 2
     assert len(data.predict_dataloader()) == 2

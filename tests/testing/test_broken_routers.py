@@ -315,6 +315,34 @@ class CoefficientIsAnAttribute(Adapting):
         self.coefficient = torch.tensor(1e-8)
 
 
+class StopsAdaptingLate(Adapting):
+    """Counts its updates in a plain integer, which matters from the 10th on."""
+
+    updates = 0
+
+    def update(self, statistics):
+        self.updates += 1
+        if self.updates <= 10:
+            super().update(statistics)
+
+
+class SignsOfABatch(Adapting):
+    """Centers its logits over the batch, and votes for each micro-batch."""
+
+    causal = batch_independent = tokenwise = False
+
+    def logits(self, x_TD, context):
+        logits_TE = super().logits(x_TD, context)
+        return logits_TE - 2 * logits_TE.sum(0) / max(len(x_TD), 1)
+
+    def statistics(self, routing, context):
+        load_E = routing.expert_load(self.spec.num_experts)
+        return {"votes_E": (load_E.mean() - load_E).sign()}
+
+    def update(self, statistics):
+        self.coefficient = self.coefficient * (1.2 if statistics["votes_E"].max() > 0 else 1 / 1.2)
+
+
 class AdaptsInRoute(Adapting):
     """Moves the coefficient in the forward pass."""
 
@@ -516,6 +544,13 @@ class RoutesInBfloat16(Sound):
         return Routing(routing.experts_TK, routing.weights_TK.to(x_TD.dtype), routing.logits_TE)
 
 
+class RoundsItsGate(Sound):
+    """Multiplies in bfloat16, whatever it is given, and answers in float32."""
+
+    def logits(self, x_TD, context):
+        return (x_TD.bfloat16() @ self.weight.T.bfloat16()).to(torch.promote_types(x_TD.dtype, torch.float32))
+
+
 class DrawsIn16Bits(Sound):
     """Decomposes what it draws in the default dtype."""
 
@@ -633,8 +668,20 @@ class TakesWhatIsRuledOut(Sound):
         return logits_TE.masked_fill(logits_TE == -torch.inf, 1e9).topk(self.top_k, dim=-1).indices
 
 
+class FlagBesideALevel(Sound):
+    """Says in a flag whether what training measures holds: an averaged model averages them apart."""
+
+    trained_buffers = frozenset({"level", "is_known"})
+
+    def __init__(self, spec, *, top_k=2):
+        super().__init__(spec, top_k=top_k)
+        self.register_buffer("level", torch.zeros(()))
+        self.register_buffer("is_known", torch.tensor(False))
+
+
 BROKEN = {
     WithoutPaper: ("declaration", "paper is empty"),
+    FlagBesideALevel: ("frozen", "trained_buffers names a flag beside other buffers"),
     PositionalArguments: ("declaration", "(spec, *, keywords)"),
     PropertyThatIsNone: ("declaration", "causal is None; a property is a bool or a ByMode"),
     WeightOfNoLoss: ("declaration", "default_loss_weights names a loss that it has no loss 'distillation'"),
@@ -671,6 +718,10 @@ BROKEN = {
         "it has another loss 'l2' than after 2 steps: keep all that adapts in the state_dict",
     ),
     CoefficientIsAnAttribute: ("resume", "it has another loss 'l2' than after 2 steps"),
+    StopsAdaptingLate: (
+        "resume",
+        "the attribute updates is 1, and 2 after 2 steps: keep it by `store_int`, or in a buffer",
+    ),
     AdaptsInRoute: ("stateless", "changes coefficient in a forward pass in training: return sums from `statistics`"),
     AdaptsAnAttributeInRoute: ("stateless", "changes passes in a forward pass in training"),
     AdaptsPerMicroBatch: (
@@ -678,6 +729,7 @@ BROKEN = {
         "over one batch of both: move it in `update`, by sums over tokens",
     ),
     MeanStatistics: ("processes", "the statistic 'load_E' of a batch is not the sum of its halves'"),
+    SignsOfABatch: ("processes", "the statistic 'votes_E' of a batch is not the sum of its halves'"),
     BalancesEachProcess: ("processes", "the loss 'balance' of a batch is not the mean of its halves'"),
     DriftingBuffer: ("frozen", "mean is frozen, but changed"),
     MomentumMovesTheFrozen: (
@@ -692,6 +744,7 @@ BROKEN = {
     DeclaresTop1: ("gradient_at_top_1", "the largest gradient at k = 1 is 0"),
     RoutesInBfloat16: ("float32_scores", "logits are torch.bfloat16 under autocast"),
     DrawsIn16Bits: ("default_dtype", "raises NotImplementedError under the default dtype torch.bfloat16"),
+    RoundsItsGate: ("float32_scores", "rounds float32 hidden states to 16 bits in training (aten._to_copy"),
     RoutesInTheAssignedDtype: ("assigned_bfloat16", "parameters that were assigned in bfloat16 are not computed with"),
     ReadsTheParameterItWasBuiltWith: ("assigned_bfloat16", "parameters that were assigned in bfloat16"),
     Overflows: ("extremes", "weights are not finite for hidden states around 1e15"),

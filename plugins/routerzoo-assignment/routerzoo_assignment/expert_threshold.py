@@ -49,9 +49,8 @@ class ExpertThresholdRouter(LogitRouter):
     renormalize = False
     compiles = False
     needs_updates = True
-    trained_buffers = frozenset({"thresholds_E", "calibrated"})
+    trained_buffers = frozenset({"thresholds_E"})
     thresholds_E: Tensor
-    calibrated: Tensor
 
     def __init__(self, spec: LayerSpec, *, top_k: int = 2, speed: float = 0.1, init_std: float = 0.02) -> None:
         if not 0 < speed <= 1:
@@ -59,8 +58,9 @@ class ExpertThresholdRouter(LogitRouter):
         super().__init__(spec, top_k=top_k)
         self.speed = speed
         self.weight = nn.Parameter(torch.randn(spec.num_experts, spec.d_model) * init_std)
-        self.register_buffer("thresholds_E", torch.zeros(spec.num_experts))
-        self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
+        # Infinite until a batch was seen. A flag beside them would be wrong in an averaged model: averaged from 0,
+        # thresholds let every token pass.
+        self.register_buffer("thresholds_E", torch.full((spec.num_experts,), torch.inf))
 
     def logits(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
         """Return `x W^T`."""
@@ -72,7 +72,7 @@ class ExpertThresholdRouter(LogitRouter):
         probs_TE = logits_TE.softmax(-1)
         best_TE = torch.zeros_like(probs_TE, dtype=torch.bool)
         best_TE = best_TE.scatter(1, probs_TE.topk(self.top_k, dim=-1).indices, True)
-        taken_TE = torch.where(self.calibrated, probs_TE > self.thresholds_E, best_TE)
+        taken_TE = torch.where(self.thresholds_E.isfinite(), probs_TE > self.thresholds_E, best_TE)
         # NaN passes no threshold, and must not look like a token without experts.
         taken_TE = taken_TE | (probs_TE.isnan() & best_TE)
         token_N, expert_N = taken_TE.nonzero().unbind(1)
@@ -103,6 +103,6 @@ class ExpertThresholdRouter(LogitRouter):
         """Let the thresholds follow the mean of the batches'; keep them where there were none."""
         batches = statistics["batches"]
         batch_E = statistics["thresholds_E"] / batches.clamp_min(1)
-        speed = torch.where(self.calibrated, self.speed, 1.0) * (batches > 0)
-        self.thresholds_E += speed * (batch_E - self.thresholds_E)
-        self.calibrated |= batches > 0
+        before_E = self.thresholds_E
+        moved_E = torch.where(before_E.isfinite(), before_E + self.speed * (batch_E - before_E), batch_E)
+        self.thresholds_E.copy_(torch.where(batches > 0, moved_E, before_E))

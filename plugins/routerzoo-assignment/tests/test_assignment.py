@@ -14,9 +14,10 @@ from routerzoo_assignment import (
 )
 from routerzoo_assignment.auction import balanced_assignment
 from scipy.optimize import linear_sum_assignment
+from timm.utils import ModelEmaV2, ModelEmaV3
 from torch.testing import assert_close
 
-from routerzoo import LayerSpec, MoE, RoutingContext, auxiliary_loss
+from routerzoo import LayerSpec, MoE, RoutingContext, attach, auxiliary_loss, copy_router_state
 from routerzoo.moe.layer import NonCausalRouterError
 
 
@@ -328,3 +329,28 @@ def test_default_losses_of_the_policy_reach_the_loop():
     layer(torch.randn(5, 4), context)
     auxiliary_loss(layer, context, token_losses=torch.rand(5)).backward()
     assert all(parameter.grad is not None for parameter in layer.router.parameters())
+
+
+@pytest.mark.parametrize("average", [ModelEmaV2, ModelEmaV3])
+def test_averaged_thresholds_are_those_of_the_averaged_gate(average):
+    torch.manual_seed(0)
+    layer = MoE(d_model=16, num_experts=8, router=ExpertThresholdRouter)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3)
+    attach(layer, optimizer)
+    averaged = average(layer, decay=0.9998)
+    for _ in range(50):
+        layer(torch.randn(64, 16)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        averaged.update(layer)
+        copy_router_state(layer, averaged)
+    context = RoutingContext()
+    averaged.module.eval()(torch.randn(1000, 16), context)
+    (routing,) = context.routings_of(averaged.module)
+    assert 1.7 < routing.expert_load(8).sum() / 1000 < 2.3  # 8 where thresholds are averaged from 0
+
+
+def test_a_threshold_that_no_batch_has_set_is_infinite_and_not_used():
+    router = ExpertThresholdRouter(LayerSpec(4, 4), top_k=2).eval()
+    assert router.thresholds_E.isinf().all()
+    assert router(torch.randn(5, 4)).expert_load(4).sum() == 10

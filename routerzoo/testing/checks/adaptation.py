@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from routerzoo.router import Router
+from routerzoo.routing import Routing
 from routerzoo.testing.cases import TOTAL_STEPS, Case, Cases, CheckFailure
 from routerzoo.testing.checks.common import (
     MODES,
@@ -23,6 +24,9 @@ from routerzoo.testing.checks.common import (
     snapshot,
 )
 from routerzoo.testing.loop import Loop, MakeOptimizer, adamw, sgd
+
+Observed = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
+"""Losses and statistics, by name."""
 
 
 def stateless(cases: Cases) -> None:
@@ -76,6 +80,12 @@ def frozen(cases: Cases) -> None:
         router = case.build()
         missing = router.trained_buffers - {name for name, _ in router.named_buffers()}
         fail_unless(not missing, f"trained_buffers names {', '.join(sorted(missing))}, which it does not have")
+        kinds = {router.get_buffer(name).dtype == torch.bool for name in router.trained_buffers}
+        fail_unless(
+            len(kinds) < 2,
+            "trained_buffers names a flag beside other buffers, which averaged models average apart: let a buffer be "
+            "infinite until it is known",
+        )
         moving = router.trained_buffers | _stored_ints(router)
         parts = {
             **{name: value for name, value in router.named_buffers() if name not in moving},
@@ -140,8 +150,11 @@ def processes(cases: Cases) -> None:
     def law(case: Case) -> None:
         router = case.router(training=True)
         if not router.properties.batch_independent or draws_random_numbers(case, router):
-            return
-        whole, halves = _observed(case, router, slice(None)), [_observed(case, router, own) for own in _halves(case)]
+            # Halves are routed otherwise than in one batch: statistics alone can be told, of parts of one routing.
+            whole, halves = _observed_in_parts(case, router)
+        else:
+            whole = _observed(case, router, slice(None))
+            halves = [_observed(case, router, own) for own in _halves(case)]
         for kind, index, reduced in (("loss", 0, 0.5), ("statistic", 1, 1.0)):
             for name, value in whole[index].items():
                 parts = [half[index].get(name, torch.zeros_like(value)) for half in halves]
@@ -167,14 +180,37 @@ def _halves(case: Case) -> tuple[slice, slice]:
     return slice(0, half), slice(half, case.num_tokens)
 
 
-def _observed(
-    case: Case, router: Router, own: slice, group: Any = None
-) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+def _observed(case: Case, router: Router, own: slice, group: Any = None) -> Observed:
     """Return the losses and the statistics of some of the tokens."""
     x_TD, context = case.hidden()[own], case.take(case.context(process_group=group), own)
     with torch.no_grad():
         routing, losses = case.route_with_losses(router, x_TD, context)
         return losses, router.statistics(routing.for_losses, context) if router.needs_updates else {}
+
+
+def _observed_in_parts(case: Case, router: Router) -> tuple[Observed, list[Observed]]:
+    """Return the statistics of a routing and of its halves; none where it mixes tokens or experts."""
+    context = case.context()
+    with torch.no_grad():
+        routing = case.route_with_losses(router, case.hidden(), context)[0].for_losses
+        if not router.needs_updates or routing.dense:
+            return ({}, {}), []
+        halves = [router.statistics(_part(routing, own), case.take(context, own)) for own in _halves(case)]
+        return ({}, router.statistics(routing, context)), [({}, half) for half in halves]
+
+
+def _part(routing: Routing, own: slice) -> Routing:
+    """Return the routing of some of the tokens."""
+    fields: dict[str, Any] = {
+        name: value[own]
+        for name, value in vars(routing).items()
+        if isinstance(value, Tensor) and (name == "noise_std" or name.endswith(("_TE", "_TK")))
+    }
+    if routing.token_N is not None and routing.expert_N is not None and routing.weight_N is not None:
+        own_N = (routing.token_N >= own.start) & (routing.token_N < own.stop)
+        fields |= {"token_N": routing.token_N[own_N] - own.start}
+        fields |= {"expert_N": routing.expert_N[own_N], "weight_N": routing.weight_N[own_N]}
+    return replace(routing, losses={}, **fields)
 
 
 def _uses_group(case: Case, router: Router, index: int) -> bool:

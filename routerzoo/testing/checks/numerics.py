@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from routerzoo.testing.cases import Case, Cases, CheckFailure, seeded
 from routerzoo.testing.checks.common import (
@@ -31,7 +34,13 @@ def float32_scores(cases: Cases) -> None:
 
     def law(case: Case) -> None:
         router, x_TD, context = case.router(), case.hidden(), case.context()
-        plain = case.route(router, x_TD, context)
+        for training in MODES:
+            with _NarrowOperations() as narrow:
+                plain = case.route(router.train(training), x_TD, context)
+            fail_unless(
+                not narrow.found,
+                f"rounds float32 hidden states to 16 bits in {mode(training)} ({', '.join(narrow.found)})",
+            )
         with torch.autocast(case.device.type, torch.bfloat16):
             mixed = case.route(router, x_TD, context)
         require_same(case, plain, mixed, x_TD, "routes differently under bfloat16 autocast")
@@ -51,6 +60,22 @@ def float32_scores(cases: Cases) -> None:
         )
 
     cases.each(law)
+
+
+class _NarrowOperations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes what operations give tensors of 16 bits or fewer: a product of such looks like any other afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and look at what it gives."""
+        given = func(*args, **(kwargs or {}))
+        for value in tree_leaves(given):
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype.itemsize < 4:
+                self.found = list(dict.fromkeys([*self.found, str(func)]))
+        return given
 
 
 def default_dtype(cases: Cases) -> None:

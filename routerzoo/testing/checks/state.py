@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from routerzoo.router import LoadedTopKWarning, Router
 from routerzoo.testing.cases import Case, Cases, CheckFailure, seeded, takes_top_k
@@ -115,13 +116,14 @@ def resume(cases: Cases) -> None:
     """Training that is interrupted, saved and resumed in a new router ends where uninterrupted training does.
 
     Bit for bit. What adapts is a parameter, a buffer of the `state_dict` (not `persistent=False`), or an integer that
-    `store_int` keeps; a plain attribute starts over.
+    `store_int` keeps; a plain attribute starts over, and so must not change, whatever it decides.
     """
     case = cases.standard()
     x_TD, context = case.hidden(), case.context()
     exactness = 0.0 if case.device.type == "cpu" else 1e-5  # sums on a GPU are not in order
     for steps in (1, 4):
         straight = Loop(case, case.build(), sgd())
+        at_start = _plain_values(straight.router)
         straight.run(range(2 * steps), 2 * steps)
         first, second = Loop(case, case.build(), sgd()), Loop(case, case.build(seed=99), sgd())
         first.run(range(steps), 2 * steps)
@@ -135,6 +137,14 @@ def resume(cases: Cases) -> None:
                 not differs(tensor, value, exactness),
                 f"{message} {name} is not what it is after {2 * steps} steps: keep all that adapts in the state_dict",
             )
+        resumed_values = _plain_values(second.router)
+        for name, value in _plain_values(straight.router).items():
+            # What it decides may show after many more steps.
+            fail_unless(
+                value == at_start.get(name) or value == resumed_values.get(name),
+                f"{message} the attribute {name} is {resumed_values.get(name)!r}, and {value!r} after {2 * steps} "
+                "steps: keep it by `store_int`, or in a buffer",
+            )
         for training in MODES:
             expected, losses = case.route_with_losses(straight.router.train(training), x_TD, context)
             resumed, losses_resumed = case.route_with_losses(second.router.train(training), x_TD, context)
@@ -146,6 +156,18 @@ def resume(cases: Cases) -> None:
                     f"{message} it has another loss {name!r} than after {2 * steps} steps: keep all that adapts in the "
                     "state_dict",
                 )
+
+
+def _plain_values(router: Router) -> dict[str, Any]:
+    """Return numbers, strings and collections of them that are attributes of a router or of its modules."""
+    values: dict[str, Any] = {}
+    for prefix, module in router.named_modules():
+        for name, value in vars(module).items():
+            if name in ("training", "_stored_ints", "_built_with") or "_hooks" in name:
+                continue
+            if all(leaf is None or isinstance(leaf, bool | int | float | str) for leaf in tree_leaves(value)):
+                values[f"{prefix}.{name}".removeprefix(".")] = copy.deepcopy(value)
+    return values
 
 
 def copies(cases: Cases) -> None:
