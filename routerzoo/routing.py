@@ -316,8 +316,6 @@ class Routing:
     combine_GSEP: Tensor | None = None
     merge_GE: Tensor | None = None
     group_T: Tensor | None = None
-    softmax_losses: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
-    """The balance loss and the z-loss, where they were computed together; see `routerzoo.moe.softmax_losses`."""
 
     def __post_init__(self) -> None:
         forms = [

@@ -12,16 +12,19 @@ from torch.library import custom_op
 from routerzoo.moe.low_memory import has_triton
 from routerzoo.routing import Routing, RoutingContext
 
+_KNOWN = "_softmax_losses"  # no field: a routing that is moved or copied leaves it behind
+
 
 def softmax_losses(routing: Routing, context: RoutingContext) -> tuple[Tensor, Tensor] | None:
     """Return a routing's balance loss and z-loss, computed together once; None where they are computed one by one.
 
     So they are on a CPU, with padding, over several processes, and of scores other than the softmax of the logits.
     """
-    if routing.softmax_losses is None and _applies(routing, context):
+    known: tuple[Tensor, Tensor] | None = vars(routing).get(_KNOWN)
+    if known is None and _applies(routing, context):
         balance, z, _, _ = _losses(routing.logits_TE, routing.experts_TK)
-        routing.softmax_losses = balance, z
-    return routing.softmax_losses
+        known = vars(routing)[_KNOWN] = balance, z
+    return known
 
 
 def _applies(routing: Routing, context: RoutingContext) -> bool:
