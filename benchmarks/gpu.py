@@ -15,7 +15,8 @@ In this order, so that the most important figures come first and each is written
 
 "Share of the dense rate" is the time of the same products by cuBLAS alone, one after another, divided by a contender's
 time; "of the active floor" likewise with a dense network of the active size. A process that dies takes one contender
-with it: the next one goes on. Results: `layer.csv`, `profile.txt`, `tests.txt`, `fits.csv` and `summary.md`.
+with it: the next one goes on. liger-kernel runs with its pinned configuration. Results: `layer.csv`, `profile.txt`,
+`tests.txt`, `fits.txt` and `summary.md`.
 """
 # Shape suffixes: N rows of all assignments, D model width, H hidden width, Z 2 H, E experts.
 
@@ -26,12 +27,14 @@ import csv
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,9 @@ POINTS = {
 }
 PROFILED = ("routerzoo", "liger")
 ROUTERS = ("LinearRouter", "HyperRouter", "XMoERouter", "StableMoERouter", "HashRouter", "RandomFrozenRouter")
+STARTED = "started.json"
+LONGEST = 120
+"""Seconds that a process may take for a point."""
 SECONDS = {"layer": 230, "tests": 110, "fits": 190}
 COLUMNS = (
     "point",
@@ -77,7 +83,9 @@ def main() -> None:
         return
     options.out.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + 60 * options.minutes - 20
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "4"}
+    # liger-kernel would try 160 configurations before its first step, longer than all that is measured here.
+    own = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "4", "LIGER_FUSED_MOE_AUTOTUNE": "0"}
+    environment = {**os.environ, **own}
     parts: dict[str, Callable[[argparse.Namespace, dict[str, str], float], list[str]]]
     parts = {"layer": _layer, "tests": _tests, "fits": _fits}
     with tempfile.TemporaryDirectory() as packages:
@@ -158,15 +166,16 @@ def _measure_point(options: argparse.Namespace) -> None:
         "grouped products": lambda: _grouped_products(setting),
     }
     layers: dict[str, Callable[[Setting], torch.nn.Module]] = {
-        "active floor": DenseFloor,
+        "active floor": lambda setting: DenseFloor(replace(setting, top_k=1, hidden_dim=top_k * hidden)),
         "routerzoo": ours,
-        "routerzoo compiled": compiled,
-        "routerzoo CUDA graph": CudaGraph,
-        "routerzoo Triton products": partial(_with_means, "triton"),
-        "routerzoo composed": partial(ours, low_memory=False),
         "liger": liger,
         "transformers grouped_mm": partial(mixtral, implementation="grouped_mm"),
+        "routerzoo Triton products": partial(_with_means, "triton"),
+        "routerzoo composed": partial(ours, low_memory=False),
+        "routerzoo CUDA graph": CudaGraph,
     }
+    if options.point in (POINTS["cuda"][0], *POINTS["cpu"]):
+        layers["routerzoo compiled"] = compiled  # Inductor takes its time
     for name, build in layers.items():
         contenders[name] = partial(_layer_step, build, setting, x_TD, grad_TD)
     with (options.out / "layer.csv").open(newline="") as file:
@@ -177,7 +186,7 @@ def _measure_point(options: argparse.Namespace) -> None:
     expected = None
     for name in [name for name in contenders if name not in {row["contender"] for row in rows}]:
         row: dict[str, Any] = {"point": options.point, "contender": name}
-        started = options.out / "started.json"
+        started = options.out / STARTED
         if started.exists() and json.loads(started.read_text()) == [options.point, name]:
             _write(options, {**row, "note": "the process died"})
             continue
@@ -195,27 +204,36 @@ def _measure_point(options: argparse.Namespace) -> None:
             for column, floor in (("of dense rate", "dense products"), ("of active floor", "active floor")):
                 if floor in seconds:
                     row[column] = f"{seconds[floor] / seconds[name]:.3f}"
-            if cuda:
+            if cuda and "graph" not in name:  # a graph has its memory before its first step
+                if name in layers:
+                    step(release=True)
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
                 step()
                 row["peak MiB"] = f"{(torch.cuda.max_memory_allocated() - before) / 2**20:.0f}"
             found = step()
-            if name.startswith("routerzoo") and found is not None:
+            if name.startswith(("routerzoo", "liger")) and found is not None:
                 expected = found if expected is None else expected
                 errors = [
                     float((a.float() - b.float()).norm() / b.float().norm())
                     for a, b in zip(found, expected, strict=True)
                 ]
                 row["error"] = f"{max(errors):.1e}"
-            if cuda and name in PROFILED and options.point == POINTS["cuda"][0]:
-                _profile(options, name, step)
             del step, found
         except Unavailable as error:
             row["note"] = str(error)
         except Exception as error:  # the others are measured all the same
             row["note"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
         _write(options, row)
+        if cuda:
+            try:
+                torch.cuda.synchronize()
+            except Exception:  # nothing can be measured after it in this process
+                os._exit(1)
+    if cuda and options.point == POINTS["cuda"][0]:
+        for name in PROFILED:  # last, since a profiler slows down what follows
+            torch.manual_seed(1)
+            _profile(options, name, contenders[name]())
 
 
 def _write(options: argparse.Namespace, row: dict[str, Any]) -> None:
@@ -244,15 +262,19 @@ def _times(step: Callable[[], Any], cuda: bool) -> list[float]:
     return sorted(begin.elapsed_time(end) / 1e3 for begin, end in pairs)
 
 
-def _layer_step(build: Any, setting: Any, x_TD: Any, grad_TD: Any) -> Callable[[], tuple[Any, Any]]:
+def _layer_step(build: Any, setting: Any, x_TD: Any, grad_TD: Any) -> Callable[..., tuple[Any, Any] | None]:
     import torch
 
-    layer = build(setting).to(setting.device, torch.bfloat16).train()
+    with torch.device(setting.device):
+        layer = build(setting)
+    layer = layer.to(setting.device, torch.bfloat16).train()
     x_TD = x_TD.clone().requires_grad_()
 
-    def step() -> tuple[Any, Any]:
+    def step(release: bool = False) -> tuple[Any, Any] | None:
         layer.zero_grad(set_to_none=True)
         x_TD.grad = None
+        if release:
+            return None
         y_TD = layer(x_TD)
         y_TD.backward(grad_TD)
         return y_TD.detach(), x_TD.grad
@@ -348,15 +370,20 @@ def _profile(options: argparse.Namespace, name: str, step: Callable[[], Any]) ->
 
 def _tests(options: argparse.Namespace, environment: dict[str, str], limit: float) -> list[str]:
     addopts = "addopts=--import-mode=importlib --strict-markers -ra"
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "8", "-m", "gpu", "-W", "default", "-o", addopts, "tests"]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "8", "-m", "gpu", "-W", "default", "-o", addopts]
+    command += ["-v", "--tb=short", "tests/test_gpu.py", "tests"]  # the layer first
     if options.device == "cpu":
         command += ["--collect-only", "-n", "0"]
     with (options.out / "tests.txt").open("w") as log:
+        running = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
         try:
-            left = max(limit - time.monotonic(), 1)
-            subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, timeout=left, check=False)
+            running.wait(max(limit - time.monotonic() - 15, 1))
         except subprocess.TimeoutExpired:
-            log.write("\nout of time\n")
+            running.send_signal(signal.SIGINT)  # pytest then prints what failed
+            try:
+                running.wait(15)
+            except subprocess.TimeoutExpired:
+                running.kill()
     return [line for line in (options.out / "tests.txt").read_text().splitlines()[-12:] if line.strip()]
 
 
@@ -394,9 +421,11 @@ def _fits(options: argparse.Namespace, environment: dict[str, str], limit: float
                     command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=left, check=False
                 )
             except subprocess.TimeoutExpired:
-                return f"| {router} | out of time | |"
+                losses = list(_validation(folder))
+                return f"| {router} | {f'{losses[-1]:.4f}, ' if losses else ''}unfinished | |"
             seconds = time.perf_counter() - begun
-            (options.out / f"fit_{router}.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
+            with (options.out / "fits.txt").open("a", encoding="utf-8") as file:
+                file.write(f"## {router}\n{done.stdout}{done.stderr}\n")
             if done.returncode != 0:
                 return f"| {router} | failed: {(done.stderr or done.stdout).strip().splitlines()[-1][:150]} | |"
             losses = list(_validation(folder))

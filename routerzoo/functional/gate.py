@@ -74,7 +74,7 @@ def _on_tensor_cores(x_TD: Tensor, weight_ED: Tensor) -> bool:
 
 
 def three_part_product(narrow_MI: Tensor, wide_IN: Tensor) -> Tensor:
-    """Return the product of a bfloat16 and a float32 matrix in float32, with float32's precision, on tensor cores.
+    """Return the product of a bfloat16 and a float32 matrix in float32, nearly as exact as float32's, on tensor cores.
 
     A float32 number is the sum of three of bfloat16, whose 8 bits each make up its 24: three products, summed in
     float32, in one call.

@@ -76,7 +76,7 @@ def weight_grad(grad_NO: Tensor, x_NI: Tensor, ends_E: Tensor) -> Tensor:
     sizes_EOI = x_NI.new_empty(ends_E.shape[0], grad_NO.shape[1], x_NI.shape[1], device="meta")
     grad_EOI: Tensor
     if _choose(x_NI, sizes_EOI) == "grouped":
-        grad_NO, x_NI = _rows_of_16_bytes(grad_NO), _rows_of_16_bytes(x_NI)
+        grad_NO, x_NI = rows_of_16_bytes(grad_NO), rows_of_16_bytes(x_NI)
         grad_EOI = torch.nn.functional.grouped_mm(grad_NO.T, x_NI, offs=ends_E)
     else:
         grad_EOI = _weight_grad(grad_NO, x_NI, ends_E)
@@ -141,6 +141,13 @@ class _BiasByRow(torch.autograd.Function):
 
 MOST_GROUPS = 1024
 
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def compute_capability(device: int) -> int:
+    """Return the generation of an NVIDIA GPU: 8 for Ampere and Ada, 9 for Hopper, 10 for Blackwell; 0 of others."""
+    return 0 if torch.version.hip is not None else torch.cuda.get_device_capability(device)[0]
+
+
 # Up to this share of the experts in rows, visiting only experts that have rows wins on a CPU.
 FEW_ROWS_PER_EXPERT = 1 / 8
 
@@ -182,6 +189,9 @@ def grouped_refuses(x_NI: Tensor, weight_EOI: Tensor, dtype: torch.dtype | None 
         return "on CUDA torch's grouped product is bfloat16 only"
     if x_NI.device.type == "cuda" and len(weight_EOI) >= MOST_GROUPS:
         return f"on CUDA torch's grouped product takes fewer than {MOST_GROUPS} experts"
+    if x_NI.device.type == "cuda" and compute_capability(x_NI.device.index or 0) == 10:
+        # pytorch/pytorch#172439: weights of experts without rows get the gradients that the memory happened to hold.
+        return "on GPUs of compute capability 10 torch's grouped product is wrong for experts without rows"
     if x_NI.device.type not in ("cpu", "cuda"):
         return f"torch has no grouped product on {x_NI.device.type}"
     if torch.compiler.is_compiling() and dtype != torch.bfloat16:
@@ -195,13 +205,13 @@ def grouped_refuses(x_NI: Tensor, weight_EOI: Tensor, dtype: torch.dtype | None 
 
 def _grouped(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     if not weight_EOI.mT.is_contiguous():  # a transposed bank is taken as it is
-        weight_EOI = _rows_of_16_bytes(weight_EOI)
-    y_NO = torch.nn.functional.grouped_mm(_rows_of_16_bytes(x_NI), weight_EOI.mT, offs=ends_E)
+        weight_EOI = rows_of_16_bytes(weight_EOI)
+    y_NO = torch.nn.functional.grouped_mm(rows_of_16_bytes(x_NI), weight_EOI.mT, offs=ends_E)
     with_rows: Tensor = _GradientWithRows.apply(y_NO)
     return with_rows
 
 
-def _rows_of_16_bytes(tensor: Tensor) -> Tensor:
+def rows_of_16_bytes(tensor: Tensor) -> Tensor:
     """Lay a tensor out as torch's grouped product takes it; a sum's gradient, for one, is a single number expanded."""
     tensor = tensor.contiguous()
     if torch.compiler.is_compiling():  # a compiler follows no offset into memory
@@ -222,7 +232,7 @@ class _GradientWithRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_NO: Tensor) -> Tensor:
-        return _rows_of_16_bytes(grad_NO)
+        return rows_of_16_bytes(grad_NO)
 
 
 def _reference(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:

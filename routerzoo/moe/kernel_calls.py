@@ -14,6 +14,9 @@ from routerzoo.moe import kernels
 from routerzoo.moe.kernels import INTERPRETED
 from routerzoo.moe.rows import Rows
 
+MOST_UNROLLED = 16
+"""Of so many experts per token the kernels are compiled for each k; of more, for all."""
+
 
 def tile_sizes(dtype: torch.dtype, rows_per_expert: int) -> dict[str, int]:
     """Return the tiles of the products: rows, columns, inner width, and how many warps and stages work on one.
@@ -34,8 +37,7 @@ def tile_sizes(dtype: torch.dtype, rows_per_expert: int) -> dict[str, int]:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    highest = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if highest else "tf32"
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _width(columns: int, most: int = 1024) -> dict[str, Any]:
@@ -140,9 +142,11 @@ def combine(y_ND: Tensor, bias_ED: Tensor | None, weight_N: Tensor | None, rows:
         rows.row_N,
         rows.begin_T if rows.begin_T is not None else rows.row_N,
         out_TD,
+        rows.ends_E,
         rows.top_k or 0,
         E=len(rows.ends_E),
         D=width,
+        TOP_K=rows.top_k if rows.top_k is not None and rows.top_k <= MOST_UNROLLED else 0,
         RAGGED=rows.begin_T is not None,
         BIAS=bias_ED is not None,
         WEIGHTED=weight_N is not None,
@@ -224,7 +228,8 @@ def weight_grad(g: Tensor, x: Tensor, rows: Rows, *, gather: str) -> Tensor:
     grad_EOI = g.new_empty(num_experts, out_width, in_width)
     sizes = tile_sizes(g.dtype, 128)
     sizes["BO"], sizes["BI"] = sizes.pop("BM"), sizes.pop("BN")
-    kernels.weight_grad[(num_experts, triton.cdiv(out_width, sizes["BO"]), triton.cdiv(in_width, sizes["BI"]))](
+    # Experts are the slowest dimension: blocks that run together read the same rows.
+    kernels.weight_grad[(triton.cdiv(out_width, sizes["BO"]), triton.cdiv(in_width, sizes["BI"]), num_experts)](
         g,
         x,
         rows.source_N,

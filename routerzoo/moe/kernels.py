@@ -165,6 +165,31 @@ def activate_backward(
 
 
 @triton.jit
+def _weighted_row(
+    y_ptr,
+    bias_ptr,
+    weight_ptr,
+    expert_ptr,
+    row_ptr,
+    n,
+    total,
+    d,
+    D: tl.constexpr,
+    BIAS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+):
+    row = tl.load(row_ptr + n).to(tl.int64)
+    inside = d < tl.where(row < total, D, 0)  # rows from the last end on belong to no expert
+    y = tl.load(y_ptr + row * D + d, mask=inside, other=0.0).to(tl.float32)
+    if BIAS:
+        expert = tl.load(expert_ptr + row).to(tl.int64)
+        y += tl.load(bias_ptr + expert * D + d, mask=inside, other=0.0).to(tl.float32)
+    if WEIGHTED:
+        y *= tl.load(weight_ptr + n).to(tl.float32)
+    return y
+
+
+@triton.jit
 def combine(
     y_ptr,
     bias_ptr,
@@ -173,9 +198,11 @@ def combine(
     row_ptr,
     begin_ptr,
     out_ptr,
+    ends_ptr,
     top_k,
     E: tl.constexpr,
     D: tl.constexpr,
+    TOP_K: tl.constexpr,
     RAGGED: tl.constexpr,
     BIAS: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -184,24 +211,22 @@ def combine(
     """Add up a token's rows, weighted, in the order of its assignments."""
     t = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
+    total = tl.load(ends_ptr + E - 1)
     sum_D = tl.zeros((BD,), tl.float32)
-    if RAGGED:
-        n = tl.load(begin_ptr + t).to(tl.int64)
-        end = tl.load(begin_ptr + t + 1).to(tl.int64)
+    if TOP_K > 0:
+        for k in tl.static_range(TOP_K):
+            n = t * TOP_K + k
+            sum_D += _weighted_row(y_ptr, bias_ptr, weight_ptr, expert_ptr, row_ptr, n, total, d, D, BIAS, WEIGHTED)
     else:
-        n = t * top_k
-        end = n + top_k
-    while n < end:
-        row = tl.load(row_ptr + n).to(tl.int64)
-        expert = tl.load(expert_ptr + row).to(tl.int64)
-        inside = d < tl.where(expert < E, D, 0)
-        y = tl.load(y_ptr + row * D + d, mask=inside, other=0.0).to(tl.float32)
-        if BIAS:
-            y += tl.load(bias_ptr + expert * D + d, mask=inside, other=0.0).to(tl.float32)
-        if WEIGHTED:
-            y *= tl.load(weight_ptr + n).to(tl.float32)
-        sum_D += y
-        n += 1
+        if RAGGED:
+            n = tl.load(begin_ptr + t).to(tl.int64)
+            end = tl.load(begin_ptr + t + 1).to(tl.int64)
+        else:
+            n = t * top_k
+            end = n + top_k
+        while n < end:
+            sum_D += _weighted_row(y_ptr, bias_ptr, weight_ptr, expert_ptr, row_ptr, n, total, d, D, BIAS, WEIGHTED)
+            n += 1
     tl.store(out_ptr + t * D + d, sum_D.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
@@ -345,9 +370,9 @@ def weight_grad(
     BK: tl.constexpr,
 ):
     """Multiply `g^T x` over each expert's rows; of either, rows by token are gathered while they are read."""
-    expert = tl.program_id(0).to(tl.int64)
-    o = tl.program_id(1) * BO + tl.arange(0, BO)
-    i = tl.program_id(2) * BI + tl.arange(0, BI)
+    expert = tl.program_id(2).to(tl.int64)
+    o = tl.program_id(0) * BO + tl.arange(0, BO)
+    i = tl.program_id(1) * BI + tl.arange(0, BI)
     start = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
     end = tl.load(ends_ptr + expert)
     grad = tl.zeros((BO, BI), tl.float32)
@@ -408,7 +433,7 @@ def softmax_losses(sums_ptr, balance_ptr, z_ptr, num_tokens, top_k, E: tl.conste
     e = tl.arange(0, E2)
     softmax_E = tl.load(sums_ptr + e, mask=e < E, other=0.0)
     chosen_E = tl.load(sums_ptr + E + e, mask=e < E, other=0.0)
-    tokens = num_tokens.to(tl.float32)
+    tokens = num_tokens * 1.0  # Triton takes an argument of 1 for a constant
     tl.store(balance_ptr, tl.sum(softmax_E * chosen_E, 0) * (E / tokens / (tokens * top_k)))
     tl.store(z_ptr, tl.load(sums_ptr + 2 * E) / tokens)
 
@@ -436,7 +461,7 @@ def softmax_losses_backward(
     logits_TE = tl.load(logits_ptr + t[:, None] * E + e[None, :], mask=mask, other=-float("inf"))
     log_partition_T = tl.load(log_partition_ptr + t, mask=t < num_tokens, other=0.0)
     softmax_TE = tl.exp(logits_TE - log_partition_T[:, None])
-    tokens = num_tokens.to(tl.float32)
+    tokens = num_tokens * 1.0  # Triton takes an argument of 1 for a constant
     grad_TE = tl.zeros((BT, E2), tl.float32)
     if BALANCE:
         chosen_E = tl.load(sums_ptr + E + e, mask=e < E, other=0.0)

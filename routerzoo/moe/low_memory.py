@@ -11,6 +11,7 @@ Guo et al. 2025, https://arxiv.org/abs/2512.14080): `T D + N Z` elements and the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -22,9 +23,19 @@ from torch import Tensor
 from torch.library import custom_op
 
 from routerzoo.moe.activations import ACTIVATIONS, GRADIENTS, Activation, activated
-from routerzoo.moe.grouped_linear import grouped_linear, grouped_refuses, multiply, weight_grad
+from routerzoo.moe.grouped_linear import (
+    compute_capability,
+    grouped_linear,
+    grouped_refuses,
+    multiply,
+    rows_of_16_bytes,
+    weight_grad,
+)
 from routerzoo.moe.permute import sum_bags
 from routerzoo.moe.rows import Rows
+
+HAS_TRITON = find_spec("triton") is not None
+"""Whether Triton is installed; torch brings it on Linux."""
 
 Means = Literal["torch", "hybrid", "triton"]
 """How it is computed: on a CPU by torch; on a GPU with torch's grouped product, or without."""
@@ -83,27 +94,18 @@ def means_for(x_TD: Tensor, network: FeedForward) -> Means | None:
     """Return how the low-memory form is computed for these tensors; None where it is not."""
     if x_TD.device.type == "cpu":
         return "torch"
-    if x_TD.device.type != "cuda" or not has_triton():
+    if x_TD.device.type != "cuda" or not HAS_TRITON:
         return None
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x_TD.dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
-    if dtype != torch.bfloat16 or not _has_grouped_product(x_TD.device.index or 0):
-        return "triton"
+    capability = compute_capability(x_TD.device.index or 0)
+    if dtype == torch.bfloat16 and 0 < capability < 8:
+        return None  # Triton has no such products there
+    if dtype != torch.bfloat16 or capability != 9:
+        return "triton"  # elsewhere torch copies the ends to the host and multiplies expert by expert
     refused = any(grouped_refuses(x_TD, weight, dtype) for weight in (network.up, network.down))
     return "triton" if refused else "hybrid"
-
-
-@cache
-def has_triton() -> bool:
-    """Whether Triton is installed; torch brings it on Linux."""
-    return find_spec("triton") is not None
-
-
-@cache
-def _has_grouped_product(device: int) -> bool:
-    # On others torch copies the ends to the host and multiplies expert by expert.
-    return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 # One operator a pass: `torch.compile` takes them as they are, and no compiler decides what is kept.
@@ -133,15 +135,26 @@ def _experts(
 ) -> tuple[Tensor, Tensor]:
     rows = Rows(ends_E, expert_N, order_N, source_N, row_N, begin_T, top_k or None, len(x_TD))
     compute = _parts(means)
-    with torch.autocast(x_TD.device.type, enabled=False):
-        x_TD, up_EZD, down_EDH = (values.to(dtype).contiguous() for values in (x_TD, up_EZD, down_EDH))
+    with torch.autocast(x_TD.device.type, enabled=False), on_device_of(x_TD):
+        x_TD, up_EZD, down_EDH = (rows_of_16_bytes(values.to(dtype)) for values in (x_TD, up_EZD, down_EDH))
         weight_N = weight_N.contiguous()
+        up_bias_EZ, down_bias_ED = map(_contiguous, (up_bias_EZ, down_bias_ED))
         z_NZ = compute.product(x_TD, up_EZD, rows, gather=True)
         a_NH = compute.activate(z_NZ, up_bias_EZ, rows, down_EDH.shape[2], cast(Activation, activation), dropout, seed)
         y_ND = compute.product(a_NH, down_EDH, rows)
         del a_NH
         out_TD = compute.combine(y_ND, down_bias_ED, weight_N, rows)
     return out_TD, z_NZ if keep else z_NZ.new_empty(0)
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
+    """Make a tensor's GPU the current one, where Triton launches; of a tensor on a CPU, do nothing."""
+    here: AbstractContextManager[None] = torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
+    return here
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 @_experts.register_fake
@@ -178,28 +191,31 @@ def _experts_backward(
     compute, dtype = _parts(means), z_NZ.dtype
     dx_TD, dweight_N, dup_EZD, dup_bias_EZ, ddown_EDH, ddown_bias_ED = (grad_TD.new_empty(0) for _ in range(6))
     needs_x, needs_weight, needs_up, needs_up_bias, needs_down, needs_down_bias = needs
-    grad_TD, weight_N = grad_TD.to(dtype).contiguous(), weight_N.contiguous()
-    grad, by_token = compute.gathered(grad_TD, rows)
-    da_NH = compute.product(grad, down_EDH.to(dtype).contiguous().transpose(1, 2), rows, gather=by_token)
-    bias_part_TE = None
-    if needs_weight and down_bias_ED is not None:
-        bias_part_TE = grad_TD @ down_bias_ED.to(dtype).T
-    dz_NZ, wa_NH, dweight_N = compute.activate_backward(
-        da_NH, z_NZ, up_bias_EZ, weight_N, bias_part_TE, rows, cast(Activation, activation), dropout, seed
-    )
-    del da_NH
-    if needs_down:
-        ddown_EDH = compute.weight_grad(grad, wa_NH, rows, gather="g" if by_token else "").to(down_EDH.dtype)
-    del wa_NH, grad
-    if needs_down_bias and down_bias_ED is not None:
-        ddown_bias_ED = compute.column_sums(grad_TD, rows, weight_N).to(down_bias_ED.dtype)
-    if needs_up_bias and up_bias_EZ is not None:
-        dup_bias_EZ = compute.column_sums(dz_NZ, rows).to(up_bias_EZ.dtype)
-    if needs_up:
-        dup_EZD = compute.weight_grad(dz_NZ, x_TD.to(dtype).contiguous(), rows, gather="x").to(up_EZD.dtype)
-    if needs_x:
-        dx_ND = compute.product(dz_NZ, up_EZD.to(dtype).contiguous().transpose(1, 2), rows)
-        dx_TD = compute.combine(dx_ND, None, None, rows).to(x_TD.dtype)
+    with torch.autocast(x_TD.device.type, enabled=False), on_device_of(x_TD):
+        grad_TD = rows_of_16_bytes(grad_TD.to(dtype))
+        weight_N = weight_N.contiguous()
+        up_bias_EZ, down_bias_ED = map(_contiguous, (up_bias_EZ, down_bias_ED))
+        grad, by_token = compute.gathered(grad_TD, rows)
+        da_NH = compute.product(grad, rows_of_16_bytes(down_EDH.to(dtype)).mT, rows, gather=by_token)
+        bias_part_TE = None
+        if needs_weight and down_bias_ED is not None:
+            bias_part_TE = grad_TD @ down_bias_ED.to(dtype).T
+        dz_NZ, wa_NH, dweight_N = compute.activate_backward(
+            da_NH, z_NZ, up_bias_EZ, weight_N, bias_part_TE, rows, cast(Activation, activation), dropout, seed
+        )
+        del da_NH
+        if needs_down:
+            ddown_EDH = compute.weight_grad(grad, wa_NH, rows, gather="g" if by_token else "").to(down_EDH.dtype)
+        del wa_NH, grad
+        if needs_down_bias and down_bias_ED is not None:
+            ddown_bias_ED = compute.column_sums(grad_TD, rows, weight_N).to(down_bias_ED.dtype)
+        if needs_up_bias and up_bias_EZ is not None:
+            dup_bias_EZ = compute.column_sums(dz_NZ, rows).to(up_bias_EZ.dtype)
+        if needs_up:
+            dup_EZD = compute.weight_grad(dz_NZ, rows_of_16_bytes(x_TD.to(dtype)), rows, gather="x").to(up_EZD.dtype)
+        if needs_x:
+            dx_ND = compute.product(dz_NZ, rows_of_16_bytes(up_EZD.to(dtype)).mT, rows)
+            dx_TD = compute.combine(dx_ND, None, None, rows).to(x_TD.dtype)
     return [dx_TD, dweight_N, dup_EZD, dup_bias_EZ, ddown_EDH, ddown_bias_ED]
 
 
@@ -207,7 +223,9 @@ def _experts_backward(
 def _(grad_TD, x_TD, weight_N, up, up_bias, down, down_bias, *others):  # type: ignore[no-untyped-def]
     like = (x_TD, weight_N, up, up_bias, down, down_bias)
     return [
-        grad_TD.new_empty(0) if tensor is None or not (needed or tensor is weight_N) else torch.empty_like(tensor)
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        if tensor is not None and (needed or tensor is weight_N)
+        else grad_TD.new_empty(0)
         for tensor, needed in zip(like, others[-1], strict=True)
     ]
 
@@ -245,12 +263,17 @@ def _differentiable(
     rows = Rows(ends_E, expert_N, order_N, source_N, row_N, begin_T, top_k or None, len(x_TD))
     if dropout > 0:
         raise NotImplementedError("gradients of gradients of experts with dropout: set dropout to 0")
-    up, down = (w.to(dtype) for w in (up_EZD, down_EDH))
-    z_NZ = grouped_linear(x_TD.to(dtype).index_select(0, rows.source_N), up, rows.ends_E, up_bias_EZ)
+    up, up_bias, down, down_bias = (
+        None if tensor is None else tensor.to(dtype) for tensor in (up_EZD, up_bias_EZ, down_EDH, down_bias_ED)
+    )
+    assert up is not None
+    assert down is not None
+    z_NZ = grouped_linear(x_TD.to(dtype).index_select(0, rows.source_N), up, rows.ends_E, up_bias)
     a_NH = activated(z_NZ, down_EDH.shape[2], activation)
-    y_ND = grouped_linear(a_NH, down, rows.ends_E, down_bias_ED)
+    y_ND = grouped_linear(a_NH, down, rows.ends_E, down_bias)
     real_N = rows.expert_N < len(rows.ends_E)
-    y_ND = torch.where(real_N.unsqueeze(1), y_ND * weight_N.index_select(0, rows.order_N).unsqueeze(1), 0)
+    weight_N1 = weight_N.to(dtype).index_select(0, rows.order_N).unsqueeze(1)
+    y_ND = torch.where(real_N.unsqueeze(1), y_ND * weight_N1, 0)
     out_TD = torch.zeros_like(grad_TD).index_add(0, rows.source_N, y_ND)
     wanted = [tensor for tensor, needed in zip(tensors[:6], needs, strict=True) if needed]
     grads = iter(torch.autograd.grad(out_TD, wanted, grad_TD, create_graph=True, allow_unused=True))

@@ -12,7 +12,7 @@ from routerzoo.routing import Routing
 
 
 class Rows(NamedTuple):
-    """Where assignments go when they are sorted by expert; indices are int32.
+    """Where assignments go when they are sorted by expert; indices are int32, experts int16 where they fit.
 
     Args:
         ends_E: where each expert's rows end. Rows from the last end on belong to none.
@@ -57,7 +57,7 @@ def sorted_rows(routing: Routing, num_tokens: int, num_experts: int) -> tuple[Ro
         bounds_T = torch.arange(num_tokens + 1, device=token_N.device, dtype=token_N.dtype)
         begin_T = torch.searchsorted(token_N, bounds_T, out_int32=True)
     # Of few bits, which a GPU sorts in fewer passes; what names no expert goes behind the last one.
-    key_N = expert_N.to(torch.int16 if num_experts < 2**15 else torch.int32)
+    key_N = expert_N.to(torch.int16 if num_experts + 1 < 2**15 else torch.int32)
     if routing.may_drop:
         key_N = key_N.remainder(num_experts + 1)
     sorted_N, order_N = key_N.sort(stable=True)

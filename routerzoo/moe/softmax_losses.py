@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from routerzoo.moe.low_memory import has_triton
+from routerzoo.moe.low_memory import HAS_TRITON, on_device_of
 from routerzoo.routing import Routing, RoutingContext
 
 _KNOWN = "_softmax_losses"  # no field: a routing that is moved or copied leaves it behind
@@ -21,6 +21,8 @@ def softmax_losses(routing: Routing, context: RoutingContext) -> tuple[Tensor, T
     So they are on a CPU, with padding, over several processes, and of scores other than the softmax of the logits.
     """
     known: tuple[Tensor, Tensor] | None = vars(routing).get(_KNOWN)
+    if known is not None and torch.is_grad_enabled() and not known[0].requires_grad:
+        known = None  # made where there were no gradients
     if known is None and _applies(routing, context):
         balance, z, _, _ = _losses(routing.logits_TE, routing.experts_TK)
         known = vars(routing)[_KNOWN] = balance, z
@@ -37,7 +39,7 @@ def _applies(routing: Routing, context: RoutingContext) -> bool:
 
 
 def _on_gpu(logits_TE: Tensor) -> bool:
-    if logits_TE.device.type != "cuda" or not has_triton() or torch.compiler.is_exporting():
+    if logits_TE.device.type != "cuda" or not HAS_TRITON or torch.compiler.is_exporting():
         return False
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None
 
@@ -46,7 +48,8 @@ def _on_gpu(logits_TE: Tensor) -> bool:
 def _losses(logits_TE: Tensor, experts_TK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from routerzoo.moe import kernel_calls  # Triton takes long to import, and is not everywhere
 
-    return kernel_calls.softmax_losses(logits_TE.contiguous(), experts_TK.contiguous())
+    with on_device_of(logits_TE):
+        return kernel_calls.softmax_losses(logits_TE.contiguous(), experts_TK.contiguous())
 
 
 @_losses.register_fake
@@ -67,9 +70,10 @@ def _losses_backward(
 ) -> Tensor:
     from routerzoo.moe import kernel_calls
 
-    return kernel_calls.softmax_losses_backward(
-        grad_balance, grad_z, logits_TE.contiguous(), log_partition_T, sums, top_k
-    )
+    with on_device_of(logits_TE):
+        return kernel_calls.softmax_losses_backward(
+            grad_balance, grad_z, logits_TE.contiguous(), log_partition_T, sums, top_k
+        )
 
 
 @_losses_backward.register_fake

@@ -53,10 +53,21 @@ def cases():
             yield f"activate {activation} {dtype}", kernels.activate, pointers, {**hidden, "ACTIVATION": activation}
             constants = {**hidden, "ACTIVATION": activation, "DOWN_BIAS": True}
             yield f"activate_backward {activation} {dtype}", kernels.activate_backward, pointers, constants
-        constants = {"E": E, "D": D, "RAGGED": True, "BIAS": True, "WEIGHTED": True, "BD": 1024, "num_warps": 8}
-        yield f"combine {dtype}", kernels.combine, pointers, constants
+        for top_k, ragged in ((8, False), (0, True)):
+            constants = {"E": E, "D": D, "TOP_K": top_k, "RAGGED": ragged, "BIAS": True, "WEIGHTED": True, "BD": 1024}
+            yield f"combine {top_k} {dtype}", kernels.combine, pointers, {**constants, "num_warps": 8}
         constants = {"C": 2 * H, "GATHERED": True, "BR": 64, "BC": 64, "num_warps": 4}
         yield f"column_sums {dtype}", kernels.column_sums, pointers, constants
+    floats = ("logits_ptr", "log_partition_ptr", "sums_ptr", "balance_ptr", "z_ptr", "grad_balance_ptr", "grad_z_ptr")
+    types = {**dict.fromkeys((*floats, "grad_ptr"), "*fp32"), "experts_ptr": "*i64"}
+    types |= {"num_tokens": "i32", "top_k": "i32"}
+    for number in ({}, {"num_tokens": 1, "top_k": 1}):  # an argument of 1 is a constant to Triton
+        sizes = {"E": E, "E2": E, **number}
+        name = "one token" if number else "tokens"
+        yield f"softmax_sums {name}", kernels.softmax_sums, types, {**sizes, "BT": 64}
+        yield f"softmax_losses {name}", kernels.softmax_losses, types, sizes
+        constants = {**sizes, "BT": 64, "BALANCE": True, "Z_LOSS": True}
+        yield f"softmax_losses_backward {name}", kernels.softmax_losses_backward, types, constants
 
 
 def compiled(kernel, types, constants, architecture):

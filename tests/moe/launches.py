@@ -10,7 +10,7 @@ from routerzoo.moe import dispatch, kernel_calls, low_memory, softmax_losses
 # What makes no kernel: views, allocations, questions.
 FREE = frozenset(
     """
-    T _local_scalar_dense _unsafe_view alias as_strided chunk detach empty empty_like empty_strided expand flatten
+    T mT _local_scalar_dense _unsafe_view alias as_strided chunk detach empty empty_like empty_strided expand flatten
     is_contiguous lift_fresh new_empty new_empty_strided numpy_T permute reshape select slice split split_with_sizes
     squeeze sym_size t transpose unsqueeze view
     """.split()  # noqa: SIM905
@@ -75,8 +75,5 @@ def counted(monkeypatch, means="triton"):
 def _quiet(launches):
     before = launches.counts.copy()
     yield
-    for name in set(launches.counts) - set(before):
-        del launches.counts[name]
-    launches.counts.update(Counter())
-    for name, value in before.items():
-        launches.counts[name] = value
+    launches.counts.clear()
+    launches.counts.update(before)

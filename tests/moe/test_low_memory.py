@@ -14,11 +14,11 @@ from routerzoo.models.decoder import Decoder
 from routerzoo.moe import low_memory
 from routerzoo.moe.activations import ACTIVATIONS
 from routerzoo.moe.dispatch import apply_experts
-from routerzoo.moe.low_memory import Assigned, has_triton
+from routerzoo.moe.low_memory import HAS_TRITON, Assigned
 from routerzoo.moe.rows import sorted_rows
 from tests.moe.launches import counted
 
-INTERPRETED = has_triton() and os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 MEANS = ["torch", "hybrid", "triton"] if INTERPRETED else ["torch"]  # on a GPU tests/test_gpu.py has the others
 BANKS = {
     "mlp": MLPExperts,
@@ -280,6 +280,25 @@ def test_gradients_of_gradients_are_right():
     inputs = torch.randn(3, 4).double().requires_grad_(), weights.requires_grad_(), bank.up
     assert torch.autograd.gradcheck(compute, inputs)
     assert torch.autograd.gradgradcheck(compute, inputs)
+
+
+def test_gradients_of_gradients_under_autocast():
+    layer = MoE(d_model=16, num_experts=2, low_memory=True)
+    x_TD = torch.randn(3, 16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y_TD = layer(x_TD)
+    (grad,) = torch.autograd.grad(y_TD.float().square().sum(), x_TD, create_graph=True)
+    grad.square().sum().backward()
+    assert x_TD.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("num_experts", [2**15 - 2, 2**15 - 1, 2**15])
+def test_as_many_experts_as_16_bits_hold(num_experts):
+    experts_TK = torch.tensor([[num_experts - 1, -1], [0, num_experts - 1]])
+    rows, _ = sorted_rows(Routing(experts_TK, torch.ones(2, 2)), 2, num_experts)
+    assert rows.expert_N.tolist() == [0, num_experts - 1, num_experts - 1, num_experts]
+    assert rows.ends_E[-1] == 3
+    assert rows.source_N.tolist() == [1, 0, 1, 0]
 
 
 def test_it_compiles_as_one_operator():

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from routerzoo import MoE, RoutingContext, auxiliary_loss
 from routerzoo.functional.losses import balance_loss, z_loss
-from routerzoo.moe.low_memory import has_triton
+from routerzoo.moe import softmax_losses
+from routerzoo.moe.low_memory import HAS_TRITON
 from routerzoo.moe.softmax_losses import _losses
 
-INTERPRETED = has_triton() and os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs triton's interpreter")
 
 
@@ -50,3 +52,15 @@ def test_gradients_of_gradients():
         (grad,) = torch.autograd.grad(losses[0] + losses[1], logits_TE, create_graph=True)
         second.append(torch.autograd.grad(grad.square().sum(), logits_TE)[0])
     assert_close(*second)
+
+
+def test_losses_that_were_logged_without_gradients_are_made_again(monkeypatch):
+    monkeypatch.setattr(softmax_losses, "_on_gpu", lambda logits_TE: True)
+    layer, context = MoE(d_model=8, num_experts=4), RoutingContext()
+    layer(torch.randn(6, 8), context)
+    with torch.no_grad():
+        logged = auxiliary_loss(layer, context, {"balance": 1.0, "z": 1.0})
+    loss = auxiliary_loss(layer, context, {"balance": 1.0, "z": 1.0})
+    assert_close(loss, logged)
+    loss.backward()
+    assert layer.router.weight.grad.abs().max() > 0
