@@ -100,8 +100,9 @@ def peak(config, options, answers):
 
     torch.set_num_threads(1)
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.max_steps=3", "--trainer.num_sanity_val_steps=0"]
-    fit(["fit", "--config", config, "--run_dir", "peak", "--trainer.limit_val_batches=0", *quiet, *options])
-    with open("peak/results.json") as file:
+    folder = "large" if options else "small"
+    fit(["fit", "--config", config, "--run_dir", folder, "--trainer.limit_val_batches=0", *quiet, *options])
+    with open(f"{folder}/results.json") as file:
         answers.put(json.load(file)["fit"]["peak memory, bytes"])
 
 
