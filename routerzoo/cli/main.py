@@ -378,7 +378,7 @@ class RouterZooCLI(LightningCLI):
         if "ckpt_path" in config:
             config["ckpt_path"] = None
         parser = self.parser if self.subcommand is None else self._parser(self.subcommand)
-        return str(parser.dump(config, skip_link_targets=True, skip_check=True))
+        return str(parser.dump(config, skip_link_targets=True, skip_check=True, skip_none=False))
 
 
 class _RunFolder(Callback):

@@ -115,6 +115,19 @@ def test_the_saved_config_runs_again(run, capsys):
     assert (RUN.parent / "001" / "checkpoints" / "last.ckpt").is_file()
 
 
+def test_the_saved_config_keeps_nulls(config, capsys):
+    nulls = ["--trainer.check_val_every_n_epoch", "null"]  # the default is 1
+    made = cli.RouterZooCLI(["--config", config, *nulls], run=False)
+    saved = made.run_dir / "config.yaml"
+    again = cli.RouterZooCLI(["--config", str(saved)], run=False)
+    assert made.trainer.check_val_every_n_epoch is again.trainer.check_val_every_n_epoch is None
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "--config", config, *nulls, "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)  # as a sweep's configs
+    written = yaml.safe_load(saved.read_text())
+    assert written == {name: printed[name] for name in written}
+
+
 def test_evaluation_works_on_the_checkpoint_alone(run, capsys):
     cli.main(["validate", "--ckpt_path", "last"])
     cli.main(["test", "--ckpt_path", str(run / "checkpoints" / "best.ckpt")])
