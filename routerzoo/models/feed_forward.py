@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import tree_leaves
 
 from routerzoo.moe.activations import ACTIVATIONS, Activation
 from routerzoo.moe.experts import FeedForwardWeights, LinearWeights
@@ -362,9 +363,12 @@ def _read(holder: nn.Module, exact: bool) -> Reading:
         shapes = ", ".join(f"{name} {list(linears[name].weight.shape)}" for name in names)  # type: ignore[arg-type]
         raise Refused(f"its output is not as wide as its input, or its layers do not fit each other ({shapes})")
     between = f"{'two' if len(names) == 2 else 'three'} linear maps with one of {', '.join(ACTIVATIONS)} between them"
+    in_tuple = False
     if not beside:
-        if reading := _first(_Trial(holder).whole, assignments):
+        trial = _Trial(holder)
+        if reading := _first(trial.whole, assignments):
             return reading
+        in_tuple = trial.in_tuple
         if not exact and (reading := _first(_Trial(holder).ends_in_down, assignments)):
             return reading
     few = len(linears) in (2, 3)
@@ -377,6 +381,8 @@ def _read(holder: nn.Module, exact: bool) -> Reading:
                 raise
     if few and beside:
         raise Refused(f"it holds {', '.join(beside)}, which experts have no counterpart of in that place")
+    if in_tuple:
+        raise Refused("it returns a tuple, a MoE layer a tensor")
     raise Refused(f"{', '.join(names)} are not {between}, or what is between them is no module that can be taken out")
 
 
@@ -422,6 +428,7 @@ class _Trial:
             kept = torch.zeros(buffer.shape, dtype=buffer.dtype, device="cpu") if buffer.is_meta else buffer.detach()
             self.values[name] = (kept.float() if kept.is_floating_point() else kept).to(self.device)
         self.generator = generator
+        self.in_tuple = False  # whether the last call returned one
         self.dropouts = {n: m.p for n, m in holder.named_modules() if isinstance(m, _DropoutNd)}
         self.base = self._copy(holder)
         for name in self.dropouts:
@@ -468,9 +475,14 @@ class _Trial:
         else:
             why = f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
             raise Refused(f"it cannot be tried with hidden states alone ({why})") from failure
-        output = output[0] if isinstance(output, tuple) and output else output
+        self.in_tuple = isinstance(output, tuple)
+        if self.in_tuple and len(output) == 1:
+            (output,) = output
+        elif self.in_tuple:  # what comes beside the output must stay as it was too
+            parts = [part for part in tree_leaves(output) if isinstance(part, Tensor) and part.is_floating_point()]
+            output = torch.cat([part.float().flatten() for part in parts]) if parts else None
         if not isinstance(output, Tensor):
-            raise Refused(f"it returns a {type(output).__name__}")
+            raise Refused(f"it returns a {'tuple' if self.in_tuple else type(output).__name__}")
         return output
 
     def _network(self, layers: Layers, activation: Activation) -> FeedForwardWeights:
@@ -480,6 +492,8 @@ class _Trial:
         """Read a module that is a network and nothing else."""
         self._draw(width)
         output = self._call(self.base)
+        if self.in_tuple:  # a MoE layer returns a tensor
+            return None
         for layers, activation in itertools.product(assignments, ACTIVATIONS):
             network = self._network(layers, activation)
             if not _same(output, _compute(network, self.x)):
@@ -504,6 +518,8 @@ class _Trial:
         """Read a module whose output is its last linear map's, whatever is before that."""
         self._draw(width)
         output, own = self._call(self.base), self.values
+        if self.in_tuple:
+            return None
         for layers in assignments:
             last = {name: 2 * value for name, value in own.items() if name.startswith(f"{layers.down}.")}
             self.values = {**own, **last}

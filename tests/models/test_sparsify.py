@@ -292,6 +292,55 @@ def test_what_computes_something_else_is_refused(network, reason):
         sparsify(nn.Sequential(network()), num_experts=2, blocks="all")
 
 
+class First(nn.Module):
+    """Takes the first of what its network returns."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.ffn = network
+
+    def forward(self, x):
+        return self.ffn(x)[0]
+
+
+class TupleMlp(Mlp):
+    def forward(self, x):
+        return super().forward(x), None
+
+
+class OneTupleMlp(Mlp):
+    def forward(self, x):
+        return (super().forward(x),)
+
+
+class HiddenTupleMlp(Mlp):
+    def forward(self, x):
+        hidden = self.act(self.fc1(x))
+        return self.fc2(hidden), hidden
+
+
+class TupleGatedMlp(Gated):
+    def forward(self, x):
+        return super().forward(x), None
+
+
+@pytest.mark.parametrize("network", [TupleMlp, OneTupleMlp])
+def test_a_module_that_returns_a_tuple_still_does(network):
+    model = randomized(nn.Sequential(First(network())))
+    x = torch.randn(2, 5, 16)
+    expected = model(x)
+    sparsify(model, num_experts=2, blocks="all", upcycle=True)
+    assert isinstance(model[0].ffn.fc1, MoE)
+    assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("network", [TupleGatedMlp, HiddenTupleMlp])
+def test_a_tuple_that_experts_cannot_return_is_kept(network):
+    plan = plan_sparsify(nn.Sequential(network(), Mlp()), blocks="all")
+    assert list(plan.replaced) == ["1"]
+    assert plan.kept["0"] == "it returns a tuple, a MoE layer a tensor"
+
+
 def test_networks_that_look_alike_are_told_apart():
     model = nn.Sequential(UnequalMlp([1.0]), UnequalMlp([3.0]))
     with pytest.warns(UserWarning, match=r"leaves as they are: 1 \(UnequalMlp\)"):
