@@ -14,6 +14,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -45,6 +46,12 @@ _ATTRIBUTES_OF_ALL = {*vars(nn.Module()), "layer_idx", "layer_id"}
 _ACTIVATION = re.compile(r"act|gelu|relu|silu|swish", re.IGNORECASE)
 # float32's rounding is some 1e-6 of the outputs; the two closest activations, gelu and its tanh form, are 7e-4 apart.
 _TOLERANCE = 3e-5
+# Clamps and branches show at large values: those of the input, and behind a norm those of the pre-activations.
+_SCALES = (30.0, 1000.0)
+_DRAWS = 8  # in training; one alone may drop nothing
+
+
+_IN_TRAINING = "in training it does something else, such as a dropout that is not a module"
 
 
 class Refused(ValueError):
@@ -428,7 +435,7 @@ class _Trial:
             kept = torch.zeros(buffer.shape, dtype=buffer.dtype, device="cpu") if buffer.is_meta else buffer.detach()
             self.values[name] = (kept.float() if kept.is_floating_point() else kept).to(self.device)
         self.generator = generator
-        self.in_tuple = False  # whether the last call returned one
+        self.in_tuple = self.draws_numbers = False  # whether the last call returned one, drew random ones
         self.dropouts = {n: m.p for n, m in holder.named_modules() if isinstance(m, _DropoutNd)}
         self.base = self._copy(holder)
         for name in self.dropouts:
@@ -446,7 +453,7 @@ class _Trial:
         drawn = torch.randn(2, 3, width, generator=self.generator, dtype=torch.float32, device="cpu")
         self.x = drawn.to(self.device)
 
-    def _call(self, module: nn.Module, training: bool = False) -> Tensor:
+    def _call(self, module: nn.Module, training: bool = False, seed: int = 0) -> Tensor:
         own = {name for name, _ in itertools.chain(module.named_parameters(), module.named_buffers())}
         values = {name: value for name, value in self.values.items() if name in own}
         devices = [self.device] if self.device.type == "cuda" else []
@@ -466,9 +473,11 @@ class _Trial:
                     torch.autocast(self.device.type, enabled=False),
                     torch.random.fork_rng(devices),
                 ):
-                    torch.manual_seed(0)
+                    torch.manual_seed(seed)
+                    before = _random_state(devices)
                     arguments = (self.x, *[further] * (len(required) - 1))
                     output = torch.func.functional_call(module.train(training), values, arguments)
+                    self.draws_numbers = not torch.equal(_random_state(devices), before)
                 break
             except Exception as error:  # a module may raise anything
                 failure = failure or error
@@ -498,6 +507,7 @@ class _Trial:
             network = self._network(layers, activation)
             if not _same(output, _compute(network, self.x)):
                 continue
+            self._check_large(layers, activation, lambda network: _compute(network, self.x))
             reading = Reading(layers, activation)
             for name, p in self.dropouts.items():
                 if p == 0:
@@ -509,8 +519,9 @@ class _Trial:
                     reading = replace(reading, output_dropout=_both(reading.output_dropout, p))
                 elif not _same(doubled, output):
                     raise Refused(f"its dropout {name} is neither on the hidden units nor on the output")
-            if not _same(self._call(self.base, training=True), output):
-                raise Refused("in training it does something else, such as a dropout that is not a module")
+            self._check_training(self.base, lambda _: output)
+            if self.draws_numbers:
+                raise Refused(_IN_TRAINING)
             return reading
         return None
 
@@ -538,8 +549,10 @@ class _Trial:
             for activation in ACTIVATIONS:
                 reading = Reading(layers, activation, place=layers.up, undone=undone)
                 network = self._network(layers, activation)
-                if _same(self._call(self._without(self.base, reading, network)), output):
-                    return self._with_dropout(reading, network)
+                if not _same(self._call_without(reading, network), output):
+                    continue
+                self._check_large(layers, activation, partial(self._call_without, reading))
+                return self._with_dropout(reading, network)
         return None
 
     def _with_dropout(self, reading: Reading, network: FeedForwardWeights) -> Reading:
@@ -564,9 +577,30 @@ class _Trial:
             base.get_submodule(owner).activation_dropout = 0.0  # type: ignore[assignment]
             reading = replace(reading, undone=(*reading.undone, own), dropout=_both(reading.dropout, p))
         replaced = self._without(base, reading, network)
-        if not _same(self._call(replaced, training=True), self._call(base, training=True)):
-            raise Refused("in training it does something else, such as a dropout that is not a module")
+        self._check_training(base, lambda seed: self._call(replaced, training=True, seed=seed))
         return reading
+
+    def _call_without(self, reading: Reading, network: FeedForwardWeights) -> Tensor:
+        return self._call(self._without(self.base, reading, network))
+
+    def _check_large(
+        self, layers: Layers, activation: Activation, expected: Callable[[FeedForwardWeights], Tensor]
+    ) -> None:
+        x, values = self.x, self.values
+        inward = tuple(f"{name}." for name in (layers.up, layers.gate) if name is not None)
+        try:
+            for scale in _SCALES:
+                scaled = {name: scale * v if name.startswith(inward) else v for name, v in values.items()}
+                for self.x, self.values in ((scale * x, values), (x, scaled)):
+                    if not _same(self._call(self.base), expected(self._network(layers, activation))):
+                        raise Refused("it computes something else where values are large, such as a clamp")
+        finally:
+            self.x, self.values = x, values
+
+    def _check_training(self, module: nn.Module, expected: Callable[[int], Tensor]) -> None:
+        for seed in range(_DRAWS):
+            if not _same(self._call(module, training=True, seed=seed), expected(seed)):
+                raise Refused(_IN_TRAINING)
 
     def _without(
         self, module: nn.Module, reading: Reading, network: FeedForwardWeights, hidden_scale: float = 1.0
@@ -602,6 +636,10 @@ def _activations(holder: nn.Module, layers: Layers) -> list[str]:
                 called[name] = type(child).__name__
         found += [f"{owner}.{n}".lstrip(".") for n, kind in called.items() if _ACTIVATION.search(f"{n} {kind}")]
     return found
+
+
+def _random_state(devices: list[torch.device]) -> Tensor:
+    return torch.cat([torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)])
 
 
 def _both(first: float, second: float) -> float:

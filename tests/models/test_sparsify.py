@@ -58,6 +58,35 @@ class HiddenDropoutMlp(Mlp):
         return self.fc2(F.dropout(self.act(self.fc1(x)), 0.5, self.training))
 
 
+class SwitchedOffMlp(Mlp):
+    """Stochastic depth that is no module; rarely."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y * (torch.rand(()) > 0.001) if self.training else y
+
+
+class ClampedMlp(Mlp):
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x).clamp(-7, 7)))
+
+
+class BranchingMlp(Mlp):
+    def forward(self, x):
+        return super().forward(x if x.abs().max() < 20 else x.tanh())
+
+
+class NormedClampedMlp(ClampedMlp):
+    """Whose input is never large."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+
+    def forward(self, x):
+        return super().forward(self.norm(x))
+
+
 class Gated(nn.Module):
     """Llama's original names; w3 is multiplied, w2 goes out."""
 
@@ -67,6 +96,13 @@ class Gated(nn.Module):
 
     def forward(self, x):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class ClampedGated(Gated):
+    """gpt-oss's clamps."""
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x).clamp(max=7)) * self.w3(x).clamp(-7, 7))
 
 
 class Packed(nn.Module):
@@ -285,7 +321,15 @@ def test_what_holds_more_than_the_network_is_left_alone_and_named(network, reaso
 
 @pytest.mark.parametrize(
     ("network", "reason"),
-    [(ScaledMlp, "fc1, fc2 are not two linear maps"), (HiddenDropoutMlp, "in training it does something else")],
+    [
+        (ScaledMlp, "fc1, fc2 are not two linear maps"),
+        (HiddenDropoutMlp, "in training it does something else"),
+        (SwitchedOffMlp, "in training it does something else"),
+        (ClampedMlp, "it computes something else where values are large"),
+        (ClampedGated, "it computes something else where values are large"),
+        (BranchingMlp, "it computes something else where values are large"),
+        (NormedClampedMlp, r"it holds norm \(LayerNorm\), which experts have no counterpart of"),
+    ],
 )
 def test_what_computes_something_else_is_refused(network, reason):
     with pytest.raises(ValueError, match=reason):
