@@ -48,6 +48,7 @@ _ACTIVATION = re.compile(r"act|gelu|relu|silu|swish", re.IGNORECASE)
 _TOLERANCE = 3e-5
 # Clamps and branches show at large values: those of the input, and behind a norm those of the pre-activations.
 _SCALES = (30.0, 1000.0)
+_GRADIENT_TOLERANCE = 1e-3
 _DRAWS = 8  # in training; one alone may drop nothing
 
 
@@ -118,6 +119,13 @@ class FeedForward:
     reading: Reading | None
     reason: str = ""
     misread: bool = False
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of its linear layers."""
+        assert self.reading is not None
+        layers = self.reading.layers
+        names = [name for name in (layers.up, layers.gate, layers.down) if name is not None]
+        return [p for name in names for p in self.holder.get_submodule(name).parameters()]
 
     def weights(self) -> FeedForwardWeights:
         """Return its weights."""
@@ -357,6 +365,7 @@ def _first(
     return None
 
 
+@torch.no_grad()
 def _read(holder: nn.Module, exact: bool) -> Reading:
     linears = _linears(holder)
     inline = [names for names in _named_layers(holder) if names in INLINE]
@@ -468,7 +477,6 @@ class _Trial:
         for further in (None, self.x)[: len(required)]:
             try:
                 with (
-                    torch.no_grad(),
                     torch.device(self.device),
                     torch.autocast(self.device.type, enabled=False),
                     torch.random.fork_rng(devices),
@@ -508,6 +516,7 @@ class _Trial:
             if not _same(output, _compute(network, self.x)):
                 continue
             self._check_large(layers, activation, lambda network: _compute(network, self.x))
+            self._check_gradients(layers, activation, lambda network: _compute(network, self.x))
             reading = Reading(layers, activation)
             for name, p in self.dropouts.items():
                 if p == 0:
@@ -552,6 +561,7 @@ class _Trial:
                 if not _same(self._call_without(reading, network), output):
                     continue
                 self._check_large(layers, activation, partial(self._call_without, reading))
+                self._check_gradients(layers, activation, partial(self._call_without, reading))
                 return self._with_dropout(reading, network)
         return None
 
@@ -597,6 +607,25 @@ class _Trial:
         finally:
             self.x, self.values = x, values
 
+    def _check_gradients(
+        self, layers: Layers, activation: Activation, expected: Callable[[FeedForwardWeights], Tensor]
+    ) -> None:
+        x, values = self.x, self.values
+        try:
+            self.x = x.clone().requires_grad_()
+            self.values = {n: v.clone().requires_grad_(v.is_floating_point()) for n, v in values.items()}
+            leaves = [leaf for leaf in (self.x, *self.values.values()) if leaf.requires_grad]
+            with torch.enable_grad():
+                outputs = [self._call(self.base), expected(self._network(layers, activation))]
+                gradients = [_gradients(output, leaves) for output in outputs]
+        except RuntimeError as error:  # of a backward pass
+            raise Refused(f"its gradients cannot be tried ({str(error).splitlines()[0]})") from error
+        finally:
+            self.x, self.values = x, values
+        for gradient, wanted in zip(*gradients, strict=True):
+            if (gradient - wanted).abs().max() > _GRADIENT_TOLERANCE * wanted.abs().max():
+                raise Refused("its gradients differ, as where something is detached")
+
     def _check_training(self, module: nn.Module, expected: Callable[[int], Tensor]) -> None:
         for seed in range(_DRAWS):
             if not _same(self._call(module, training=True, seed=seed), expected(seed)):
@@ -636,6 +665,14 @@ def _activations(holder: nn.Module, layers: Layers) -> list[str]:
                 called[name] = type(child).__name__
         found += [f"{owner}.{n}".lstrip(".") for n, kind in called.items() if _ACTIVATION.search(f"{n} {kind}")]
     return found
+
+
+def _gradients(output: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    if not output.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    cotangent = torch.linspace(-1, 2, output.numel(), device=output.device, dtype=output.dtype).view_as(output)
+    found = torch.autograd.grad(output, leaves, cotangent, allow_unused=True)
+    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
 
 
 def _random_state(devices: list[torch.device]) -> Tensor:

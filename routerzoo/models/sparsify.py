@@ -108,7 +108,7 @@ def sparsify(
         blocks: which of the feed-forward networks found, in the order of the model.
         upcycle: start every expert from the dense network's weights (Komatsuzaki et al. 2023,
             https://arxiv.org/abs/2212.05055). Where the combine weights sum to 1, and without shared experts, the
-            model's output stays the same.
+            model's output stays the same. Experts of a frozen network are frozen; new ones never are.
         num_shared_experts: experts per layer that see every token.
         match: tells which modules to replace; one that cannot be is an error. By default the feed-forward networks of
             blocks: not those that mix tokens, nor those of class attention, pooling heads, adapters.
@@ -174,6 +174,7 @@ def sparsify(
         _check_dropout(network, moe)
         if upcycle:
             moe.experts.upcycle_from(weights)
+            _freeze_alike(network, moe.experts)
         built.append(moe.to(device=weight.device, dtype=weight.dtype).train(network.holder.training))
     for network, moe in zip(chosen, built, strict=True):
         _put(model, network, moe)
@@ -219,6 +220,16 @@ def _check_dropout(network: FeedForward, moe: MoE) -> None:
         raise ValueError(
             f"{_called(network)} drops hidden units with a probability of {p:g}, the experts drop none: give them "
             f"dropout={p:g}, or build the dense model without"
+        )
+
+
+def _freeze_alike(network: FeedForward, experts: nn.Module) -> None:
+    trained = [parameter.requires_grad for parameter in network.parameters()]
+    if not any(trained):
+        experts.requires_grad_(False)
+    elif not all(trained):
+        warnings.warn(
+            f"{_called(network)} is frozen in part, its experts are trained: set requires_grad of theirs", stacklevel=3
         )
 
 

@@ -66,6 +66,16 @@ class SwitchedOffMlp(Mlp):
         return y * (torch.rand(()) > 0.001) if self.training else y
 
 
+class DetachedMlp(Mlp):
+    def forward(self, x):
+        return super().forward(x.detach())
+
+
+class DetachedHiddenMlp(Mlp):
+    def forward(self, x):
+        return x + self.fc2(self.act(self.fc1(x)).detach())
+
+
 class ClampedMlp(Mlp):
     def forward(self, x):
         return self.fc2(self.act(self.fc1(x).clamp(-7, 7)))
@@ -325,6 +335,8 @@ def test_what_holds_more_than_the_network_is_left_alone_and_named(network, reaso
         (ScaledMlp, "fc1, fc2 are not two linear maps"),
         (HiddenDropoutMlp, "in training it does something else"),
         (SwitchedOffMlp, "in training it does something else"),
+        (DetachedMlp, "its gradients differ"),
+        (DetachedHiddenMlp, "its gradients differ"),
         (ClampedMlp, "it computes something else where values are large"),
         (ClampedGated, "it computes something else where values are large"),
         (BranchingMlp, "it computes something else where values are large"),
@@ -395,6 +407,21 @@ def test_networks_that_look_alike_are_told_apart():
 def test_experts_of_another_function_replace_no_residual_path():
     with pytest.raises(ValueError, match="fc1, fc2 are not two linear maps"):
         sparsify(nn.Sequential(UnknownResidual()), num_experts=2, blocks="all", experts=MLPExperts)
+
+
+def test_experts_that_start_from_frozen_weights_stay_frozen():
+    def sparse(upcycle, frozen):
+        model = nn.Sequential(Mlp(), Residual(InlineBlock()))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not frozen(name))
+        sparsify(model, num_experts=2, blocks="all", upcycle=upcycle)
+        return [{p.requires_grad for p in layer.experts.parameters()} for layer in moe_layers(model)]
+
+    assert sparse(True, lambda name: True) == [{False}, {False}]
+    assert sparse(True, lambda name: name.startswith("0")) == [{False}, {True}]
+    assert sparse(False, lambda name: True) == [{True}, {True}]
+    with pytest.warns(UserWarning, match=r"0 \(Mlp\) is frozen in part, its experts are trained"):
+        assert sparse(True, lambda name: name == "0.fc1.weight") == [{True}, {True}]
 
 
 def test_weights_are_tried_at_random_so_that_zeros_hide_nothing():
