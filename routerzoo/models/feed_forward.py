@@ -379,12 +379,15 @@ def _read(holder: nn.Module, exact: bool) -> Reading:
         shapes = ", ".join(f"{name} {list(linears[name].weight.shape)}" for name in names)  # type: ignore[arg-type]
         raise Refused(f"its output is not as wide as its input, or its layers do not fit each other ({shapes})")
     between = f"{'two' if len(names) == 2 else 'three'} linear maps with one of {', '.join(ACTIVATIONS)} between them"
-    in_tuple = False
+    instead = ""
     if not beside:
         trial = _Trial(holder)
         if reading := _first(trial.whole, assignments):
             return reading
-        in_tuple = trial.in_tuple
+        if trial.further:
+            instead = f"it takes other arguments ({', '.join(trial.further)}), a MoE layer hidden states alone"
+        elif trial.in_tuple:
+            instead = "it returns a tuple, a MoE layer a tensor"
         if not exact and (reading := _first(_Trial(holder).ends_in_down, assignments)):
             return reading
     few = len(linears) in (2, 3)
@@ -397,8 +400,8 @@ def _read(holder: nn.Module, exact: bool) -> Reading:
                 raise
     if few and beside:
         raise Refused(f"it holds {', '.join(beside)}, which experts have no counterpart of in that place")
-    if in_tuple:
-        raise Refused("it returns a tuple, a MoE layer a tensor")
+    if instead:
+        raise Refused(instead)
     raise Refused(f"{', '.join(names)} are not {between}, or what is between them is no module that can be taken out")
 
 
@@ -444,6 +447,7 @@ class _Trial:
             kept = torch.zeros(buffer.shape, dtype=buffer.dtype, device="cpu") if buffer.is_meta else buffer.detach()
             self.values[name] = (kept.float() if kept.is_floating_point() else kept).to(self.device)
         self.generator = generator
+        self.further = [parameter.name for parameter in _required(holder)[1:]]
         self.in_tuple = self.draws_numbers = False  # whether the last call returned one, drew random ones
         self.dropouts = {n: m.p for n, m in holder.named_modules() if isinstance(m, _DropoutNd)}
         self.base = self._copy(holder)
@@ -466,12 +470,7 @@ class _Trial:
         own = {name for name, _ in itertools.chain(module.named_parameters(), module.named_buffers())}
         values = {name: value for name, value in self.values.items() if name in own}
         devices = [self.device] if self.device.type == "cuda" else []
-        required = [
-            parameter
-            for parameter in inspect.signature(module.forward).parameters.values()
-            if parameter.default is parameter.empty
-            and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-        ]
+        required = _required(module)
         failure: Exception | None = None
         # Further arguments are masks, which may be None, or other hidden states.
         for further in (None, self.x)[: len(required)]:
@@ -483,8 +482,10 @@ class _Trial:
                 ):
                     torch.manual_seed(seed)
                     before = _random_state(devices)
-                    arguments = (self.x, *[further] * (len(required) - 1))
-                    output = torch.func.functional_call(module.train(training), values, arguments)
+                    positional = [p for p in required[1:] if p.kind is not p.KEYWORD_ONLY]
+                    named = {p.name: further for p in required[1:] if p.kind is p.KEYWORD_ONLY}
+                    arguments = (self.x, *[further] * len(positional))
+                    output = torch.func.functional_call(module.train(training), values, arguments, named)
                     self.draws_numbers = not torch.equal(_random_state(devices), before)
                 break
             except Exception as error:  # a module may raise anything
@@ -509,7 +510,7 @@ class _Trial:
         """Read a module that is a network and nothing else."""
         self._draw(width)
         output = self._call(self.base)
-        if self.in_tuple:  # a MoE layer returns a tensor
+        if self.in_tuple or self.further:  # a MoE layer takes hidden states alone, and returns a tensor
             return None
         for layers, activation in itertools.product(assignments, ACTIVATIONS):
             network = self._network(layers, activation)
@@ -538,7 +539,7 @@ class _Trial:
         """Read a module whose output is its last linear map's, whatever is before that."""
         self._draw(width)
         output, own = self._call(self.base), self.values
-        if self.in_tuple:
+        if self.in_tuple or self.further:
             return None
         for layers in assignments:
             last = {name: 2 * value for name, value in own.items() if name.startswith(f"{layers.down}.")}
@@ -673,6 +674,12 @@ def _gradients(output: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     cotangent = torch.linspace(-1, 2, output.numel(), device=output.device, dtype=output.dtype).view_as(output)
     found = torch.autograd.grad(output, leaves, cotangent, allow_unused=True)
     return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
+
+
+def _required(module: nn.Module) -> list[inspect.Parameter]:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(module.forward).parameters.values()
+    return [each for each in parameters if each.default is each.empty and each.kind in kinds]
 
 
 def _random_state(devices: list[torch.device]) -> Tensor:

@@ -397,6 +397,28 @@ def test_a_tuple_that_experts_cannot_return_is_kept(network):
     assert plan.kept["0"] == "it returns a tuple, a MoE layer a tensor"
 
 
+class MaskedGated(Gated):
+    def forward(self, x, mask):
+        return super().forward(x)
+
+
+class NamedMaskMlp(Mlp):
+    def forward(self, x, *, mask):
+        return super().forward(x)
+
+
+def test_a_module_that_takes_other_arguments_still_does():
+    model = nn.ModuleList([NamedMaskMlp(), MaskedGated()])
+    x = torch.randn(2, 5, 16)
+    expected = model[0](x, mask=None)
+    assert plan_sparsify(model, blocks="all").kept == {
+        "1": "it takes other arguments (mask), a MoE layer hidden states alone"
+    }
+    with pytest.warns(UserWarning, match=r"1 \(MaskedGated\): it takes other arguments"):
+        sparsify(model, num_experts=2, blocks="all", upcycle=True)
+    assert_close(model[0](x, mask=None), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_networks_that_look_alike_are_told_apart():
     model = nn.Sequential(UnequalMlp([1.0]), UnequalMlp([3.0]))
     with pytest.warns(UserWarning, match=r"leaves as they are: 1 \(UnequalMlp\)"):
