@@ -10,6 +10,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+PLATEAU = "follows a metric, while tasks set the learning rate at every step"
+"""Why no task takes `ReduceLROnPlateau`."""
+
 
 class WarmupCosine(LambdaLR):
     """Learning rate that rises linearly, then falls along half a cosine.

@@ -324,7 +324,8 @@ class RouterZooCLI(LightningCLI):
             # Evaluation has no use for them, but a checkpoint's callbacks are expected whenever it is read.
             if given["enable_checkpointing"] in (None, True) and not barebones:
                 added += self._checkpoints(folder, config["checkpoint_every"])
-            if fitting and given["logger"] is not False and not barebones:
+            constant = isinstance(self.model, MoETask) and self.model.lr_scheduler is None
+            if fitting and given["logger"] is not False and not barebones and not constant:
                 added.append(LearningRateMonitor("step"))
         trainer = super().instantiate_trainer(**{**kwargs, "callbacks": [*callbacks, *added]})
         if not issubclass(RunReport, kinds):

@@ -20,8 +20,11 @@ from routerzoo import registry
 from routerzoo.cli.arguments import unrecognized
 from routerzoo.errors import UserError
 from routerzoo.moe.experts import Experts
+from routerzoo.optim import PLATEAU
 from routerzoo.tasks.class_paths import refusal
 
+FUNCTION = "takes a function, which no config can hold"
+BUILT = "takes schedules that are built already, which no config can hold"
 START = "--config language/HyperRouter, for example"
 # What an option holds, by the last part of its name.
 KINDS: dict[str, type] = {
@@ -33,6 +36,14 @@ KINDS: dict[str, type] = {
     "lr_scheduler": LRScheduler,
     "optimizer": Optimizer,
 }
+UNUSABLE = {
+    "LambdaLR": FUNCTION,
+    "MultiplicativeLR": FUNCTION,
+    "SequentialLR": BUILT,
+    "ChainedScheduler": BUILT,
+    "ReduceLROnPlateau": PLATEAU,
+}
+"""Schedules that no config can describe, or that no task follows, and why."""
 BASES = ("LightningModule", "LightningDataModule", "Callback")
 
 
@@ -73,6 +84,8 @@ def explain(message: str, known: Iterable[str] = ()) -> str:
         hint = "" if "is a function" in refused else ". If you trust it, name it on the command line, or add --trust"
         return f"{first.option or 'config'}: {refused}{hint}"
     option, text = first.option, first.text
+    if option.endswith("lr_scheduler") and (unusable := re.search(rf"\b({'|'.join(UNUSABLE)})\b", text + first.value)):
+        return f"{option}: {unusable[1]} {UNUSABLE[unusable[1]]}: take {' or '.join(class_names('lr_scheduler'))}"
     if required := re.match(r"the following arguments are required: (.*)", text):
         return _required(first, required[1])
     if missing := re.search(r"Dict must include a class_path.*?key='([^']+)'", text):
@@ -141,8 +154,9 @@ def _type_name(text: str) -> str:
 
 
 def _required(reason: _Reason, names: str) -> str:
-    if reason.owner:
-        cls = reason.owner.rpartition(".")[2]
+    built = re.match(r"Namespace\(class_path='([^']+)'", reason.value)  # what a factory builds is no owner yet
+    if owner := built[1] if built else reason.owner:
+        cls = owner.rpartition(".")[2]
         options = ", ".join(f"--{reason.option}.{name}" for name in names.split(", "))
         return f"{cls} also needs {names}: add {options}"
     command = names.partition(".")[0]
@@ -168,7 +182,7 @@ def class_names(key: str) -> list[str]:
         return registry.list_routers()
     ours = "routerzoo" if key in ("experts", "model", "data") else ""
     found = {cls for cls in _subclasses(KINDS[key]) if not inspect.isabstract(cls) and ours in cls.__module__}
-    return sorted({cls.__name__ for cls in found if not cls.__name__.startswith("_")})
+    return sorted({cls.__name__ for cls in found if not cls.__name__.startswith("_")} - UNUSABLE.keys())
 
 
 def _subclasses(cls: type) -> Iterable[type]:
@@ -193,7 +207,8 @@ def _arguments(class_path: str) -> list[str]:
     module, _, name = class_path.rpartition(".")
     cls: Any = getattr(__import__(module, fromlist=[name]), name)
     # As the command line knows them: a class's `**kwargs` are the arguments of what it hands them to.
-    found = ArgumentParser().add_class_arguments(cls, skip={"spec"}, fail_untyped=False, instantiate=False)
+    given = {"optimizer", "total_steps"} if issubclass(cls, LRScheduler) else {"spec"}
+    found = ArgumentParser().add_class_arguments(cls, skip=given, fail_untyped=False, instantiate=False)
     return [argument for argument in found if "." not in argument]
 
 

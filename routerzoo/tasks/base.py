@@ -7,7 +7,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from lightning import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import Metric
 
 from routerzoo.callbacks.router_hooks import AVERAGING, RouterHooks, averaged_models
@@ -28,7 +28,7 @@ from routerzoo.errors import UserError
 from routerzoo.moe.auxiliary_loss import auxiliary_losses
 from routerzoo.moe.averaging import copy_router_state
 from routerzoo.moe.layer import inner_router, moe_layers
-from routerzoo.optim import EXECUTION, WarmupCosine, parameter_groups, use_fused_kernel
+from routerzoo.optim import EXECUTION, PLATEAU, WarmupCosine, parameter_groups, use_fused_kernel
 from routerzoo.router import LossWeight, Router
 from routerzoo.routers.logit_scale import match_logit_std
 from routerzoo.routing import RoutingContext
@@ -38,7 +38,15 @@ from routerzoo.tasks.factories import allow_in_checkpoints, plain_factory
 FORMAT_KEY, FORMAT = "routerzoo_format", 2
 """Key and value of the format version in checkpoints."""
 
-SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
+if TYPE_CHECKING:
+    SchedulerFactory = Callable[..., LRScheduler]
+else:
+
+    class SchedulerFactory(Protocol):
+        """Builds a learning-rate schedule; the option parser does not ask for what is given here."""
+
+        def __call__(self, optimizer: Optimizer, /, *, total_steps: int) -> LRScheduler:
+            """Return the schedule; `total_steps` is given to what has such a parameter alone."""
 
 
 class Prediction(NamedTuple):
@@ -78,7 +86,8 @@ class MoETask(LightningModule, ABC):
         consistency: send each training batch through the model twice, and weight the divergence of the two predictions
             with this, for routers (or dropout) that draw random numbers; 0 for one pass.
         optimizer: builds the optimizer from parameter groups.
-        lr_scheduler: builds the learning-rate schedule from the optimizer and the number of steps.
+        lr_scheduler: builds the learning-rate schedule, which advances by the step, from the optimizer, and from the
+            number of steps if it has a parameter `total_steps`; None for a constant learning rate.
     """
 
     headline_higher_is_better: bool = False
@@ -94,7 +103,7 @@ class MoETask(LightningModule, ABC):
         initial_logit_std: float | None = None,
         consistency: float = 0.0,
         optimizer: OptimizerCallable = torch.optim.AdamW,
-        lr_scheduler: SchedulerFactory = WarmupCosine,
+        lr_scheduler: SchedulerFactory | None = WarmupCosine,
     ) -> None:
         super().__init__()
         self.net = net
@@ -311,7 +320,12 @@ class MoETask(LightningModule, ABC):
             # Fused and foreach kernels require parameters that are sharded alike; these are not.
             groups = [{**group, **dict.fromkeys(EXECUTION, False)} for group in groups]
         optimizer = self.optimizer(groups)
-        scheduler = self.lr_scheduler(optimizer, self.total_steps)
+        if self.lr_scheduler is None:
+            return optimizer
+        planned = "total_steps" in inspect.signature(self.lr_scheduler).parameters
+        scheduler = self.lr_scheduler(optimizer, **({"total_steps": self.total_steps} if planned else {}))
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise UserError(f"lr_scheduler: ReduceLROnPlateau {PLATEAU}: take another class, or none")
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(

@@ -56,7 +56,7 @@ class DecoderTask(MoETask):
         initial_logit_std: float | None = None,
         consistency: float = 0.0,
         optimizer: OptimizerCallable = torch.optim.AdamW,
-        lr_scheduler: SchedulerFactory = WarmupCosine,
+        lr_scheduler: SchedulerFactory | None = WarmupCosine,
         **model: Any,
     ) -> None:
         self.vocab_size = vocab_size if vocab_size is not None else 256

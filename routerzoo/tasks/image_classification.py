@@ -64,7 +64,7 @@ class ImageClassification(Classification):
         initial_logit_std: float | None = None,
         consistency: float = 0.0,
         optimizer: OptimizerCallable = torch.optim.AdamW,
-        lr_scheduler: SchedulerFactory = WarmupCosine,
+        lr_scheduler: SchedulerFactory | None = WarmupCosine,
         **model: Any,
     ) -> None:
         num_classes = num_classes if num_classes is not None else 10

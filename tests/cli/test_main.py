@@ -237,6 +237,10 @@ def test_a_checkpoint_that_carries_code_is_refused_and_nothing_runs(tmp_path, co
         (["--model", "LanguageModel"], "no class is called 'LanguageModel'; did you mean 'LanguageModeling'?"),
         (["--data", "TextDat"], "no class is called 'TextDat'; did you mean 'TextData'?"),
         (["--model.num_expert", "3"], "LanguageModeling has no option 'num_expert'; did you mean 'num_experts'?"),
+        (["--model.lr_scheduler", "ExponentialLR"], "ExponentialLR also needs gamma: add --model.lr_scheduler.gamma"),
+        (["--model.lr_scheduler", "LambdaLR"], "LambdaLR takes a function, which no config can hold: take Cons"),
+        (["--model.lr_scheduler", "ReduceLROnPlateau"], "model.lr_scheduler: ReduceLROnPlateau follows a metric"),
+        (["--model.lr_scheduler.total_steps", "3"], "'warmup_steps'? It takes: warmup_steps, final_share."),
         (["--model.num_experts", "few"], "model.num_experts: expected int, got 'few'"),
         (["--trainer.max_epoch", "3"], "there is no option --trainer.max_epoch; did you mean '--trainer.max_epochs'?"),
     ],
@@ -269,6 +273,28 @@ def test_bad_values_are_explained_in_a_sentence(config, options, message):
     said = fails("fit", "--config", config, *options)
     assert message in said
     assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("options", "rates"),
+    [
+        (["--model.lr_scheduler", "ExponentialLR", "--model.lr_scheduler.gamma", "0.5"], [1.0, 0.5, 0.25]),
+        (["--model.lr_scheduler", "StepLR", "--model.lr_scheduler.step_size", "2"], [1.0, 1.0, 0.1]),
+        (["--model.lr_scheduler", "null"], None),
+    ],
+)
+def test_a_schedule_of_torch_takes_its_own_options(config, options, rates):
+    made = cli.RouterZooCLI(["--config", config, *options], run=False)
+    if rates is None:
+        assert made.model.lr_scheduler is None
+        return
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule, seen = made.model.lr_scheduler(optimizer), []
+    for _ in rates:
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert seen == pytest.approx(rates)
 
 
 def test_an_option_of_a_router_not_chosen_yet_says_what_to_do(tmp_path, capsys):

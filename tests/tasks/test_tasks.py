@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -230,6 +231,31 @@ def test_the_learning_rate_warms_up_and_falls():
     assert rates[110] == pytest.approx(0.1)
     with pytest.raises(ValueError, match="warmup_steps must be at least 0"):
         WarmupCosine(optimizer, 10, warmup_steps=-1)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        (partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5), [1.0, 0.5, 0.25]),
+        (partial(torch.optim.lr_scheduler.StepLR, step_size=2), [1.0, 1.0, 0.1]),
+        (partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: 1 / (1 + step)), [1.0, 1 / 2, 1 / 3]),
+        (partial(WarmupCosine, warmup_steps=2), [0.5, 1.0, 1.0]),
+        (lambda optimizer, total_steps: WarmupCosine(optimizer, total_steps // 4), [1.0, 0.1, 0.1]),
+        (None, [1.0, 1.0, 1.0]),
+    ],
+)
+def test_the_number_of_steps_goes_to_schedules_that_ask_for_it(schedule, rates):
+    task = language("LinearRouter", optimizer=partial(torch.optim.SGD, lr=1.0), lr_scheduler=schedule)
+    task._total_steps = 4
+    configured = task.configure_optimizers()
+    optimizer = configured if schedule is None else configured["optimizer"]
+    seen = []
+    for _ in rates:
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if schedule is not None:
+            configured["lr_scheduler"]["scheduler"].step()
+    assert seen == pytest.approx(rates)
 
 
 CHECKPOINT_MAKER = """
