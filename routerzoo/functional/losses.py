@@ -220,7 +220,7 @@ def stablemoe_balance_loss(
     """Return StableMoE's balance loss (Dai et al. 2022, equation 8) as a mean over tokens, without its factor alpha.
 
     `sum_i (|A_i| - n) / n * sum_{t in A_i} sigmoid(s_ti)`, where `A_i` are the tokens of expert i and `n = T / E`. The
-    paper and its code sum over tokens, as they do for the language-modelling loss; here both are means.
+    paper and its code sum over tokens, as they do for the language-modeling loss; here both are means.
 
     Args:
         gates_T: sigmoid of each token's score for its expert.

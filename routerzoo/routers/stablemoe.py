@@ -38,7 +38,7 @@ class StableMoERouter(LogitRouter):
     measures another policy than training; `evaluate="stage"` measures the current one.
 
     Coefficients 0.3 for both losses (their script; equation 11 shows none). Both are means over tokens here, as the
-    language-modelling loss is; the authors take sums of all three. Centroids start orthogonal with gain 0.1, as
+    language-modeling loss is; the authors take sums of all three. Centroids start orthogonal with gain 0.1, as
     published; the paper is silent on D and E_hat: N(0, 1 / R) here.
 
     Extensions of the paper, which is top-1 and about text: k > 1 takes the k largest of the same scores, each with its
