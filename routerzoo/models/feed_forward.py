@@ -52,6 +52,7 @@ _GRADIENT_TOLERANCE = 1e-3
 _DRAWS = 8  # in training; one alone may drop nothing
 
 
+_TWO_OR_THREE = "a feed-forward network has two, or three if it is gated"
 _IN_TRAINING = "in training it does something else, such as a dropout that is not a module"
 
 
@@ -179,13 +180,22 @@ class _Search:
             return []
         self.seen.add(id(module))
         found = [f for child in module.children() for f in self.below(child, [*ancestors, module])]
-        if any(f.reading is not None for f in found) or not _is_candidate(module):
+        if any(f.reading is not None for f in found):
             return found
+        called_so = any(
+            _CALLED_SO.search(name) for name in (type(module).__name__, self.places[id(module)][0].rpartition(".")[2])
+        )
+        if not _is_candidate(module):
+            if not called_so or found or not (reason := _unread(module)):
+                return found
+            unread = FeedForward(tuple(self.places[id(module)]), module, None, reason, misread=True)
+            other = self._other_role(unread, ancestors)
+            return [replace(unread, reason=other, misread=False) if other else unread]
         read = self.read(module)
         if reason := self._other_role(read, ancestors):
             read = replace(read, reading=None, reason=reason, misread=False)
-        called_so = _CALLED_SO.search(type(module).__name__) or _named_layers(module)
-        return [*found, read] if read.reading is not None or called_so else found
+        listed = called_so or _named_layers(module) or _is_stack(module)
+        return [*found, read] if read.reading is not None or listed else found
 
     def read(self, holder: nn.Module) -> FeedForward:
         """Return what a module computes, or why it is not to be replaced."""
@@ -293,6 +303,27 @@ def _is_candidate(module: nn.Module) -> bool:
     return any(names in INLINE for names in _named_layers(module))
 
 
+def _is_stack(module: nn.Module) -> bool:
+    # Linear layers, what has no weights, and nothing else, one after the other.
+    if not isinstance(module, nn.Sequential):
+        return False
+    weighty = [child for child in module if list(child.parameters())]
+    return len(weighty) > 1 and all(isinstance(child, nn.Linear) for child in weighty)
+
+
+def _unread(module: nn.Module) -> str:
+    """Return why a module that is called a feed-forward network is not tried; nothing where it is none."""
+    parts = [(name, part) for name, part in module.named_modules() if name]
+    computed = [name for name, part in parts if isinstance(part, nn.Linear) and "weight" not in part._parameters]
+    if computed:
+        return f"it computes the weights of {', '.join(computed)}, as weight_norm does: remove that first"
+    convolutions = [name for name, part in parts if isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1)]
+    if len(convolutions) > 1:
+        return f"{', '.join(convolutions)} are convolutions, experts have linear layers"
+    number = len(_linears(module))
+    return f"it has {number} linear layers, {_TWO_OR_THREE}" if number > 1 else ""
+
+
 def _signature(holder: nn.Module) -> Any:
     """Return what tells modules apart that may compute different functions."""
 
@@ -370,7 +401,7 @@ def _read(holder: nn.Module, exact: bool) -> Reading:
     linears = _linears(holder)
     inline = [names for names in _named_layers(holder) if names in INLINE]
     if len(linears) not in (2, 3) and not inline:
-        raise Refused(f"it has {len(linears)} linear layers, a feed-forward network has two, or three if it is gated")
+        raise Refused(f"it has {len(linears)} linear layers, {_TWO_OR_THREE}")
     names = inline[0] if inline else tuple(linears)
     known = {id(p) for name in names for p in linears[name].parameters(recurse=False)}
     beside = _beside(holder, known)
@@ -517,7 +548,7 @@ class _Trial:
             if not _same(output, _compute(network, self.x)):
                 continue
             self._check_large(layers, activation, lambda network: _compute(network, self.x))
-            self._check_gradients(layers, activation, lambda network: _compute(network, self.x))
+            self._check_gradient(layers, activation, lambda network: _compute(network, self.x))
             reading = Reading(layers, activation)
             for name, p in self.dropouts.items():
                 if p == 0:
@@ -562,7 +593,7 @@ class _Trial:
                 if not _same(self._call_without(reading, network), output):
                     continue
                 self._check_large(layers, activation, partial(self._call_without, reading))
-                self._check_gradients(layers, activation, partial(self._call_without, reading))
+                self._check_gradient(layers, activation, partial(self._call_without, reading))
                 return self._with_dropout(reading, network)
         return None
 
@@ -608,24 +639,21 @@ class _Trial:
         finally:
             self.x, self.values = x, values
 
-    def _check_gradients(
+    def _check_gradient(
         self, layers: Layers, activation: Activation, expected: Callable[[FeedForwardWeights], Tensor]
     ) -> None:
-        x, values = self.x, self.values
+        x = self.x
         try:
             self.x = x.clone().requires_grad_()
-            self.values = {n: v.clone().requires_grad_(v.is_floating_point()) for n, v in values.items()}
-            leaves = [leaf for leaf in (self.x, *self.values.values()) if leaf.requires_grad]
             with torch.enable_grad():
                 outputs = [self._call(self.base), expected(self._network(layers, activation))]
-                gradients = [_gradients(output, leaves) for output in outputs]
+                gradient, wanted = [_gradient(output, self.x) for output in outputs]
         except RuntimeError as error:  # of a backward pass
-            raise Refused(f"its gradients cannot be tried ({str(error).splitlines()[0]})") from error
+            raise Refused(f"its gradient cannot be tried ({str(error).splitlines()[0]})") from error
         finally:
-            self.x, self.values = x, values
-        for gradient, wanted in zip(*gradients, strict=True):
-            if (gradient - wanted).abs().max() > _GRADIENT_TOLERANCE * wanted.abs().max():
-                raise Refused("its gradients differ, as where something is detached")
+            self.x = x
+        if (gradient - wanted).abs().max() > _GRADIENT_TOLERANCE * wanted.abs().max():
+            raise Refused("its input's gradient is another, as where something is detached")
 
     def _check_training(self, module: nn.Module, expected: Callable[[int], Tensor]) -> None:
         for seed in range(_DRAWS):
@@ -668,12 +696,12 @@ def _activations(holder: nn.Module, layers: Layers) -> list[str]:
     return found
 
 
-def _gradients(output: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+def _gradient(output: Tensor, x: Tensor) -> Tensor:
     if not output.requires_grad:
-        return [torch.zeros_like(leaf) for leaf in leaves]
+        return torch.zeros_like(x)
     cotangent = torch.linspace(-1, 2, output.numel(), device=output.device, dtype=output.dtype).view_as(output)
-    found = torch.autograd.grad(output, leaves, cotangent, allow_unused=True)
-    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
+    (found,) = torch.autograd.grad(output, x, cotangent, allow_unused=True)
+    return torch.zeros_like(x) if found is None else found
 
 
 def _required(module: nn.Module) -> list[inspect.Parameter]:

@@ -1,6 +1,7 @@
 """`sparsify` replaces what is a feed-forward network, keeps what surrounds it, and says what it leaves alone."""
 
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import timm
@@ -335,8 +336,8 @@ def test_what_holds_more_than_the_network_is_left_alone_and_named(network, reaso
         (ScaledMlp, "fc1, fc2 are not two linear maps"),
         (HiddenDropoutMlp, "in training it does something else"),
         (SwitchedOffMlp, "in training it does something else"),
-        (DetachedMlp, "its gradients differ"),
-        (DetachedHiddenMlp, "its gradients differ"),
+        (DetachedMlp, "its input's gradient is another"),
+        (DetachedHiddenMlp, "its input's gradient is another"),
         (ClampedMlp, "it computes something else where values are large"),
         (ClampedGated, "it computes something else where values are large"),
         (BranchingMlp, "it computes something else where values are large"),
@@ -516,6 +517,47 @@ def test_the_plan_says_what_is_replaced_what_not_and_why():
     assert plan.kept["3"] == "its 4 hidden units are fewer than its 16 inputs, as an adapter's or a squeeze's"
     assert str(plan).splitlines()[0] == "replace  0  Mlp: 16 -> 32 -> 16, gelu, dropout 0.1"
     assert not list(moe_layers(model))
+
+
+class NormedWeightsMlp(Mlp):
+    def __init__(self):
+        super().__init__()
+        self.fc1 = nn.utils.parametrizations.weight_norm(self.fc1)
+
+
+class DeepMlp(Mlp):
+    def __init__(self):
+        super().__init__()
+        self.middle = nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.fc2(self.act(self.middle(self.act(self.fc1(x)))))
+
+
+def stack(*widths):
+    layers = [layer for sizes in pairwise(widths) for layer in (nn.Linear(*sizes), nn.GELU())]
+    return nn.Sequential(*layers[:-1])
+
+
+@pytest.mark.parametrize(
+    ("network", "reason"),
+    [
+        (NormedWeightsMlp, "it computes the weights of fc1, as weight_norm does"),
+        (DeepMlp, "it holds middle (Linear)"),
+        (partial(stack, 16, 32, 32, 16), "its layers do not fit each other (0 [32, 16], 2 [32, 32]"),
+        (partial(stack, 16, 32, 32, 32, 16), "it has 4 linear layers"),
+        (partial(timm.layers.ConvMlp, 16, 32), "fc1, fc2 are convolutions"),
+        (partial(timm.layers.GlobalResponseNormMlp, 16, 32, use_conv=True), "fc1, fc2 are convolutions"),
+    ],
+)
+def test_the_plan_lists_what_looks_like_a_network(network, reason):
+    kept = plan_sparsify(nn.ModuleDict({"dense": Mlp(), "mlp": network()}), blocks="all").kept
+    assert list(kept) == ["mlp"]
+    assert reason in kept["mlp"]
+
+
+def test_the_plan_lists_a_sequential_model():
+    assert "it is the model itself" in plan_sparsify(stack(16, 32, 16), blocks="all").kept[""]
 
 
 def test_torch_and_torchvision_models_compute_what_they_did():
