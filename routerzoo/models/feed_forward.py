@@ -548,7 +548,7 @@ class _Trial:
             if not _same(output, _compute(network, self.x)):
                 continue
             self._check_large(layers, activation, lambda network: _compute(network, self.x))
-            self._check_gradient(layers, activation, lambda network: _compute(network, self.x))
+            self._check_gradients(layers, activation, lambda network: _compute(network, self.x))
             reading = Reading(layers, activation)
             for name, p in self.dropouts.items():
                 if p == 0:
@@ -593,7 +593,7 @@ class _Trial:
                 if not _same(self._call_without(reading, network), output):
                     continue
                 self._check_large(layers, activation, partial(self._call_without, reading))
-                self._check_gradient(layers, activation, partial(self._call_without, reading))
+                self._check_gradients(layers, activation, partial(self._call_without, reading))
                 return self._with_dropout(reading, network)
         return None
 
@@ -639,21 +639,24 @@ class _Trial:
         finally:
             self.x, self.values = x, values
 
-    def _check_gradient(
+    def _check_gradients(
         self, layers: Layers, activation: Activation, expected: Callable[[FeedForwardWeights], Tensor]
     ) -> None:
-        x = self.x
+        x, values = self.x, self.values
+        name = f"{layers.down}.weight"
         try:
-            self.x = x.clone().requires_grad_()
+            self.x, down = x.clone().requires_grad_(), values[name].clone().requires_grad_()
+            self.values = {**values, name: down}
             with torch.enable_grad():
                 outputs = [self._call(self.base), expected(self._network(layers, activation))]
-                gradient, wanted = [_gradient(output, self.x) for output in outputs]
+                gradients = [_gradients(output, (self.x, down)) for output in outputs]
         except RuntimeError as error:  # of a backward pass
-            raise Refused(f"its gradient cannot be tried ({str(error).splitlines()[0]})") from error
+            raise Refused(f"its gradients cannot be tried ({str(error).splitlines()[0]})") from error
         finally:
-            self.x = x
-        if (gradient - wanted).abs().max() > _GRADIENT_TOLERANCE * wanted.abs().max():
-            raise Refused("its input's gradient is another, as where something is detached")
+            self.x, self.values = x, values
+        for gradient, wanted in zip(*gradients, strict=True):
+            if (gradient - wanted).abs().max() > _GRADIENT_TOLERANCE * wanted.abs().max():
+                raise Refused("its gradients are others, as where something is detached")
 
     def _check_training(self, module: nn.Module, expected: Callable[[int], Tensor]) -> None:
         for seed in range(_DRAWS):
@@ -696,12 +699,12 @@ def _activations(holder: nn.Module, layers: Layers) -> list[str]:
     return found
 
 
-def _gradient(output: Tensor, x: Tensor) -> Tensor:
+def _gradients(output: Tensor, leaves: tuple[Tensor, ...]) -> list[Tensor]:
     if not output.requires_grad:
-        return torch.zeros_like(x)
+        return [torch.zeros_like(leaf) for leaf in leaves]
     cotangent = torch.linspace(-1, 2, output.numel(), device=output.device, dtype=output.dtype).view_as(output)
-    (found,) = torch.autograd.grad(output, x, cotangent, allow_unused=True)
-    return torch.zeros_like(x) if found is None else found
+    found = torch.autograd.grad(output, leaves, cotangent, allow_unused=True)
+    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
 
 
 def _required(module: nn.Module) -> list[inspect.Parameter]:
