@@ -13,7 +13,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
-from routerzoo.callbacks.steps import completes_step, steps_taken
+from routerzoo.callbacks.steps import completes_step, planned_steps, steps_taken
 from routerzoo.metrics import ExpertLoad, GateConfidence
 from routerzoo.metrics.figures import load_over_training
 from routerzoo.moe.layer import MoE, RoutingHookHandle, inner_router, moe_layers
@@ -30,7 +30,8 @@ class RoutingMonitor(Callback):
     """Logs routing metrics of every MoE layer of any `LightningModule`.
 
     Metrics of the i-th MoE layer of the module are named `<stage>/moe<i>/<metric>`; see `routerzoo.metrics`. In
-    training they are those of the steps that Lightning logs (`log_every_n_steps`), over all batches of a step; in
+    training they are those of the steps that Lightning logs (`log_every_n_steps`), or of the last step of a run that
+    is shorter, over all batches of a step; in
     validation and test those of the whole split. Every call of a layer counts, padding does not. The progress bar shows
     the load of the most and of the least loaded expert of all layers, relative to the mean load, as `load_max` and
     `load_min`. Training is unaffected.
@@ -52,6 +53,7 @@ class RoutingMonitor(Callback):
         # By layer, while recording.
         self._metrics: dict[nn.Module, _LayerMetrics] = {}
         self._top_ks: dict[nn.Module, int] = {}
+        self._end: int | None = None
 
     @property
     def state_key(self) -> str:
@@ -117,11 +119,13 @@ class RoutingMonitor(Callback):
         """Drop the history of an earlier run."""
         if trainer.global_step == 0:
             self.steps_R, self.loads_R = [], []
+        self._end = planned_steps(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start to record a step that Lightning logs, or continue with its next batch."""
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if not self._metrics and every > 0 and (steps_taken(trainer) + 1) % every == 0:
+        every, step = trainer.log_every_n_steps, steps_taken(trainer) + 1  # type: ignore[attr-defined]
+        only = step == self._end and not self.steps_R  # a run that ends before
+        if not self._metrics and every > 0 and (step % every == 0 or only):
             self._start(trainer, pl_module)
 
     def on_train_batch_end(

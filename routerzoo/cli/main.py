@@ -80,6 +80,7 @@ class Parser(LightningArgumentParser):
         for action in self._actions:
             if action.dest == "ckpt_path":  # Lightning's names of checkpoints are others
                 action.help = "last or best, of the latest run or of --run_dir, or the path of a checkpoint."
+                self.epilog = f"{TRUST} lets configs name classes of any package; no config can set it."
         return super().format_help(*args)
 
     def error(self, message: str, ex: Exception | None = None) -> Any:

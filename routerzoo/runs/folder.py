@@ -94,7 +94,7 @@ def lock(folder: Path) -> FileLock:
     """Let no other process train the run in a folder, until the lock is released or this process ends.
 
     Raises:
-        UserError: one does.
+        UserError: one does, or the folder cannot be written to.
     """
     held = FileLock(folder / LOCK)
     try:
@@ -103,6 +103,11 @@ def lock(folder: Path) -> FileLock:
         raise UserError(f"another process trains the run in {folder}: wait until it ends, or stop it") from None
     except NotImplementedError:
         pass  # a file system without locks
+    except OSError as error:
+        raise UserError(
+            f"cannot train in the run folder {folder} ({reason_of(error)}); choose another with --run_dir, and give "
+            "--ckpt_path the checkpoint's file to go on from there"
+        ) from error
     return held
 
 
@@ -155,20 +160,33 @@ def latest_run(checkpoint: str, name: str | None = None, root: Path = DEFAULT_RO
         UserError: there is no such run, or it has no such checkpoint; another run's is never taken instead.
     """
     pattern = f"{_safe(name) if name is not None else '*'}/*"
-    configs = sorted(root.glob(f"{pattern}/{CONFIG}"), key=lambda path: (path.stat().st_mtime_ns, path), reverse=True)
+    configs = sorted(root.glob(f"{pattern}/{CONFIG}"), key=_changed, reverse=True)
     if not configs:
+        others = [config.parent for config in sorted(root.glob(f"*/*/{CONFIG}"), key=_changed, reverse=True)]
+        found = _listed(others, checkpoint)
+        ways_out = f"Train first, or choose one of another name: {found}" if found else "Train first"
         raise UserError(
-            f"no checkpoint to continue from: no run matches {root / pattern}. Train first, or give --ckpt_path a file"
+            f"no checkpoint to continue from: no run matches {root / pattern}. {ways_out}, or give --ckpt_path a file"
         )
     newest, *others = (config.parent for config in configs)
     if has_checkpoint(newest, checkpoint):
         return newest
-    found = [f"--run_dir {run}" for run in others if has_checkpoint(run, checkpoint)]
-    more = f" and {len(found) - LISTED} more" if len(found) > LISTED else ""
-    ways_out = f"choose one that has: {', '.join(found[:LISTED])}{more}" if found else "no other run has one either"
+    found = _listed(others, checkpoint)
+    ways_out = f"choose one that has: {found}" if found else "no other run has one either"
     raise UserError(
         f"no checkpoint to continue from: {newest}, the run that was started last, has no {checkpoint}.ckpt; {ways_out}"
     )
+
+
+def _changed(path: Path) -> tuple[int, Path]:
+    return path.stat().st_mtime_ns, path
+
+
+def _listed(folders: list[Path], checkpoint: str) -> str:
+    """Return the options that choose the first of the runs with a checkpoint; nothing if none has one."""
+    found = [f"--run_dir {run}" for run in folders if has_checkpoint(run, checkpoint)]
+    more = f" and {len(found) - LISTED} more" if len(found) > LISTED else ""
+    return f"{', '.join(found[:LISTED])}{more}"
 
 
 def run_of(checkpoint: Path) -> Path:

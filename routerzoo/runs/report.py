@@ -61,6 +61,7 @@ class RunReport(Callback):
         self._last_step = 0
         self._started: float | None = None
         self._seconds_before = 0.0
+        self._trained = False
 
     @property
     def _console(self) -> Console:  # not an attribute: a console cannot be copied
@@ -110,7 +111,7 @@ class RunReport(Callback):
         """Print the model; forget the results of an earlier run."""
         if trainer.ckpt_path is None and trainer.global_step == 0:
             self._clear()
-        self._started = time.monotonic()
+        self._started, self._trained = time.monotonic(), False
         # On every rank: counting runs a forward pass, and sharded parameters need all.
         self._count(pl_module)
         if not trainer.is_global_zero:
@@ -127,6 +128,10 @@ class RunReport(Callback):
         self._console.print(f"[bold]{what}[/bold]; {self._sizes(pl_module)}")
         if self.folder is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._console.print(f"run folder: {self.folder}")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember that there was something to train."""
+        self._trained = True
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the value at step 0."""
@@ -151,6 +156,9 @@ class RunReport(Callback):
             return
         seconds = self._seconds
         print_ = self._console.print
+        if not self._trained:
+            print_(f"Nothing was trained: the run is at step {trainer.global_step}, where it ends.")
+            return
         print_(f"\n[bold]Trained to step {trainer.global_step} in {seconds:.0f} s.[/bold]")
         rows: list[tuple[str, float | None]] = [("step 0", self.metric_at_start)]
         baseline = pl_module.baseline(getattr(trainer, "datamodule", None))
@@ -167,6 +175,10 @@ class RunReport(Callback):
                 table.add_column(label, justify="right")
             table.add_row(*("-" if value is None else f"{value:.4f}" for _, value in rows))
             print_(table)
+            monitor = _monitor(trainer)
+            if monitor is not None and monitor.last_statistics and not monitor.steps_R:
+                every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+                print_(f"No step's routing was recorded (trainer.log_every_n_steps is {every}): there is no picture.")
         self._print_costs(pl_module)
         self._print_routing(trainer)
         results = {

@@ -410,6 +410,12 @@ class MoETask(LightningModule, ABC):
         self._random_state, states = checkpoint.get("random_state"), checkpoint.get("optimizer_states", [])
         if self._trainer is not None and self._trainer.state.fn == "fit":
             _refuse_half_a_state(self._random_state, states)
+            started = checkpoint["global_step"] > 0 and not any(state.get("state") for state in states)
+            if started and _keeps_state(self.optimizer):
+                raise UserError(
+                    f"the checkpoint is incomplete: it is of step {checkpoint['global_step']}, but its "
+                    "optimizer_states are empty. It cannot be resumed: train again"
+                )
         # Several processes save the optimizer's state by name; one reads it by number.
         if not self.is_sharded and states and any(isinstance(name, str) for name in states[0]["state"]):
             from routerzoo.checkpoints.sharded import by_number
@@ -432,6 +438,15 @@ def _refuse_half_a_state(random_state: Any, optimizer_states: Any) -> None:
     if not whole or not optimizer_states:
         lacks = "optimizer_states" if whole else "random_state"
         raise UserError(f"the checkpoint is incomplete: it has no {lacks}. It cannot be resumed: train again")
+
+
+def _keeps_state(optimizer: OptimizerCallable) -> bool:
+    """Whether an optimizer remembers anything after a step; SGD without momentum does not."""
+    parameter = nn.Parameter(torch.zeros(2, 2))
+    parameter.grad = torch.ones(2, 2)
+    trial = optimizer([{"params": [parameter]}])
+    trial.step(lambda: 0.0)
+    return bool(trial.state)
 
 
 def _divergence(one: Prediction, other: Prediction) -> Tensor:

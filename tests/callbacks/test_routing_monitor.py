@@ -78,6 +78,16 @@ def test_nothing_is_recorded_where_lightning_logs_nothing(options):
     assert monitor.steps_R == []
 
 
+def test_a_run_that_is_shorter_than_the_interval_records_its_last_step(tmp_path):
+    monitor, _ = recorded(Plain(), max_steps=5, log_every_n_steps=10)
+    assert monitor.steps_R == [5]
+    monitor = RoutingMonitor()
+    options = {**QUIET, "log_every_n_steps": 10, "default_root_dir": tmp_path}
+    Trainer(**options, limit_train_batches=3, callbacks=[monitor]).fit(Plain(), loader(), loader(1))
+    assert monitor.steps_R == [3]
+    assert (tmp_path / "routing.png").is_file()
+
+
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 def test_a_batch_that_training_step_skips_is_not_recorded():
     monitor, _ = recorded(Plain(skipped=[2]), log_every_n_steps=3)

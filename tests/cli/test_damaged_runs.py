@@ -107,8 +107,12 @@ def changed(**changes):
         ({"loops": {"fit_loop": 3}}, "does not fit the run, or is incomplete: AttributeError: 'int' object has no"),
         ({"optimizer_states": []}, "it has no optimizer_states. It cannot be resumed"),
         (
-            {"optimizer_states": [{"state": {}, "param_groups": []}]},
+            {"optimizer_states": [{"state": {0: {}}, "param_groups": []}]},
             "does not fit the run, or is incomplete: ValueError",
+        ),
+        (
+            {"optimizer_states": [{"state": {}, "param_groups": []}]},
+            "it is of step 4, but its optimizer_states are empty. It cannot be resumed: train again",
         ),
         ({"random_state": torch.zeros(3)}, "it has no random_state. It cannot be resumed"),
     ],

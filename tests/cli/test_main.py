@@ -167,7 +167,10 @@ def test_resuming_says_from_where_and_keeps_the_log(run, capsys):
         steps = [int(row["step"]) for row in csv.DictReader(file)]
     assert min(steps) < 4 <= max(steps)
     cli.main(["fit", "--ckpt_path", "last", "--trainer.max_steps", "6"])
-    assert "It had reached trainer.max_steps: raise that to train on" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "It had reached trainer.max_steps: raise that to train on" in shown
+    assert "Nothing was trained: the run is at step 6" in shown
+    assert "Nothing was validated" not in shown
 
 
 def test_last_that_finds_nothing_is_an_error(config):
@@ -308,6 +311,12 @@ def test_help_explains_a_router(capsys):
         cli.main(["fit", "--model", "LanguageModeling", "--model.router.help", "HyperRouter"])
     assert ended.value.code == 0
     assert "width H of the hypernetwork's hidden layer" in capsys.readouterr().out
+
+
+def test_help_names_the_option_that_trusts_configs(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "--help"])
+    assert "--trust lets configs name classes of any package" in capsys.readouterr().out
 
 
 def test_a_later_choice_replaces_the_earlier_router(config, tmp_path):

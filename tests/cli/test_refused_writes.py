@@ -75,6 +75,7 @@ def test_training_that_can_write_nowhere_says_so(run, capsys, tmp_path, resumed)
         line = said(capsys, "fit", "--config", "config.yaml", *(resume if resumed else []))
     assert "Permission denied" in line
     assert "runs" in line
+    assert "choose another with --run_dir" in line
 
 
 @pytest.mark.parametrize("arguments", [["sweep", "--config", "sweeps/quick"], ["report", "sweeps/quick"]])

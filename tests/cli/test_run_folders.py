@@ -287,6 +287,12 @@ def test_a_run_without_validation_says_so(config, capsys):
     assert "Nothing was validated (trainer.limit_val_batches is 0): there is no best" in capsys.readouterr().out
 
 
+def test_a_run_without_a_picture_of_its_routing_says_so(config, capsys):
+    cli.main(["fit", "--config", config, "--trainer.log_every_n_steps", "0", "--trainer.max_steps", "1"])
+    shown = capsys.readouterr().out
+    assert "No step's routing was recorded (trainer.log_every_n_steps is 0): there is no picture" in shown
+
+
 def test_results_at_several_k_say_which_and_outlive_a_later_test(run, capsys):
     command = ["test", "--ckpt_path", "best"]
     cli.main([*command, "--model.eval_top_k", "[2,1,4]", "--trainer.callbacks+", "ExpertSpecialization"])

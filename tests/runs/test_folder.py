@@ -113,5 +113,9 @@ def test_last_is_the_run_that_was_started_last_or_nothing():
         runs.latest_run("last")
     with pytest.raises(UserError, match=r"has no best.ckpt; no other run has one either"):
         runs.latest_run("best", "text-Linear")
+    with pytest.raises(
+        UserError, match=rf"matches runs/text-X/\*. Train first, or choose .*name: --run_dir {older}, or"
+    ):
+        runs.latest_run("last", "text-X")
     started_at(older, 5)  # as a resume does
     assert runs.latest_run("last") == runs.latest_run("last", "text-Linear") == older

@@ -217,6 +217,15 @@ def test_a_run_is_fused_also_when_it_goes_on(tmp_path):
     assert [group["fused"] for group in again.optimizers[0].param_groups] == [True, True]
 
 
+def test_an_optimizer_without_state_goes_on(tmp_path):
+    sgd = partial(torch.optim.SGD, lr=0.1)
+    for steps, resumed in ((1, None), (2, tmp_path / "a.ckpt")):
+        trainer = Trainer(**QUIET, max_steps=steps, limit_val_batches=0, enable_checkpointing=False)
+        trainer.fit(language("LinearRouter", optimizer=sgd), text_data(), ckpt_path=resumed)
+        trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert trainer.global_step == 2
+
+
 def test_the_learning_rate_warms_up_and_falls():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule = WarmupCosine(optimizer, 110, warmup_steps=10, final_share=0.1)
