@@ -11,8 +11,10 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import random
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -510,6 +512,7 @@ class _Trial:
                     torch.device(self.device),
                     torch.autocast(self.device.type, enabled=False),
                     torch.random.fork_rng(devices),
+                    _own_random_numbers(seed),
                 ):
                     torch.manual_seed(seed)
                     before = _random_state(devices)
@@ -517,7 +520,7 @@ class _Trial:
                     named = {p.name: further for p in required[1:] if p.kind is p.KEYWORD_ONLY}
                     arguments = (self.x, *[further] * len(positional))
                     output = torch.func.functional_call(module.train(training), values, arguments, named)
-                    self.draws_numbers = not torch.equal(_random_state(devices), before)
+                    self.draws_numbers = _random_state(devices) != before
                 break
             except Exception as error:  # a module may raise anything
                 failure = failure or error
@@ -713,8 +716,20 @@ def _required(module: nn.Module) -> list[inspect.Parameter]:
     return [each for each in parameters if each.default is each.empty and each.kind in kinds]
 
 
-def _random_state(devices: list[torch.device]) -> Tensor:
-    return torch.cat([torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)])
+@contextmanager
+def _own_random_numbers(seed: int) -> Iterator[None]:
+    """Seed Python's generator, and put it back afterwards."""
+    state = random.getstate()
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(state)
+
+
+def _random_state(devices: list[torch.device]) -> list[Any]:
+    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
+    return [random.getstate(), *(state.tolist() for state in states)]
 
 
 def _both(first: float, second: float) -> float:

@@ -1,5 +1,6 @@
 """`sparsify` replaces what is a feed-forward network, keeps what surrounds it, and says what it leaves alone."""
 
+import random
 from functools import partial
 from itertools import pairwise
 
@@ -65,6 +66,12 @@ class SwitchedOffMlp(Mlp):
     def forward(self, x):
         y = super().forward(x)
         return y * (torch.rand(()) > 0.001) if self.training else y
+
+
+class PythonSwitchedOffMlp(Mlp):
+    def forward(self, x):
+        y = super().forward(x)
+        return 0 * y if self.training and random.random() < 0.001 else y
 
 
 class DetachedMlp(Mlp):
@@ -336,6 +343,7 @@ def test_what_holds_more_than_the_network_is_left_alone_and_named(network, reaso
         (ScaledMlp, "fc1, fc2 are not two linear maps"),
         (HiddenDropoutMlp, "in training it does something else"),
         (SwitchedOffMlp, "in training it does something else"),
+        (PythonSwitchedOffMlp, "in training it does something else"),
         (DetachedMlp, "its gradients are others"),
         (DetachedHiddenMlp, "its gradients are others"),
         (ClampedMlp, "it computes something else where values are large"),
@@ -628,13 +636,15 @@ def test_models_on_the_meta_device_are_sparsified_there():
 
 def test_a_trial_leaves_no_trace():
     model = nn.Sequential(Residual(InlineBlock(0.1)), Residual(ConvMlp()))
-    state, before = torch.get_rng_state(), {name: value.clone() for name, value in model.state_dict().items()}
+    state, drawn = torch.get_rng_state(), random.getstate()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.autocast("cpu", torch.bfloat16):
         plan = plan_sparsify(model, blocks="all")
     assert len(plan.replaced) == 1
     assert model.training
     assert model[0].inner.dropout.p == 0.1
     assert torch.equal(torch.get_rng_state(), state)
+    assert random.getstate() == drawn
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
