@@ -411,7 +411,7 @@ class MoETask(LightningModule, ABC):
         if self._trainer is not None and self._trainer.state.fn == "fit":
             _refuse_half_a_state(self._random_state, states)
             started = checkpoint["global_step"] > 0 and not any(state.get("state") for state in states)
-            if started and _keeps_state(self.optimizer):
+            if started and not self.is_sharded and _keeps_state(self.optimizer):  # that strategy loads it by itself
                 raise UserError(
                     f"the checkpoint is incomplete: it is of step {checkpoint['global_step']}, but its "
                     "optimizer_states are empty. It cannot be resumed: train again"
