@@ -155,12 +155,17 @@ def findings(
     """Return the findings in sentences."""
     told = []
     for task in sweep.tasks:
-        means = {name: interval(list(values.values())).mean for name, values in task.values.items()}
+        most = max(len(values) for values in task.values.values())
+        fewer = [name for name, values in task.values.items() if len(values) < most]
+        # A mean over fewer seeds is no rival: whichever seeds it has may be the easy ones.
+        means = {n: interval(list(values.values())).mean for n, values in task.values.items() if n not in fewer}
         best = (min if task.lower_is_better else max)(means, key=lambda name: means[name])
         by_verdict: dict[str, list[str]] = {}
         for name, comparison in compared[task.name].items():
             by_verdict.setdefault(comparison.verdict, []).append(name)
         sentence = f"{task.name}: the best mean {task.metric} is {means[best]:.4f}, of {best}."
+        if fewer:
+            sentence += f" Left out, with fewer seeds: {', '.join(fewer)}."
         texts = {
             "better": "Significantly better than {}: {}.",
             "worse": "Significantly worse than {}: {}.",
