@@ -145,7 +145,9 @@ MOST_GROUPS = 1024
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def compute_capability(device: int) -> int:
     """Return the generation of an NVIDIA GPU: 8 for Ampere and Ada, 9 for Hopper, 10 for Blackwell; 0 of others."""
-    return 0 if torch.version.hip is not None else torch.cuda.get_device_capability(device)[0]
+    if torch.version.hip is not None or not torch.cuda.is_available():  # none where tensors have no values
+        return 0
+    return torch.cuda.get_device_capability(device)[0]
 
 
 # Up to this share of the experts in rows, visiting only experts that have rows wins on a CPU.
