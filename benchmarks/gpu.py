@@ -14,8 +14,8 @@ In this order, so that the most important figures come first and each is written
 5. six routers on text, 2,000 steps each, three at a time.
 
 "Share of the dense rate" is the time of the same products by cuBLAS alone, one after another, divided by a contender's
-time; "of the active floor" likewise with a dense network of the active size. A process that dies takes one contender
-with it: the next one goes on. liger-kernel runs with its pinned configuration. Results: `layer.csv`, `profile.txt`,
+time; "of the active floor" likewise with a dense network of the active size. If a process
+crashes, its contender is skipped. liger-kernel is not autotuned. Results: `layer.csv`, `profile.txt`,
 `tests.txt`, `fits.txt` and `summary.md`.
 """
 # Shape suffixes: N rows of all assignments, D model width, H hidden width, Z 2 H, E experts.

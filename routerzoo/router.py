@@ -286,8 +286,7 @@ class Router(Reinitializable, ABC):
     def read_stored_ints(self) -> None:
         """Take the integers from their tensors, after these were written by something else.
 
-        Loading does so, and so does `eval`. Whoever writes buffers in place (an average of weights, say) and goes on
-        without either calls it.
+        `load_state_dict` and `eval` do so. Call it after writing buffers in place, as weight averaging does.
         """
         for name in self._stored_ints:
             tensor = self._buffers[name]

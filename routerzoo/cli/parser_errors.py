@@ -55,7 +55,7 @@ class _Reason:
         option: that it is about.
         owner: class path of the class that takes the option, if any.
         text: what is wrong.
-        value: that was given, if it is told.
+        value: that was given, if known.
     """
 
     option: str

@@ -22,7 +22,8 @@ def tile_sizes(dtype: torch.dtype, rows_per_expert: int) -> dict[str, int]:
     """Return the tiles of the products: rows, columns, inner width, and how many warps and stages work on one.
 
     Args:
-        dtype: of the operands. float32 is multiplied without tensor cores, unless torch is told otherwise.
+        dtype: of the operands. float32 products use tensor cores only if
+            `torch.backends.cuda.matmul.fp32_precision` is `tf32`.
         rows_per_expert: in the mean; tiles of few rows where there are few.
     """
     if INTERPRETED:

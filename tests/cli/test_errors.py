@@ -1,4 +1,4 @@
-"""Whatever a command is given wrongly, it says so in one line: the fault, the value and the way out."""
+"""Invalid input to any command gives one line: the fault, the value and the way out."""
 
 import subprocess
 import sys

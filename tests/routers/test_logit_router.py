@@ -24,7 +24,7 @@ class Plain(LogitRouter):
 
 
 class Doubled(Plain):
-    """Weights twice as much in training as it computes, and says so."""
+    """Doubles its weights in training, and declares it."""
 
     normalized = ByMode(training=False)
     trains_at_top_1 = False
