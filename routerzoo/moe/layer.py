@@ -14,7 +14,7 @@ from torch import Tensor, is_grad_enabled, nn
 
 from routerzoo.functional.recomputation import in_backward
 from routerzoo.moe.dispatch import apply_experts, dense_forward
-from routerzoo.moe.experts import EXPERTS, Experts, MLPExperts
+from routerzoo.moe.experts import EXPERTS, Experts, MLPExperts, TwoLayerExperts
 from routerzoo.moe.grouped_linear import BACKENDS, Backend
 from routerzoo.registry import create_router, did_you_mean
 from routerzoo.router import Router, UnmetRequirementError
@@ -116,6 +116,11 @@ class MoE(nn.Module):
         build = _experts_factory(experts)
         self.experts = _of_type(build(spec), Experts, "experts")
         self.experts.backend = backend
+        if low_memory and not (isinstance(self.experts, TwoLayerExperts) and backend == "auto"):
+            raise ValueError(
+                "low_memory=True takes MLPExperts or SwiGLUExperts and the backend 'auto', got "
+                f"{type(self.experts).__name__} and {backend!r}: leave low_memory out"
+            )
         self.shared_experts = build(replace(spec, num_experts=num_shared_experts)) if num_shared_experts else None
         if self.shared_experts is not None:
             self.shared_experts.backend = backend

@@ -9,7 +9,17 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from routerzoo import LayerSpec, LinearRouter, MLPExperts, MoE, Routing, RoutingContext, SwiGLUExperts, auxiliary_loss
+from routerzoo import (
+    Experts,
+    LayerSpec,
+    LinearRouter,
+    MLPExperts,
+    MoE,
+    Routing,
+    RoutingContext,
+    SwiGLUExperts,
+    auxiliary_loss,
+)
 from routerzoo.models.decoder import Decoder
 from routerzoo.moe import low_memory
 from routerzoo.moe.activations import ACTIVATIONS
@@ -267,6 +277,16 @@ def test_the_layer_computes_the_same_with_little_memory():
         outputs.append([y_TD, *torch.autograd.grad(loss, [x_TD, *layer.parameters()])])
     for value, right in zip(*outputs, strict=True):
         assert_close(value, right, rtol=1e-5, atol=1e-6)
+
+
+def test_what_cannot_have_little_memory_is_refused():
+    class Own(Experts):
+        def forward(self, x_ND, ends_E):
+            return x_ND
+
+    for options in ({"experts": Own}, {"backend": "loop"}):
+        with pytest.raises(ValueError, match="low_memory=True takes MLPExperts or SwiGLUExperts"):
+            MoE(d_model=8, num_experts=2, low_memory=True, **options)
 
 
 def test_gradients_of_gradients_are_right():
