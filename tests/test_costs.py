@@ -32,6 +32,14 @@ def test_costs_of_a_decoder_by_hand():
     assert costs.total == costs.trainable == sum(p.numel() for p in task.parameters())
 
 
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_experts_cost_the_same_as_one_operator(low_memory):
+    """As they are computed on a GPU by default."""
+    layer = MoE(d_model=16, num_experts=4, router=partial(LinearRouter, top_k=1), low_memory=low_memory)
+    costs = count_costs(layer, lambda: len(layer(torch.randn(5, 16))))
+    assert (costs.router_flops, costs.flops) == (2 * 16 * 4, 2 * 16 * 4 + 2 * 2 * 16 * 64)
+
+
 @pytest.mark.parametrize("moe_blocks", ["all", [1], "none"])
 def test_a_dense_model_of_equal_active_parameters_costs_less_by_the_router_alone(moe_blocks):
     sizes = {"d_model": 16, "num_blocks": 2, "num_heads": 2, "num_experts": 4, "max_length": 8}

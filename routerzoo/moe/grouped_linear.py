@@ -319,19 +319,19 @@ _weight_grad.register_autograd(_weight_grad_backward, setup_context=_save_inputs
 # FLOPs of the grouped products, two per multiply-add, for `torch.utils.flop_counter.FlopCounterMode`.
 
 
-def _num_rows(ends_E: Tensor, rows: int) -> int:
+def num_rows(ends_E: Tensor, rows: int) -> int:
     """Return how many rows belong to an expert; all rows where a tensor without values cannot tell."""
     return int(ends_E[-1]) if type(ends_E) is Tensor and not ends_E.is_meta else rows
 
 
 @register_flop_formula(torch.ops.routerzoo.grouped_matmul, get_raw=True)
 def _matmul_flops(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor, **kwargs: Any) -> int:
-    return 2 * _num_rows(ends_E, x_NI.shape[0]) * weight_EOI.shape[1] * weight_EOI.shape[2]
+    return 2 * num_rows(ends_E, x_NI.shape[0]) * weight_EOI.shape[1] * weight_EOI.shape[2]
 
 
 @register_flop_formula(torch.ops.routerzoo.grouped_weight_grad, get_raw=True)
 def _weight_grad_flops(grad_NO: Tensor, x_NI: Tensor, ends_E: Tensor, **kwargs: Any) -> int:
-    return 2 * _num_rows(ends_E, x_NI.shape[0]) * grad_NO.shape[1] * x_NI.shape[1]
+    return 2 * num_rows(ends_E, x_NI.shape[0]) * grad_NO.shape[1] * x_NI.shape[1]
 
 
 def _grouped_mm_flops(a: Tensor, b: Tensor, offs: Tensor | None = None, *args: Any, **kwargs: Any) -> int:
@@ -340,11 +340,11 @@ def _grouped_mm_flops(a: Tensor, b: Tensor, offs: Tensor | None = None, *args: A
         return 2 * a.shape[0] * m * k * n
     # The groups divide the dimension that one operand has no batch for: rows, columns, or for two matrices the sum.
     if b.ndim == 3:
-        m = _num_rows(offs, m)
+        m = num_rows(offs, m)
     elif a.ndim == 3:
-        n = _num_rows(offs, n)
+        n = num_rows(offs, n)
     else:
-        k = _num_rows(offs, k)
+        k = num_rows(offs, k)
     return 2 * m * k * n
 
 

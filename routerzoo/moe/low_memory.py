@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
+from torch.utils.flop_counter import register_flop_formula
 
 from routerzoo.moe.activations import ACTIVATIONS, GRADIENTS, Activation, activated
 from routerzoo.moe.grouped_linear import (
@@ -28,6 +29,7 @@ from routerzoo.moe.grouped_linear import (
     grouped_linear,
     grouped_refuses,
     multiply,
+    num_rows,
     rows_of_16_bytes,
     weight_grad,
 )
@@ -251,6 +253,37 @@ def _backward(ctx: Any, grad_TD: Tensor | None, _: Tensor | None) -> tuple[Tenso
 
 
 _experts.register_autograd(_backward, setup_context=_setup)
+
+
+# FLOPs of the products, two per multiply-add, as in `routerzoo.moe.grouped_linear`: a counter does not look inside an
+# operator, and without these a run on a GPU would cost what it costs without experts.
+
+
+@register_flop_formula(torch.ops.routerzoo.experts, get_raw=True)
+def _experts_flops(
+    x_TD: Tensor, weight_N: Tensor, up: Tensor, up_bias: Any, down: Tensor, down_bias: Any, *others: Any, **kwargs: Any
+) -> int:
+    ends_E, source_N = others[0], others[3]
+    size: int = up[0].numel() + down[0].numel()
+    return 2 * num_rows(ends_E, source_N.shape[0]) * size
+
+
+@register_flop_formula(torch.ops.routerzoo.experts_backward, get_raw=True)
+def _experts_backward_flops(
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    weight_N: Tensor,
+    up: Tensor,
+    up_bias: Any,
+    down: Tensor,
+    down_bias: Any,
+    *others: Any,
+    **kwargs: Any,
+) -> int:
+    ends_E, source_N, (needs_x, needs_weight, needs_up, _, needs_down, _) = others[0], others[3], others[-1]
+    by_row: int = (needs_x + needs_up) * up[0].numel() + (1 + needs_down) * down[0].numel()
+    by_token = down_bias.numel() if needs_weight and down_bias is not None else 0
+    return 2 * (num_rows(ends_E, source_N.shape[0]) * by_row + x_TD.shape[0] * by_token)
 
 
 def _differentiable(

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 from routerzoo import (
     Experts,
@@ -319,6 +320,25 @@ def test_as_many_experts_as_16_bits_hold(num_experts):
     assert rows.expert_N.tolist() == [0, num_experts - 1, num_experts - 1, num_experts]
     assert rows.ends_E[-1] == 3
     assert rows.source_N.tolist() == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("kind", BANKS)
+def test_flops_are_those_of_the_separate_products(kind):
+    bank, (make, weights) = bank_of(kind, 8, 4), routing_of(12, 4, 2, drop=0.3)
+    routing = make(weights.requires_grad_())
+    flops = []
+    for as_one in (False, True):
+        x_TD = torch.randn(12, 8, requires_grad=True)
+        with FlopCounterMode(display=False) as counter:
+            y_TD = apply_experts(x_TD, routing, bank, 4, low_memory=as_one)
+            flops.append(counter.get_total_flops())
+            y_TD.square().sum().backward()
+        flops.append(counter.get_total_flops() - flops[-1])
+    rows, products = int((routing.experts_TK >= 0).sum()), 3 if "gate" in kind or kind == "swiglu" else 2
+    forward = 2 * rows * 8 * bank.hidden_dim * products
+    # The gradient of a weight takes the bias from every token at once.
+    by_token = 0 if kind in ("plain", "swiglu") else 2 * 12 * 8 * 4
+    assert flops == [forward, 2 * forward, forward, 2 * forward + by_token]
 
 
 def test_it_compiles_as_one_operator():
