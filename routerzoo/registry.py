@@ -204,18 +204,25 @@ def load_plugins() -> None:
         _report(point, reason)
 
 
-def load_group(group: str, base: type) -> None:
+def load_group(group: str, base: type) -> list[type]:
     """Import the classes of another entry-point group, once per process; broken ones are left out with a warning.
 
     Args:
         group: name of the group.
         base: what the classes must be.
+
+    Returns:
+        The classes that this call has imported.
     """
+    loaded: list[type] = []
     for point in _points_to_load(group):
         cls, reason = _import(point)
         if not reason and not (isinstance(cls, type) and issubclass(cls, base)):
             reason = f"{cls!r} is not a subclass of {base.__name__}"
         _report(point, reason)
+        if not reason and isinstance(cls, type):
+            loaded.append(cls)
+    return loaded
 
 
 def _points_to_load(group: str) -> list[EntryPoint]:

@@ -39,6 +39,7 @@ LAYERS = [
     "cli.checkpoints",
     "cli.main",
     "sweep",
+    "bench",
     "report",
     "testing",
     "cli",

@@ -1,0 +1,1 @@
+"""The tasks of the exact tier, one a file; every module here is imported."""
