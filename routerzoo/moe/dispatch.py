@@ -28,6 +28,7 @@ def apply_experts(
     num_experts: int,
     mesh: DeviceMesh | None = None,
     low_memory: bool | None = None,
+    weights_on_input: bool = False,
 ) -> Tensor:
     """Send each token to its experts and add up what they return, weighted.
 
@@ -40,10 +41,18 @@ def apply_experts(
         num_experts: number of experts.
         mesh: the ranks that share the experts; None where this one has all.
         low_memory: keep hidden states and pre-activations alone for the backward pass; by default on a GPU.
+        weights_on_input: weight what an expert gets, not what it returns.
 
     Returns:
         `[tokens, d_model]`; zeros for a token without expert.
+
+    Raises:
+        ValueError: weights on inputs of a router that does not name experts.
     """
+    if weights_on_input:
+        if routing.merge_GE is not None or routing.dense:
+            raise ValueError("weights_on_input takes a router that names experts, not one that mixes tokens or experts")
+        return _sparse(x_TD, routing.assignments(), experts, num_experts, mesh, weights_on_input=True)
     if routing.merge_GE is not None:
         return _merged(x_TD, routing, experts, mesh)
     if routing.dense:
@@ -86,7 +95,13 @@ def dense_forward(experts: nn.Module, x_TD: Tensor, num_experts: int) -> Tensor:
 
 
 def _sparse(
-    x_TD: Tensor, assignments: Assignments, experts: nn.Module, num_experts: int, mesh: DeviceMesh | None
+    x_TD: Tensor,
+    assignments: Assignments,
+    experts: nn.Module,
+    num_experts: int,
+    mesh: DeviceMesh | None,
+    *,
+    weights_on_input: bool = False,
 ) -> Tensor:
     token_N, expert_N, weight_N, top_k, may_drop = assignments
     if top_k is None:
@@ -105,6 +120,8 @@ def _sparse(
     ends_E = torch.searchsorted(sorted_N, bounds_E, right=True, out_int32=True)
     permutation = permutation_of(token_N, order_N, x_TD.shape[0], top_k)
     x_ND = permute(x_TD, permutation)
+    if weights_on_input:
+        x_ND, weight_N = x_ND * weight_N.index_select(0, order_N).unsqueeze(1), torch.ones_like(weight_N)
     real_N1 = (sorted_N < num_experts).unsqueeze(1) if may_drop else None
     if real_N1 is not None:
         x_ND = torch.where(real_N1, x_ND, 0)  # stops what the unspecified rows send back

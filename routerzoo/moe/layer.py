@@ -59,6 +59,9 @@ class MoE(nn.Module):
         router: name of a router, or a function that builds one from the spec: a class, or a `functools.partial` of it.
         experts: name of a class of experts (`MLPExperts`, `SwiGLUExperts`), or a function that builds them, likewise.
         num_shared_experts: experts of the same shape that see every token, with weight 1 (DeepSeekMoE).
+        gate_shared_experts: weight the shared experts with a learned `sigmoid(w x)` instead (Qwen2-MoE).
+        weights_on_input: multiply an expert's input with its weight instead of its output (Llama 4). For routers that
+            name experts.
         backend: how the experts' products are computed; see `routerzoo.grouped_linear`.
         low_memory: keep the hidden states and the experts' pre-activations alone for the backward pass, and compute
             the rest again: memory that does not grow with k at equal FLOPs. By default on a GPU, where it is the
@@ -89,6 +92,8 @@ class MoE(nn.Module):
         experts: str | ExpertsFactory = MLPExperts,
         *,
         num_shared_experts: int = 0,
+        gate_shared_experts: bool = False,
+        weights_on_input: bool = False,
         backend: Backend = "auto",
         low_memory: bool | None = None,
         allow_non_causal: bool = False,
@@ -110,6 +115,11 @@ class MoE(nn.Module):
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
         if num_shared_experts < 0:
             raise ValueError(f"num_shared_experts must be at least 0, got {num_shared_experts}")
+        if gate_shared_experts and not num_shared_experts:
+            raise ValueError("gate_shared_experts needs num_shared_experts of at least 1")
+        if low_memory and weights_on_input:
+            raise ValueError("low_memory=True weights outputs, not inputs: leave low_memory or weights_on_input out")
+        self.weights_on_input = weights_on_input
         self.low_memory = low_memory
         self.spec, self.num_experts, self.num_shared_experts = spec, spec.num_experts, num_shared_experts
         self.router = _checked(_built_router(router, spec), allow_non_causal)
@@ -124,6 +134,7 @@ class MoE(nn.Module):
         self.shared_experts = build(replace(spec, num_experts=num_shared_experts)) if num_shared_experts else None
         if self.shared_experts is not None:
             self.shared_experts.backend = backend
+        self.shared_gate = nn.Linear(spec.d_model, 1, bias=False) if gate_shared_experts else None
         self.mesh: DeviceMesh | None = None
         """The ranks that share the experts; see `routerzoo.distributed.expert_parallel`."""
         self.is_driven = False
@@ -158,6 +169,8 @@ class MoE(nn.Module):
         for part in (inner_router(self), self.experts, self.shared_experts):
             if part is not None:
                 part.reset_parameters()
+        if self.shared_gate is not None:
+            self.shared_gate.reset_parameters()
 
     def __getstate__(self) -> dict[str, object]:
         # Observers, and the context of a pass, belong to this layer, not to its copy.
@@ -181,13 +194,16 @@ class MoE(nn.Module):
         self._routing_hooks[number] = hook
         return RoutingHookHandle(self, number)
 
-    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: RoutingContext | None = None, *, router_input: Tensor | None = None
+    ) -> Tensor:
         """Compute the layer.
 
         Args:
             x: hidden states `[..., d_model]`.
             context: what the router may look at beside them, one entry for each token. The call's routing is added to
                 `context.routings`.
+            router_input: hidden states that the router sees, where the experts see others (Gemma 4).
 
         Returns:
             Of the shape of `x`.
@@ -201,14 +217,20 @@ class MoE(nn.Module):
         if not isinstance(context, RoutingContext):
             raise TypeError(f"the context of a MoE layer is a RoutingContext, got {type(context).__name__}")
         x_TD = x.reshape(-1, x.shape[-1])
-        routing = without_padding(self.router(x_TD, context), context)
+        routed_TD = x_TD if router_input is None else router_input.reshape(-1, router_input.shape[-1])
+        routing = without_padding(self.router(routed_TD, context), context)
         if not in_backward():
             self._publish(routing, context)
             if self.training and not torch.compiler.is_compiling():
-                self._warn_of_what_training_lacks(x_TD)
-        y_TD = apply_experts(x_TD, routing, self.experts, self.num_experts, self.mesh, self.low_memory)
+                self._warn_of_what_training_lacks(routed_TD)
+        y_TD = apply_experts(
+            x_TD, routing, self.experts, self.num_experts, self.mesh, self.low_memory, self.weights_on_input
+        )
         if self.shared_experts is not None:
-            y_TD = y_TD + dense_forward(self.shared_experts, x_TD, self.num_shared_experts)
+            shared_TD = dense_forward(self.shared_experts, x_TD, self.num_shared_experts)
+            if self.shared_gate is not None:
+                shared_TD = self.shared_gate(x_TD).sigmoid() * shared_TD
+            y_TD = y_TD + shared_TD
         return y_TD.view(*x.shape[:-1], y_TD.shape[1])
 
     def _current_context(self) -> RoutingContext:
