@@ -74,6 +74,7 @@ def balance_loss(
     weighted: bool = False,
     normalized: bool = False,
     may_drop: bool = True,
+    earlier_E: Tensor | None = None,
     scope: Scope = "batch",
     sequence_ids: Tensor | None = None,
     padding_mask: Tensor | None = None,
@@ -95,6 +96,8 @@ def balance_loss(
             which has a gradient too.
         normalized: each row of the scores sums to 1 already.
         may_drop: whether `experts_TK` may hold -1; False saves the masking.
+        earlier_E: assignments of each expert that `f_e` counts beside these: those of the earlier micro-batches of the
+            optimizer step (Qiu et al. 2025, https://arxiv.org/abs/2501.11873). In the scope of a batch, unweighted.
         scope: `batch` or `sequence`.
         sequence_ids: [tokens] int64, from 0 and below the number of tokens, but for padding; needed in the scope of a
             sequence.
@@ -105,9 +108,12 @@ def balance_loss(
         A scalar; 0 where there is no token.
 
     Raises:
-        ValueError: an unknown scope, or no `sequence_ids` where they are needed; on a CPU, ids out of range.
+        ValueError: an unknown scope, no `sequence_ids` where they are needed, or `earlier_E` with another scope or
+            weighted; on a CPU, ids out of range.
     """
     num_tokens, num_experts = probs_TE.shape
+    if earlier_E is not None and (weighted or scope != "batch"):
+        raise ValueError("earlier_E counts for the scope of a batch, unweighted: leave it out")
     if not normalized:
         probs_TE = probs_TE / probs_TE.sum(-1, keepdim=True).clamp_min(torch.finfo(probs_TE.dtype).tiny)
     if may_drop:
@@ -115,13 +121,16 @@ def balance_loss(
         chosen_TE = chosen_TE.scatter_(1, experts_TK.remainder(num_experts + 1), 1.0)[:, :num_experts]
     else:
         chosen_TE = probs_TE.new_zeros(num_tokens, num_experts).scatter_(1, experts_TK, 1.0)
-    if scope == "batch" and padding_mask is None and process_group is None and not weighted and not may_drop:
+    plain = scope == "batch" and padding_mask is None and process_group is None and earlier_E is None
+    if plain and not weighted and not may_drop:
         # The most frequent case in a fifth of the operations: a GPU waits for each of them in a small model.
         factor = num_experts / max(experts_TK.numel() * num_tokens, 1)
         return torch.dot(chosen_TE.sum(0), probs_TE.sum(0)) * factor
     groups = _groups(probs_TE, scope, sequence_ids, padding_mask, process_group)
     counted_TE = chosen_TE * probs_TE if weighted else chosen_TE
     (counted_GE, probs_GE), tokens_G1 = groups.sums(counted_TE, probs_TE)
+    if earlier_E is not None:
+        counted_GE = counted_GE + sum_over_ranks(earlier_E.to(counted_GE.dtype), process_group)
     f_GE = counted_GE / (tokens_G1 if weighted else counted_GE.sum(1, keepdim=True)).clamp_min(1)
     P_GE = probs_GE / tokens_G1.clamp_min(1)
     return _average(num_experts * (f_GE * P_GE).sum(1), tokens_G1)

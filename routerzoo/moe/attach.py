@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from routerzoo.functional.recomputation import backward_id
 from routerzoo.moe.layer import MoE, inner_router, moe_layers
+from routerzoo.moe.step_load import StepLoad
 from routerzoo.router import Router, declaring_class
 from routerzoo.routers.wrapper import RouterWrapper
 from routerzoo.routing import LayerRouting, Routing, RoutingContext
@@ -32,7 +33,8 @@ def attach(
     """Update the routers of a model once per step of an optimizer, through the optimizer's own hooks.
 
     Selection biases, thresholds and stages of training then move as their papers have it, whatever the loop:
-    accumulation of gradients, a gradient scaler, closures, fused optimizers, several processes. A step that is skipped
+    accumulation of gradients, a gradient scaler, closures, fused optimizers, several processes. The loss
+    `global_balance` counts the experts' load over the same steps. A step that is skipped
     (by a scaler, or since no parameter has a gradient) moves nothing, and a forward pass counts only once its gradient
     arrives, finite. After a step that was skipped, set gradients to None (`zero_grad`'s default), so that its counts
     are dropped too.
@@ -120,7 +122,7 @@ class RouterUpdates:
             if router.needs_updates:
                 _widen(router)
                 self._handles.append(layer.register_routing_hook(self._observe))
-            layer.is_driven = True
+            layer.step_load = StepLoad()
             if step == 0 and router.wants_token_counts and not router.is_frozen:
                 if token_counts is None:
                     warnings.warn(
@@ -137,7 +139,7 @@ class RouterUpdates:
         while self._handles:
             self._handles.pop().remove()
         for layer in self._layers:
-            layer.is_driven = False
+            layer.step_load = None
 
     def _begin_step(self) -> None:
         for router in self._routers():
@@ -206,6 +208,9 @@ class RouterUpdates:
         self._backward.clear()
         for counted in self._counted.values():
             counted.clear()
+        for layer in self._layers:
+            if layer.step_load is not None:
+                layer.step_load.clear()
         if _was_skipped(optimizer):
             return
         for layer in self._layers:

@@ -16,6 +16,7 @@ from routerzoo.functional.losses import Scope, balance_loss, importance_loss, lo
 from routerzoo.functional.topk import topk_indices
 from routerzoo.moe.layer import MoE, inner_router, moe_layers
 from routerzoo.moe.softmax_losses import softmax_losses
+from routerzoo.moe.step_load import StepLoad
 from routerzoo.router import LossWeight, Router
 from routerzoo.routing import LayerRouting, Routing, RoutingContext
 
@@ -89,7 +90,7 @@ def auxiliary_losses(
                 groups.setdefault((name, declared), []).append(entry)
     for entry in published:
         wanted = {name for (name, _), entries in groups.items() if entry in entries}
-        _learn(entry, context, token_losses, wanted - ROUTING_LOSSES.keys())
+        _learn(entry, context, token_losses, wanted - ROUTING_LOSSES.keys() - {GLOBAL_BALANCE})
     losses: dict[str, Tensor] = {}
     for (name, weight), entries in groups.items():
         loss = weight.value * _reduced(name, weight, entries, context)
@@ -112,7 +113,8 @@ def loss_of(name: str, routing: Routing, context: RoutingContext) -> Tensor:
     routing = routing.for_losses
     loss = ROUTING_LOSSES[name](routing, context) if name in ROUTING_LOSSES else None
     if loss is None:
-        known = sorted({*routing.losses, *(ROUTING_LOSSES if routing.logits_TE is not None else ())})
+        declared = {*ROUTING_LOSSES, GLOBAL_BALANCE}
+        known = sorted({*routing.losses, *(declared if routing.logits_TE is not None else ())})
         raise UnavailableLossError(f"has no loss {name!r}; it has {', '.join(known) or 'none'}")
     return loss
 
@@ -120,15 +122,42 @@ def loss_of(name: str, routing: Routing, context: RoutingContext) -> Tensor:
 def _reduced(name: str, weight: LossWeight, entries: list[LayerRouting], context: RoutingContext) -> Tensor:
     router = inner_router(entries[0].layer)  # type: ignore[arg-type]
     try:
+        if weight.over_layers == "pooled" and name == GLOBAL_BALANCE:
+            raise ValueError("each layer counts its own load: give a weight that is summed over layers, or their mean")
         if weight.over_layers == "pooled" and name in ROUTING_LOSSES and name not in entries[0].routing.losses:
             return loss_of(name, *_pooled([entry.routing.for_losses for entry in entries], context))
-        losses = [loss_of(name, entry.routing, context) for entry in entries]
+        losses = [_loss_of_entry(name, entry, context) for entry in entries]
     except UnavailableLossError as error:
         raise UnavailableLossError(f"{type(router).__name__} {error}") from None
     except ValueError as error:
         raise ValueError(f"the loss {name!r} of {type(router).__name__} cannot be computed: {error}") from None
     total = torch.stack(losses).sum() if len(losses) > 1 else losses[0]
     return total if weight.over_layers == "sum" else total / len(losses)
+
+
+def _loss_of_entry(name: str, entry: LayerRouting, context: RoutingContext) -> Tensor:
+    if name == GLOBAL_BALANCE and name not in entry.routing.losses:
+        return _global_balance(entry, context)
+    return loss_of(name, entry.routing, context)
+
+
+def _global_balance(entry: LayerRouting, context: RoutingContext) -> Tensor:
+    """Return the balance loss whose load counts the earlier micro-batches of the optimizer step too."""
+    step_load: StepLoad | None = entry.layer.step_load  # type: ignore[assignment]
+    routing = entry.routing.for_losses
+    counted_TK = _balanced_choices(routing)
+    if counted_TK is None:
+        raise UnavailableLossError("has no loss 'global_balance': it has no logits, or does not choose experts")
+    if step_load is None:
+        raise ValueError(
+            "it counts over the micro-batches of an optimizer step: call routerzoo.attach(model, optimizer) once, or "
+            "add the callback routerzoo.RouterHooks() to the Trainer"
+        )
+    loss = _balance(routing, context, earlier_E=step_load.earlier_E)
+    assert loss is not None
+    counted = Routing(counted_TK, counted_TK)
+    step_load.follow(entry, counted.expert_load(routing.balance_scores().shape[1]))
+    return loss
 
 
 def _learn(entry: LayerRouting, context: RoutingContext, token_losses: Tensor | None, wanted: set[str]) -> None:
@@ -194,16 +223,20 @@ def _pooled(routings: list[Routing], context: RoutingContext) -> tuple[Routing, 
 
 
 def _balance(
-    routing: Routing, context: RoutingContext, scope: Scope = "batch", weighted: bool = False
+    routing: Routing,
+    context: RoutingContext,
+    scope: Scope = "batch",
+    weighted: bool = False,
+    earlier_E: Tensor | None = None,
 ) -> Tensor | None:
-    if scope == "batch" and not weighted and (both := softmax_losses(routing, context)) is not None:
+    plain = scope == "batch" and not weighted and earlier_E is None
+    if plain and (both := softmax_losses(routing, context)) is not None:
         return both[0]
-    experts_TK = _choices(routing)
+    experts_TK = _balanced_choices(routing)
     if experts_TK is None:
         return None
-    scores_TE, may_drop = routing.balance_scores(), routing.may_drop or routing.experts_TK is None
-    if routing.balances_by_score:
-        experts_TK, may_drop = topk_indices(scores_TE.detach(), experts_TK.shape[1]), False
+    scores_TE = routing.balance_scores()
+    may_drop = not routing.balances_by_score and (routing.may_drop or routing.experts_TK is None)
     normalized = routing.balance_probs_TE is None and routing.score_fn == "softmax"
     return balance_loss(
         scores_TE,
@@ -211,8 +244,22 @@ def _balance(
         weighted=weighted,
         normalized=normalized,
         may_drop=may_drop,
+        earlier_E=earlier_E,
         **scope_of(scope, context),
     )
+
+
+def _local_balance(routing: Routing, context: RoutingContext) -> Tensor | None:
+    """Balance this process's micro-batch by itself, as many training loops do."""
+    return _balance(routing, context.replace(process_group=None))
+
+
+def _balanced_choices(routing: Routing) -> Tensor | None:
+    """Return the choices that balance losses count, -1 for none; None where there are no logits or no choices."""
+    experts_TK = _choices(routing)
+    if experts_TK is None or not routing.balances_by_score:
+        return experts_TK
+    return topk_indices(routing.balance_scores().detach(), experts_TK.shape[1])
 
 
 def _choices(routing: Routing) -> Tensor | None:
@@ -265,10 +312,13 @@ def _z(routing: Routing, context: RoutingContext) -> Tensor | None:
     return None if clean_TE is None else z_loss(clean_TE, padding_mask=context.padding_mask)
 
 
+GLOBAL_BALANCE = "global_balance"
+"""The one loss that is no function of a routing alone: its load is that of an optimizer step."""
 RoutingLoss = Callable[[Routing, RoutingContext], Tensor | None]
 ROUTING_LOSSES: dict[str, RoutingLoss] = {
     "balance": _balance,
     "sequence_balance": partial(_balance, scope="sequence"),
+    "local_balance": _local_balance,
     "weighted_balance": partial(_balance, weighted=True),
     "importance": _importance,
     "load": _load,

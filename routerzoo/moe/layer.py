@@ -16,6 +16,7 @@ from routerzoo.functional.recomputation import in_backward
 from routerzoo.moe.dispatch import apply_experts, dense_forward
 from routerzoo.moe.experts import EXPERTS, Experts, MLPExperts, TwoLayerExperts
 from routerzoo.moe.grouped_linear import BACKENDS, Backend
+from routerzoo.moe.step_load import StepLoad
 from routerzoo.registry import create_router, did_you_mean
 from routerzoo.router import Router, UnmetRequirementError
 from routerzoo.routing import LayerRouting, LayerSpec, Routing, RoutingContext
@@ -137,8 +138,8 @@ class MoE(nn.Module):
         self.shared_gate = nn.Linear(spec.d_model, 1, bias=False) if gate_shared_experts else None
         self.mesh: DeviceMesh | None = None
         """The ranks that share the experts; see `routerzoo.distributed.expert_parallel`."""
-        self.is_driven = False
-        """Whether `routerzoo.attach` updates the router once per optimizer step."""
+        self.step_load: StepLoad | None = None
+        """What `routerzoo.attach` keeps for losses of the global batch; None where nothing is attached."""
         self.warns_of_batch_dependence = True
         """Evaluation is taken for serving, until a trainer that only validates sets this to False."""
         self._warns_of_missing_updates = self._warns_of_reentrance = True
@@ -164,6 +165,11 @@ class MoE(nn.Module):
                 )
         return self
 
+    @property
+    def is_driven(self) -> bool:
+        """Whether `routerzoo.attach` updates the router once per optimizer step."""
+        return self.step_load is not None
+
     def reset_parameters(self) -> None:
         """Initialize router, experts and shared experts as the constructor did, on the device where they are."""
         for part in (inner_router(self), self.experts, self.shared_experts):
@@ -175,7 +181,7 @@ class MoE(nn.Module):
     def __getstate__(self) -> dict[str, object]:
         # Observers, and the context of a pass, belong to this layer, not to its copy.
         alone: dict[str, object] = {
-            "is_driven": False,
+            "step_load": None,
             "_warns_of_missing_updates": True,
             "_provided_context": None,
             "_had_context": False,

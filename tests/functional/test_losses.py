@@ -17,7 +17,7 @@ from routerzoo.functional.losses import (
     stablemoe_balance_loss,
     z_loss,
 )
-from routerzoo.moe.auxiliary_loss import loss_of
+from routerzoo.moe.auxiliary_loss import ROUTING_LOSSES, loss_of
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
@@ -193,7 +193,7 @@ def test_generic_losses_of_any_router_with_logits():
     router = XMoERouter(LayerSpec(8, 4), temperature=0.05)
     context = RoutingContext(sequence_ids=torch.tensor([0, 0, 0, 1, 1, 1]))
     routing = router(torch.randn(6, 8), context)
-    for name in ("balance", "sequence_balance", "importance", "load", "z"):
+    for name in ROUTING_LOSSES:
         assert loss_of(name, routing, context).isfinite()
     # X-MoE's balance is that of its fixed temperature in every scope.
     expected = balance_loss(
@@ -205,7 +205,7 @@ def test_generic_losses_of_any_router_with_logits():
 def test_an_unknown_loss_lists_those_that_the_router_has():
     routing = Routing(torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1), torch.zeros(2, 3))
     assert_close(loss_of("z", routing, RoutingContext()), torch.tensor(math.log(3) ** 2))
-    with pytest.raises(ValueError, match="no loss 'entropy'; it has balance, importance, load"):
+    with pytest.raises(ValueError, match="no loss 'entropy'; it has balance, global_balance, importance, load"):
         loss_of("entropy", routing, RoutingContext())
     with pytest.raises(ValueError, match="no loss 'balance'; it has none"):
         loss_of("balance", Routing(routing.experts_TK, routing.weights_TK), RoutingContext())
