@@ -186,7 +186,7 @@ def test_the_gate_is_as_exact_as_float32():
 def test_losses_of_a_softmax_gate():
     logits_TE = torch.randn(1000, 64, device="cuda", requires_grad=True)
     experts_TK = logits_TE.detach().topk(6).indices
-    found = _losses(logits_TE, experts_TK)[:2]
+    found = _losses(logits_TE, experts_TK, None)[:2]
     expected = balance_loss(logits_TE.softmax(-1), experts_TK), z_loss(logits_TE)
     torch.testing.assert_close(found, expected)
     grad, right = (torch.autograd.grad(sum(losses), logits_TE)[0] for losses in (found, expected))

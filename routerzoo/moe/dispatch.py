@@ -62,7 +62,7 @@ def apply_experts(
     if mesh is None and isinstance(experts, TwoLayerExperts) and _is_one_operator(x_TD, experts, low_memory):
         means = means_for(x_TD, experts.network())
         if means is not None:
-            rows, weight_N = sorted_rows(routing, len(x_TD), num_experts)
+            rows, weight_N = sorted_rows(routing, len(x_TD), num_experts, by_kernel=means != "torch")
             y_TD: Tensor = experts(x_TD, rows.ends_E, Assigned(rows, weight_N, means))
             return y_TD
     return _sparse(x_TD, routing.assignments(), experts, num_experts, mesh)

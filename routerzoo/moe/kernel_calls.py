@@ -18,6 +18,10 @@ MOST_UNROLLED = 16
 """Of so many experts per token the kernels are compiled for each k; of more, for all."""
 
 
+SUM_SIZES = {"CHUNK": 32, "BR": 16, "BC": 16} if INTERPRETED else {"CHUNK": 1024, "BR": 64, "BC": 64, "num_warps": 4}
+"""How the rows of experts are added up: by chunks, in blocks of rows and columns."""
+
+
 def tile_sizes(dtype: torch.dtype, rows_per_expert: int) -> dict[str, int]:
     """Return the tiles of the products: rows, columns, inner width, and how many warps and stages work on one.
 
@@ -44,6 +48,40 @@ def _precision(dtype: torch.dtype) -> str:
 def _width(columns: int, most: int = 1024) -> dict[str, Any]:
     block = min(most, triton.next_power_of_2(columns))
     return {"BH": block, "num_warps": max(1, min(8, block // 128))}
+
+
+def place_rows(
+    expert_N: Tensor, order_N: Tensor, token_N: Tensor | None, top_k: int, num_experts: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the ends of the experts' rows, and the assignment in each row, its token, and the row of each assignment.
+
+    Args:
+        expert_N: the expert of each row, rising; E for none.
+        order_N: the assignment in each row.
+        token_N: the token of each assignment; None where all tokens have `top_k`.
+        top_k: assignments of every token.
+        num_experts: E.
+    """
+    num_rows, block = len(order_N), 16 if INTERPRETED else 256
+    ends_E = order_N.new_empty(num_experts, dtype=torch.int32)
+    assignment_N, source_N, row_N = (order_N.new_empty(num_rows, dtype=torch.int32) for _ in range(3))
+    kernels.place_rows[(triton.cdiv(max(num_rows, num_experts), block),)](
+        expert_N,
+        order_N,
+        token_N if token_N is not None else order_N,
+        ends_E,
+        assignment_N,
+        source_N,
+        row_N,
+        num_rows,
+        top_k,
+        1 << num_rows.bit_length() >> 1,
+        E=num_experts,
+        FLAT=token_N is not None,
+        B=block,
+        num_warps=4,
+    )
+    return ends_E, assignment_N, source_N, row_N
 
 
 def activate(
@@ -159,21 +197,22 @@ def combine(y_ND: Tensor, bias_ED: Tensor | None, weight_N: Tensor | None, rows:
 
 def column_sums(g: Tensor, rows: Rows, weight_N: Tensor | None = None) -> Tensor:
     """Return the sum of each expert's rows, `[E, C]`; with weights, the rows of `g` are tokens."""
-    sums_EC = g.new_empty(len(rows.ends_E), g.shape[1])
-    block = 16 if INTERPRETED else 64
-    kernels.column_sums[(len(rows.ends_E), triton.cdiv(g.shape[1], block))](
+    num_rows, num_experts, width = len(rows.source_N), len(rows.ends_E), g.shape[1]
+    sizes = {"E": num_experts, "E2": triton.next_power_of_2(num_experts), "C": width, **SUM_SIZES}
+    chunks = num_rows // sizes["CHUNK"] + min(num_experts, num_rows)  # at most so many, whatever the loads
+    blocks = triton.cdiv(width, sizes["BC"])
+    parts, sums_EC = g.new_empty(chunks, width, dtype=torch.float32), g.new_empty(num_experts, width)
+    kernels.column_sums[(chunks, blocks)](
         g,
         rows.source_N,
         rows.order_N,
         weight_N if weight_N is not None else g,
         rows.ends_E,
-        sums_EC,
-        C=g.shape[1],
+        parts,
         GATHERED=weight_N is not None,
-        BR=16 if INTERPRETED else 64,
-        BC=block,
-        num_warps=4,
+        **sizes,
     )
+    kernels.sum_chunks[(num_experts, blocks)](parts, rows.ends_E, sums_EC, **sizes)
     return sums_EC
 
 
@@ -246,19 +285,30 @@ def weight_grad(g: Tensor, x: Tensor, rows: Rows, *, gather: str) -> Tensor:
     return grad_EOI
 
 
-def softmax_losses(logits_TE: Tensor, experts_TK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the balance loss and the z-loss, the log-partition values, and the sums, `[2 E + 1]`."""
+def softmax_losses(
+    logits_TE: Tensor, experts_TK: Tensor, padding_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the balance loss and the z-loss, the log-partition values, and the sums, `[2 E + 2]`."""
     (num_tokens, num_experts), top_k = logits_TE.shape, experts_TK.shape[1]
     sizes = _token_blocks(num_experts)
     num_blocks = triton.cdiv(num_tokens, sizes["BT"])
     log_partition_T = logits_TE.new_empty(num_tokens)
-    sums = logits_TE.new_empty(num_blocks, 2 * num_experts + 1)
+    sums = logits_TE.new_empty(num_blocks, 2 * num_experts + 2)
     kernels.softmax_sums[(num_blocks,)](
-        logits_TE, experts_TK, log_partition_T, sums, num_tokens, top_k, E=num_experts, **sizes
+        logits_TE,
+        experts_TK,
+        padding_mask if padding_mask is not None else experts_TK,
+        log_partition_T,
+        sums,
+        num_tokens,
+        top_k,
+        E=num_experts,
+        PADDED=padding_mask is not None,
+        **sizes,
     )
     sums = sums.sum(0)
     balance, z = logits_TE.new_empty(()), logits_TE.new_empty(())
-    kernels.softmax_losses[(1,)](sums, balance, z, num_tokens, top_k, E=num_experts, E2=sizes["E2"])
+    kernels.softmax_losses[(1,)](sums, balance, z, E=num_experts, E2=sizes["E2"])
     return balance, z, log_partition_T, sums
 
 
@@ -266,9 +316,9 @@ def softmax_losses_backward(
     grad_balance: Tensor | None,
     grad_z: Tensor | None,
     logits_TE: Tensor,
+    padding_mask: Tensor | None,
     log_partition_T: Tensor,
     sums: Tensor,
-    top_k: int,
 ) -> Tensor:
     """Return the gradient of the logits."""
     num_tokens, num_experts = logits_TE.shape
@@ -276,14 +326,15 @@ def softmax_losses_backward(
     sizes = _token_blocks(num_experts)
     kernels.softmax_losses_backward[(triton.cdiv(num_tokens, sizes["BT"]),)](
         logits_TE,
+        padding_mask if padding_mask is not None else logits_TE,
         log_partition_T,
         sums,
         grad_balance if grad_balance is not None else sums,
         grad_z if grad_z is not None else sums,
         grad_TE,
         num_tokens,
-        top_k,
         E=num_experts,
+        PADDED=padding_mask is not None,
         BALANCE=grad_balance is not None,
         Z_LOSS=grad_z is not None,
         **sizes,

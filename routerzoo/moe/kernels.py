@@ -72,6 +72,45 @@ def _biased(z_ptr, bias_ptr, row, expert, column, mask, Z: tl.constexpr, BIAS: t
     return v
 
 
+@triton.jit(do_not_specialize=["num_rows", "top_k", "first_step"])
+def place_rows(
+    expert_ptr,
+    order_ptr,
+    token_ptr,
+    ends_ptr,
+    assignment_ptr,
+    source_ptr,
+    row_ptr,
+    num_rows,
+    top_k,
+    first_step,
+    E: tl.constexpr,
+    FLAT: tl.constexpr,
+    B: tl.constexpr,
+):
+    """Of a block of sorted rows, write assignments and tokens, and the rows of assignments; of experts, their ends.
+
+    An expert's end is found by bisection, from the largest power of 2 that is no larger than the number of rows.
+    """
+    place = tl.program_id(0) * B + tl.arange(0, B)
+    inside = place < num_rows
+    n = tl.load(order_ptr + place, mask=inside, other=0)
+    tl.store(assignment_ptr + place, n.to(tl.int32), mask=inside)
+    tl.store(row_ptr + n, place, mask=inside)
+    token = tl.load(token_ptr + n, mask=inside, other=0) if FLAT else n // top_k
+    tl.store(source_ptr + place, token.to(tl.int32), mask=inside)
+    if tl.program_id(0) * B < E:
+        end = tl.zeros((B,), tl.int32)
+        step = first_step
+        while step > 0:
+            beyond = end + step
+            known = (place < E) & (beyond <= num_rows)
+            expert = tl.load(expert_ptr + beyond - 1, mask=known, other=E).to(tl.int32)
+            end = tl.where(expert <= place, beyond, end)
+            step = step // 2
+        tl.store(ends_ptr + place, end, mask=place < E)
+
+
 @triton.jit
 def activate(
     z_ptr,
@@ -231,23 +270,51 @@ def combine(
 
 
 @triton.jit
+def _tiles(ends_ptr, E: tl.constexpr, E2: tl.constexpr, BM: tl.constexpr):
+    """Return how many tiles of BM rows each expert has, where they end, and where its rows begin and end."""
+    e = tl.arange(0, E2)
+    end = tl.load(ends_ptr + e, mask=e < E, other=0)
+    start = tl.load(ends_ptr + e - 1, mask=(e > 0) & (e < E), other=0)
+    tiles = tl.where(e < E, (end - start + BM - 1) // BM, 0)
+    return tiles, tl.cumsum(tiles, 0), start, end
+
+
+@triton.jit
+def _tile(ends_ptr, tile, E: tl.constexpr, E2: tl.constexpr, BM: tl.constexpr):
+    """Return the expert that a tile of rows belongs to, the tile's first row, and where the expert's rows end."""
+    tiles, until, start, end = _tiles(ends_ptr, E, E2, BM)
+    expert = tl.sum((until <= tile).to(tl.int32), 0)
+    here = tl.arange(0, E2) == expert
+    first = tl.sum(tl.where(here, until - tiles, 0), 0)
+    row = tl.sum(tl.where(here, start, 0), 0) + (tile - first) * BM
+    return expert, row, tl.sum(tl.where(here, end, 0), 0)
+
+
+@triton.jit
 def column_sums(
     g_ptr,
     source_ptr,
     order_ptr,
     weight_ptr,
     ends_ptr,
-    sums_ptr,
+    parts_ptr,
+    E: tl.constexpr,
+    E2: tl.constexpr,
     C: tl.constexpr,
     GATHERED: tl.constexpr,
+    CHUNK: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Add up each expert's rows: a bias's gradient. Rows by token are gathered and weighted."""
-    expert = tl.program_id(0).to(tl.int64)
+    """Add up each chunk of an expert's rows: a part of a bias's gradient. Rows by token are gathered and weighted.
+
+    Chunks are short, so that no program waits for one whose expert has all the rows.
+    """
+    expert, start, end = _tile(ends_ptr, tl.program_id(0), E, E2, CHUNK)
+    if expert >= E:
+        return
+    end = tl.minimum(end, start + CHUNK)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
-    start = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
-    end = tl.load(ends_ptr + expert)
     sum_C = tl.zeros((BC,), tl.float32)
     while start < end:
         rows = start + tl.arange(0, BR)
@@ -262,22 +329,35 @@ def column_sums(
             g *= tl.load(weight_ptr + n, mask=inside, other=0.0).to(tl.float32)[:, None]
         sum_C += tl.sum(g, 0)
         start += BR
-    tl.store(sums_ptr + expert * C + c, sum_C.to(sums_ptr.dtype.element_ty), mask=c < C)
+    tl.store(parts_ptr + tl.program_id(0).to(tl.int64) * C + c, sum_C, mask=c < C)
 
 
 @triton.jit
-def _tile(ends_ptr, tile, E: tl.constexpr, E2: tl.constexpr, BM: tl.constexpr):
-    """Return the expert that a tile of rows belongs to, the tile's first row, and where the expert's rows end."""
-    e = tl.arange(0, E2)
-    end = tl.load(ends_ptr + e, mask=e < E, other=0)
-    start = tl.load(ends_ptr + e - 1, mask=(e > 0) & (e < E), other=0)
-    tiles = tl.where(e < E, (end - start + BM - 1) // BM, 0)
-    until = tl.cumsum(tiles, 0)
-    expert = tl.sum((until <= tile).to(tl.int32), 0)
-    here = e == expert
-    first = tl.sum(tl.where(here, until - tiles, 0), 0)
-    row = tl.sum(tl.where(here, start, 0), 0) + (tile - first) * BM
-    return expert, row, tl.sum(tl.where(here, end, 0), 0)
+def sum_chunks(
+    parts_ptr,
+    ends_ptr,
+    sums_ptr,
+    E: tl.constexpr,
+    E2: tl.constexpr,
+    C: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Add up the parts of each expert's sum."""
+    expert = tl.program_id(0)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    tiles, until, _, _ = _tiles(ends_ptr, E, E2, CHUNK)
+    here = tl.arange(0, E2) == expert
+    end = tl.sum(tl.where(here, until, 0), 0)
+    start = end - tl.sum(tl.where(here, tiles, 0), 0)
+    sum_C = tl.zeros((BC,), tl.float32)
+    while start < end:
+        rows = start + tl.arange(0, BR)
+        mask = (rows < end)[:, None] & (c < C)[None, :]
+        sum_C += tl.sum(tl.load(parts_ptr + rows.to(tl.int64)[:, None] * C + c[None, :], mask=mask, other=0.0), 0)
+        start += BR
+    tl.store(sums_ptr + expert.to(tl.int64) * C + c, sum_C.to(sums_ptr.dtype.element_ty), mask=c < C)
 
 
 @triton.jit
@@ -392,21 +472,31 @@ def weight_grad(
 
 
 @triton.jit
+def _counted(padding_ptr, t, num_tokens, PADDED: tl.constexpr):
+    inside = t < num_tokens
+    if PADDED:
+        inside &= tl.load(padding_ptr + t, mask=inside, other=1) == 0
+    return inside
+
+
+@triton.jit
 def softmax_sums(
     logits_ptr,
     experts_ptr,
+    padding_ptr,
     log_partition_ptr,
     sums_ptr,
     num_tokens,
     top_k,
     E: tl.constexpr,
     E2: tl.constexpr,
+    PADDED: tl.constexpr,
     BT: tl.constexpr,
 ):
-    """Over a block of tokens, sum the softmax and the choices of each expert, and the squared log-partition values."""
+    """Over a block of tokens, padding left out, sum each expert's softmax and choices, `log Z` squared, and tokens."""
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     e = tl.arange(0, E2)
-    inside = t < num_tokens
+    inside = _counted(padding_ptr, t, num_tokens, PADDED)
     logits_TE = tl.load(logits_ptr + t[:, None] * E + e[None, :], mask=inside[:, None] & (e < E)[None, :], other=0.0)
     logits_TE = tl.where((e < E)[None, :], logits_TE, -float("inf"))
     largest_T = tl.max(logits_TE, 1)
@@ -421,53 +511,63 @@ def softmax_sums(
         expert_T = tl.load(experts_ptr + t * top_k + k, mask=inside, other=-1)
         chosen_E += tl.sum((expert_T[:, None] == e[None, :]).to(tl.float32), 0)
         k += 1
-    row = sums_ptr + tl.program_id(0).to(tl.int64) * (2 * E + 1)
+    row = sums_ptr + tl.program_id(0).to(tl.int64) * (2 * E + 2)
     tl.store(row + e, tl.sum(softmax_TE, 0), mask=e < E)
     tl.store(row + E + e, chosen_E, mask=e < E)
     tl.store(row + 2 * E, tl.sum(tl.where(inside, log_partition_T * log_partition_T, 0.0), 0))
+    tl.store(row + 2 * E + 1, tl.sum(inside.to(tl.float32), 0))
 
 
 @triton.jit
-def softmax_losses(sums_ptr, balance_ptr, z_ptr, num_tokens, top_k, E: tl.constexpr, E2: tl.constexpr):
+def _averages(sums_ptr, E: tl.constexpr, E2: tl.constexpr):
+    """Return the number of tokens, and by how much the balance loss grows with the sum of each expert's softmax."""
+    e = tl.arange(0, E2)
+    chosen_E = tl.load(sums_ptr + E + e, mask=e < E, other=0.0)
+    tokens = tl.maximum(tl.load(sums_ptr + 2 * E + 1), 1.0)
+    return tokens, chosen_E * (E / tokens / tl.maximum(tl.sum(chosen_E, 0), 1.0))
+
+
+@triton.jit
+def softmax_losses(sums_ptr, balance_ptr, z_ptr, E: tl.constexpr, E2: tl.constexpr):
     """Write the balance loss and the z-loss, from the sums over all tokens."""
     e = tl.arange(0, E2)
+    tokens, factor_E = _averages(sums_ptr, E, E2)
     softmax_E = tl.load(sums_ptr + e, mask=e < E, other=0.0)
-    chosen_E = tl.load(sums_ptr + E + e, mask=e < E, other=0.0)
-    tokens = num_tokens * 1.0  # Triton takes an argument of 1 for a constant
-    tl.store(balance_ptr, tl.sum(softmax_E * chosen_E, 0) * (E / tokens / (tokens * top_k)))
+    tl.store(balance_ptr, tl.sum(softmax_E * factor_E, 0))
     tl.store(z_ptr, tl.load(sums_ptr + 2 * E) / tokens)
 
 
 @triton.jit
 def softmax_losses_backward(
     logits_ptr,
+    padding_ptr,
     log_partition_ptr,
     sums_ptr,
     grad_balance_ptr,
     grad_z_ptr,
     grad_ptr,
     num_tokens,
-    top_k,
     E: tl.constexpr,
     E2: tl.constexpr,
+    PADDED: tl.constexpr,
     BALANCE: tl.constexpr,
     Z_LOSS: tl.constexpr,
     BT: tl.constexpr,
 ):
-    """Write the gradient of the logits, of either loss or of both."""
+    """Write the gradient of the logits, of either loss or of both; 0 for padding."""
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     e = tl.arange(0, E2)
-    mask = (t < num_tokens)[:, None] & (e < E)[None, :]
+    inside = _counted(padding_ptr, t, num_tokens, PADDED)
+    mask = inside[:, None] & (e < E)[None, :]
     logits_TE = tl.load(logits_ptr + t[:, None] * E + e[None, :], mask=mask, other=-float("inf"))
-    log_partition_T = tl.load(log_partition_ptr + t, mask=t < num_tokens, other=0.0)
+    log_partition_T = tl.load(log_partition_ptr + t, mask=inside, other=0.0)
     softmax_TE = tl.exp(logits_TE - log_partition_T[:, None])
-    tokens = num_tokens * 1.0  # Triton takes an argument of 1 for a constant
+    tokens, factor_E = _averages(sums_ptr, E, E2)
     grad_TE = tl.zeros((BT, E2), tl.float32)
     if BALANCE:
-        chosen_E = tl.load(sums_ptr + E + e, mask=e < E, other=0.0)
-        factor_E = chosen_E * (tl.load(grad_balance_ptr) * (E / tokens / (tokens * top_k)))
         mean_T = tl.sum(softmax_TE * factor_E[None, :], 1)
-        grad_TE += softmax_TE * (factor_E[None, :] - mean_T[:, None])
+        grad_TE += softmax_TE * (factor_E[None, :] - mean_T[:, None]) * tl.load(grad_balance_ptr)
     if Z_LOSS:
         grad_TE += softmax_TE * (log_partition_T * (2 * tl.load(grad_z_ptr) / tokens))[:, None]
+    mask = (t < num_tokens)[:, None] & (e < E)[None, :]
     tl.store(grad_ptr + t[:, None] * E + e[None, :], grad_TE, mask=mask)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from routerzoo.routing import Routing
 
@@ -35,18 +36,19 @@ class Rows(NamedTuple):
     num_tokens: int
 
 
-def sorted_rows(routing: Routing, num_tokens: int, num_experts: int) -> tuple[Rows, Tensor]:
+def sorted_rows(routing: Routing, num_tokens: int, num_experts: int, *, by_kernel: bool = False) -> tuple[Rows, Tensor]:
     """Sort the assignments of a routing by expert, without a host synchronization.
 
     Args:
         routing: sparse or flat.
         num_tokens: T.
         num_experts: E.
+        by_kernel: find everything in one Triton kernel, once they are sorted.
 
     Returns:
         The rows, and the weight of each assignment in the order of tokens.
     """
-    begin_T, top_k = None, None
+    token_N, begin_T, top_k = None, None, None
     if routing.experts_TK is not None and routing.weights_TK is not None:
         top_k = routing.experts_TK.shape[1]
         expert_N, weight_N = routing.experts_TK.reshape(-1), routing.weights_TK.reshape(-1)
@@ -61,10 +63,31 @@ def sorted_rows(routing: Routing, num_tokens: int, num_experts: int) -> tuple[Ro
     if routing.may_drop:
         key_N = key_N.remainder(num_experts + 1)
     sorted_N, order_N = key_N.sort(stable=True)
+    if by_kernel:
+        ends_E, order_N, source_N, row_N = _place_rows(sorted_N, order_N, token_N, top_k or 1, num_experts)
+        return Rows(ends_E, sorted_N, order_N, source_N, row_N, begin_T, top_k, num_tokens), weight_N
     bounds_E = torch.arange(num_experts, device=sorted_N.device, dtype=sorted_N.dtype)
     ends_E = torch.searchsorted(sorted_N, bounds_E, right=True, out_int32=True)
     rising_N = torch.arange(len(order_N), device=order_N.device, dtype=torch.int32)
     row_N = torch.empty_like(rising_N).scatter_(0, order_N, rising_N)
     order_N = order_N.int()
-    source_N = order_N // top_k if top_k is not None else token_N.index_select(0, order_N).int()
+    source_N = token_N.index_select(0, order_N).int() if token_N is not None else order_N // (top_k or 1)
     return Rows(ends_E, sorted_N, order_N, source_N, row_N, begin_T, top_k, num_tokens), weight_N
+
+
+@custom_op("routerzoo::place_rows", mutates_args=())
+def _place_rows(
+    expert_N: Tensor, order_N: Tensor, token_N: Tensor | None, top_k: int, num_experts: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from routerzoo.moe import kernel_calls  # Triton takes long to import, and is not everywhere
+
+    with torch.cuda.device_of(expert_N):  # type: ignore[no-untyped-call]
+        return kernel_calls.place_rows(expert_N, order_N, token_N, top_k, num_experts)
+
+
+@_place_rows.register_fake
+def _(
+    expert_N: Tensor, order_N: Tensor, token_N: Tensor | None, top_k: int, num_experts: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    assignment_N, source_N, row_N = (torch.empty_like(order_N, dtype=torch.int32) for _ in range(3))
+    return order_N.new_empty(num_experts, dtype=torch.int32), assignment_N, source_N, row_N

@@ -56,25 +56,33 @@ def cases():
         for top_k, ragged in ((8, False), (0, True)):
             constants = {"E": E, "D": D, "TOP_K": top_k, "RAGGED": ragged, "BIAS": True, "WEIGHTED": True, "BD": 1024}
             yield f"combine {top_k} {dtype}", kernels.combine, pointers, {**constants, "num_warps": 8}
-        constants = {"C": 2 * H, "GATHERED": True, "BR": 64, "BC": 64, "num_warps": 4}
-        yield f"column_sums {dtype}", kernels.column_sums, pointers, constants
+        constants = {"E": E, "E2": E, "C": 2 * H, "CHUNK": 1024, "BR": 64, "BC": 64, "num_warps": 4}
+        types = {**pointers, "parts_ptr": "*fp32"}
+        yield f"column_sums {dtype}", kernels.column_sums, types, {**constants, "GATHERED": True}
+        yield f"sum_chunks {dtype}", kernels.sum_chunks, types, constants
+    types = dict.fromkeys(("ends_ptr", "assignment_ptr", "source_ptr", "row_ptr"), "*i32")
+    types |= {"expert_ptr": "*i16", "order_ptr": "*i64", "token_ptr": "*i64"}
+    types |= dict.fromkeys(("num_rows", "top_k", "first_step"), "i32")
+    for flat in (True, False):
+        constants = {"E": E, "FLAT": flat, "B": 256, "num_warps": 4}
+        yield f"place_rows {flat}", kernels.place_rows, types, constants
     floats = ("logits_ptr", "log_partition_ptr", "sums_ptr", "balance_ptr", "z_ptr", "grad_balance_ptr", "grad_z_ptr")
-    types = {**dict.fromkeys((*floats, "grad_ptr"), "*fp32"), "experts_ptr": "*i64"}
+    types = {**dict.fromkeys((*floats, "grad_ptr"), "*fp32"), "experts_ptr": "*i64", "padding_ptr": "*i1"}
     types |= {"num_tokens": "i32", "top_k": "i32"}
+    yield "softmax_losses", kernels.softmax_losses, types, {"E": E, "E2": E}
     for number in ({}, {"num_tokens": 1, "top_k": 1}):  # an argument of 1 is a constant to Triton
         sizes = {"E": E, "E2": E, **number}
         name = "one token" if number else "tokens"
-        yield f"softmax_sums {name}", kernels.softmax_sums, types, {**sizes, "BT": 64}
-        yield f"softmax_losses {name}", kernels.softmax_losses, types, sizes
-        constants = {**sizes, "BT": 64, "BALANCE": True, "Z_LOSS": True}
+        yield f"softmax_sums {name}", kernels.softmax_sums, types, {**sizes, "PADDED": True, "BT": 64}
+        constants = {**sizes, "PADDED": True, "BT": 64, "BALANCE": True, "Z_LOSS": True}
         yield f"softmax_losses_backward {name}", kernels.softmax_losses_backward, types, constants
 
 
 def compiled(kernel, types, constants, architecture):
     """Return registers, bytes of stack and numbers of tensor-core instructions."""
     options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
-    constants = {name: value for name, value in constants.items() if name not in options}
     names = kernel.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if str(signature[name]).startswith("*")}
     values = {(names.index(name),): value for name, value in constants.items()}

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from routerzoo.moe import dispatch, kernel_calls, low_memory, softmax_losses
+from routerzoo.moe import dispatch, kernel_calls, low_memory, rows, softmax_losses
 
 # What makes no kernel: views, allocations, questions.
 FREE = frozenset(
@@ -15,8 +15,12 @@ FREE = frozenset(
     squeeze sym_size t transpose unsqueeze view
     """.split()  # noqa: SIM905
 )
-KERNELS = ("activate", "activate_backward", "combine", "column_sums", "product", "weight_grad")
+KERNELS = {
+    **dict.fromkeys(("place_rows", "activate", "activate_backward", "combine", "product", "weight_grad"), 1),
+    **{"column_sums": 2, "softmax_losses": 3, "softmax_losses_backward": 1},
+}
 OPERATORS = (
+    rows._place_rows,
     low_memory._experts,
     low_memory._experts_backward,
     softmax_losses._losses,
@@ -57,7 +61,7 @@ def counted(monkeypatch, means="triton"):
     monkeypatch.setattr(dispatch, "_is_one_operator", lambda *arguments: True)
     monkeypatch.setattr(softmax_losses, "_on_gpu", lambda logits_TE: True)
     low_memory._hybrid.cache_clear()
-    for name, number in (*((name, 1) for name in KERNELS), ("softmax_losses", 3), ("softmax_losses_backward", 1)):
+    for name, number in KERNELS.items():
         original = getattr(kernel_calls, name)
 
         def count(*args, _name=name, _number=number, _original=original, **kwargs):

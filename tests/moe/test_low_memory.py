@@ -30,6 +30,7 @@ from routerzoo.moe.rows import sorted_rows
 from tests.moe.launches import counted
 
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="needs triton's interpreter")
 MEANS = ["torch", "hybrid", "triton"] if INTERPRETED else ["torch"]  # on a GPU tests/test_gpu.py has the others
 BANKS = {
     "mlp": MLPExperts,
@@ -74,7 +75,7 @@ def compare(means, bank, make, weights, num_experts, x_TD, tolerance):
     grad_TD = torch.randn_like(x_TD)
 
     def low(x_TD, weights):
-        rows, weight_N = sorted_rows(make(weights), len(x_TD), num_experts)
+        rows, weight_N = sorted_rows(make(weights), len(x_TD), num_experts, by_kernel=means != "torch")
         return bank(x_TD, rows.ends_E, Assigned(rows, weight_N, means))
 
     def reference(x_TD, weights):
@@ -155,7 +156,7 @@ def test_without_tokens_or_choices(means):
     for num_tokens, top_k in ((0, 2), (3, 0)):
         x_TD = torch.randn(num_tokens, 16, requires_grad=True)
         routing = Routing(torch.zeros(num_tokens, top_k, dtype=torch.int64), torch.zeros(num_tokens, top_k))
-        rows, weight_N = sorted_rows(routing, num_tokens, 4)
+        rows, weight_N = sorted_rows(routing, num_tokens, 4, by_kernel=means != "torch")
         y_TD = bank(x_TD, rows.ends_E, Assigned(rows, weight_N, means))
         y_TD.sum().backward()
         assert_close(y_TD, torch.zeros(num_tokens, 16))
@@ -361,12 +362,50 @@ def _arguments(layer, x_TD):
     return (*tensors, *rows[:-2], None, 2, network.activation, 0.0, torch.float32, "torch", True)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs triton's interpreter")
-@pytest.mark.parametrize(("means", "most"), [("hybrid", 48), ("triton", 45)])
-def test_launches_of_a_layer_with_losses(means, most, monkeypatch):
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "top_k", "options"),
+    [
+        (14, 5, 3, {}),
+        (14, 5, 3, {"drop": 0.5, "flat": True}),
+        (1, 1, 1, {}),
+        (1, 40, 2, {}),
+        (40, 2, 1, {"drop": 1.0}),
+        (0, 5, 2, {}),
+    ],
+)
+def test_a_kernel_places_rows_as_torch_does(num_tokens, num_experts, top_k, options):
+    make, weights = routing_of(num_tokens, num_experts, top_k, **options)
+    expected, _ = sorted_rows(make(weights), num_tokens, num_experts)
+    found, _ = sorted_rows(make(weights), num_tokens, num_experts, by_kernel=True)
+    assert_close(list(found[:5]), list(expected[:5]), rtol=0, atol=0)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("loads", [[0, 150, 0], [31, 33, 86], [0, 0, 0], [64, 32, 1]])
+def test_sums_over_experts_with_few_rows_and_with_all(loads):
+    """Each is the sum of its chunks, of 32 rows here; rows from 150 on belong to no expert."""
+    from routerzoo.moe import kernel_calls
+
+    experts_N = torch.arange(3).repeat_interleave(torch.tensor(loads))
+    experts_N = torch.cat([experts_N, experts_N.new_full((160 - len(experts_N),), -1)])[torch.randperm(160)]
+    routing = Routing(experts_N.view(80, 2), torch.randn(80, 2), may_drop=True)
+    rows, weight_N = sorted_rows(routing, 80, 3)
+    g_NC, g_TC = torch.randn(160, 20), torch.randn(80, 20)
+    segments = g_NC[: sum(loads)].split(loads)
+    assert_close(kernel_calls.column_sums(g_NC, rows), torch.stack([segment.sum(0) for segment in segments]))
+    weights_TE = torch.zeros(80, 4).scatter_add(1, routing.experts_TK.remainder(4), routing.weights_TK)
+    assert_close(kernel_calls.column_sums(g_TC, rows, weight_N), weights_TE[:, :3].T @ g_TC)
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("num_padded", "most"), [(0, 45), (4, 50)])
+@pytest.mark.parametrize("means", ["hybrid", "triton"])
+def test_launches_of_a_layer_with_losses(means, num_padded, most, monkeypatch):
     """What a GPU is asked for in a training step; torch's own composition of the same needs 137."""
     layer = MoE(d_model=32, num_experts=4, experts=partial(SwiGLUExperts, hidden_dim=32)).bfloat16()
-    x_TD, context = torch.randn(16, 32, dtype=torch.bfloat16, requires_grad=True), RoutingContext()
+    x_TD = torch.randn(16, 32, dtype=torch.bfloat16, requires_grad=True)
+    context = RoutingContext(padding_mask=torch.arange(16) < num_padded if num_padded else None)
     grad_TD = torch.zeros_like(x_TD)
     with counted(monkeypatch, means) as launches:
         y_TD = layer(x_TD, context)
@@ -375,7 +414,7 @@ def test_launches_of_a_layer_with_losses(means, most, monkeypatch):
     assert launches.total <= most, launches.counts
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs triton's interpreter")
+@needs_interpreter
 def test_launches_of_a_model_beside_a_dense_one(monkeypatch):
     """A language model of four layers with losses, in mixed precision: at most 1.4 times what a dense one launches."""
     totals = []
