@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from routerzoo.bench.registry import register_task
@@ -21,7 +23,7 @@ class Clusters(BenchTask):
 
     name = "clusters"
     title = "cluster of the hidden state"
-    predictions = (
+    predictions: ClassVar[tuple[Prediction, ...]] = (
         Prediction("LinearRouter", "RandomFrozenRouter", "a learned gate finds the centers (Chen et al. 2022)"),
         Prediction("RandomFrozenRouter", "HashRouter", "a random gate sees the cluster, a hash of random ids does not"),
         Prediction("XMoERouter", "HashRouter", "the angle to a center tells the cluster (Chi et al. 2022)"),
