@@ -1,0 +1,8 @@
+"""Models of transformers: dense ones become Mixtures of Experts, released ones route with any router.
+
+Needs the extra `routerzoo[hf]`. Importing it lets the Auto classes of transformers load what was saved.
+"""
+
+from routerzoo.hf.pretrained import freeze_experts, replace_routers, train_routers_only, upcycle
+
+__all__ = ["freeze_experts", "replace_routers", "train_routers_only", "upcycle"]

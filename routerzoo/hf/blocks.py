@@ -1,0 +1,75 @@
+"""What stands in a block of a released model where its gate and its experts were."""
+# Shape suffixes: T tokens, D model width.
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import output_capturing
+
+from routerzoo.hf.architectures import Architecture
+from routerzoo.moe.layer import MoE, inner_router
+from routerzoo.router import Router
+from routerzoo.routing import Routing
+
+
+class HandOn(nn.Module):
+    """Stands where the gate was, and hands its input on to the layer that stands where the experts were.
+
+    So that the rest of a block (shared experts and their gate, norms, residual paths) stays the model's own.
+
+    Args:
+        takes_scores: see `Architecture`.
+    """
+
+    def __init__(self, takes_scores: bool) -> None:
+        super().__init__()
+        self.takes_scores = takes_scores
+
+    def forward(self, hidden: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        """Return the hidden states where the block expects logits, weights and indices."""
+        x_TD = hidden.reshape(-1, hidden.shape[-1])
+        # One copy, times 1, instead of one for each expert.
+        return (x_TD.new_ones(len(x_TD), 1), x_TD) if self.takes_scores else (x_TD, x_TD, x_TD)
+
+
+class RoutedExperts(nn.Module):
+    """Stands where the experts were.
+
+    Args:
+        moe: the layer.
+        architecture: what the gate was.
+    """
+
+    def __init__(self, moe: MoE, architecture: str) -> None:
+        super().__init__()
+        self.moe, self.architecture = moe, architecture
+        inner_router(moe).register_forward_hook(report_logits)
+
+    def forward(self, hidden: Tensor, indices: Tensor | None = None, router_input: Tensor | None = None) -> Tensor:
+        """Compute the layer on what the experts see, routed by what the gate saw."""
+        y_TD: Tensor = self.moe(hidden, router_input=router_input)
+        return y_TD
+
+
+def report_logits(router: Router, args: Any, routing: Routing) -> None:
+    """Give transformers the logits of a routing, where it was asked for `output_router_logits`.
+
+    Raises:
+        ValueError: the router has none.
+    """
+    collected = None if torch.compiler.is_compiling() else output_capturing._active_collector.get()
+    if collected is None or "router_logits" not in collected:
+        return
+    if routing.logits_TE is None:
+        raise ValueError(f"{type(router).__name__} has no logits: leave output_router_logits out")
+    collected["router_logits"].append(routing.logits_TE)
+
+
+def place_of_gate(block: nn.Module, known: dict[str, Architecture]) -> str | None:
+    """Return what a block calls its gate, None for any other module."""
+    if not hasattr(block, "experts"):
+        return None
+    return next((n for n in ("gate", "router") if type(getattr(block, n, None)).__name__ in known), None)

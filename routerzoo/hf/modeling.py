@@ -1,0 +1,123 @@
+"""Models of transformers that route with routerzoo: classes and configs, saved and loaded as all others are.
+
+A model that was changed is of a subclass of its class, made when it is first needed: `LlamaForCausalLM` becomes
+`RoutedLlamaForCausalLM`. Its config is the model's with the model type `routerzoo`, and keeps in `routing` the type that
+it was and the changes. Importing `routerzoo.hf` makes `AutoConfig`, and with it all Auto classes, read that type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+from routerzoo.errors import UserError
+from routerzoo.hf.changes import CHANGES
+from routerzoo.hf.context import ContextOfInputs
+from routerzoo.moe.context import ContextHook
+
+MODEL_TYPE = "routerzoo"
+PREFIX = "Routed"
+
+
+class RoutedConfig(PreTrainedConfig):
+    """What `AutoConfig` finds for the model type `routerzoo`; reads a config of the type that the model was."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Return the config of a changed model.
+
+        Raises:
+            UserError: a config that does not say what the model was.
+        """
+        base = config_dict.get("routing", {}).get("model_type")
+        if base not in CONFIG_MAPPING:
+            raise UserError(f"this config's routing names no model type that transformers knows, but {base!r}")
+        return config_class(CONFIG_MAPPING[base]).from_dict(config_dict, **kwargs)
+
+
+@cache
+def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """Return the class of configs of changed models of a type, and let the Auto classes know it."""
+    routed = type(PREFIX + base.__name__, (base,), {"model_type": MODEL_TYPE, "__module__": __name__})
+    for name in modeling_auto.__all__:
+        auto: Any = getattr(modeling_auto, name)
+        mapping = getattr(auto, "_model_mapping", None)
+        if mapping is not None and base in mapping:
+            model = mapping[base]
+            if isinstance(model, type):
+                auto.register(routed, model_class(model, routed))
+    return routed
+
+
+@cache
+def model_class(base: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    """Return the class of changed models of a class of transformers."""
+
+    def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super(routed, self).__init__(config, *args, **kwargs)
+        for change in config.routing["changes"]:
+            apply_change(self, change)
+        add_context(self)
+
+    members = {"__init__": __init__, "config_class": config, "__module__": __name__, "__doc__": base.__doc__}
+    routed = type(PREFIX + base.__name__, (base,), members)
+    return routed
+
+
+def apply_change(model: nn.Module, change: Mapping[str, Any]) -> None:
+    """Repeat what a config says was done to a model."""
+    kind, options = change["change"], {key: value for key, value in change.items() if key != "change"}
+    CHANGES[kind](model, **options)
+
+
+def add_context(model: Any) -> None:
+    """Give routers the context of each forward pass; the last one is `model.routing.context`."""
+    if not isinstance(getattr(model, "routing", None), ContextHook):
+        model.routing = ContextHook(model, ContextOfInputs(model))
+
+
+def record_change(model: Any, change: Mapping[str, Any]) -> None:
+    """Make a model that was changed one of a class of ours, whose config tells the change."""
+    config, swapped = model.config, change["change"] == "replace_routers"
+    if hasattr(config, "routing"):
+        changes = config.routing["changes"]
+        if swapped:  # of all its layers
+            config.routing = {**config.routing, "changes": [{**each, "router": change["router"]} for each in changes]}
+        else:
+            config.routing = {**config.routing, "changes": [*changes, dict(change)]}
+        return
+    config.routing = {"model_type": config.model_type, "changes": [dict(change)]}
+    config.__class__ = config_class(type(config))
+    model.__class__ = model_class(type(model), type(config))
+    _CAN_RECORD_REGISTRY[model] = model._can_record_outputs
+    # Names of transformers' checkpoints, which it would save the weights under.
+    model._weight_conversions = []
+    add_context(model)
+
+
+def plain_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """Return the class of transformers that a changed model's was made of."""
+    return type(model).__mro__[1]
+
+
+def __getattr__(name: str) -> Any:
+    """Find the classes that this module makes, for `pickle`."""
+    base = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    if isinstance(base, type) and issubclass(base, PreTrainedConfig):
+        return config_class(base)
+    if isinstance(base, type) and issubclass(base, PreTrainedModel):
+        return model_class(base, config_class(base.config_class))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+AutoConfig.register(MODEL_TYPE, RoutedConfig, exist_ok=True)

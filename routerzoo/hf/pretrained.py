@@ -1,0 +1,125 @@
+"""The two ways into routerzoo for a language model: `upcycle` a dense one, `replace_routers` of a Mixture of Experts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from routerzoo.hf.changes import KEEP, replace_change, sparsify_change
+from routerzoo.hf.modeling import record_change
+from routerzoo.hf.recipe import described
+from routerzoo.models.blocks import MoEBlocks
+from routerzoo.moe.layer import ExpertsFactory, RouterFactory
+
+Source = str | os.PathLike[str] | PreTrainedConfig | PreTrainedModel
+"""A name or path for `from_pretrained`, a config to build a model from, or a model."""
+
+
+def upcycle(
+    source: Source,
+    *,
+    num_experts: int,
+    router: str | RouterFactory = "LinearRouter",
+    experts: str | ExpertsFactory | None = None,
+    blocks: MoEBlocks = "all",
+    num_shared_experts: int = 0,
+    copy_weights: bool = True,
+    auto_class: Any = transformers.AutoModelForCausalLM,
+    **options: Any,
+) -> Any:
+    """Make a dense model of transformers a Mixture of Experts, whose experts start as its feed-forward networks.
+
+    Args:
+        source: a name or path, a config, or a model, which is changed in place.
+        num_experts: experts per layer.
+        router: name of a router, its class or a `functools.partial` of it, whose arguments are JSON.
+        experts: likewise; by default those that compute what the dense networks do.
+        blocks: which of the blocks become MoE layers.
+        num_shared_experts: experts per layer that see every token.
+        copy_weights: start experts from the dense weights; the output stays the same where weights sum to 1.
+        auto_class: builds the model where the source is none.
+        options: for `from_pretrained`, such as `dtype` and `device_map`.
+
+    Returns:
+        The model, which `save_pretrained` and `from_pretrained` know how to build again.
+
+    Raises:
+        ValueError: a model without feed-forward networks that experts can replace; a router that is not registered.
+    """
+    model = _model(source, auto_class, options)
+    change = {
+        "change": "sparsify",
+        "num_experts": num_experts,
+        "router": described(router),
+        **({} if experts is None else {"experts": described(experts)}),
+        "blocks": blocks if isinstance(blocks, str) else list(blocks),
+        "num_shared_experts": num_shared_experts,
+    }
+    sparsify_change(model, **{k: v for k, v in change.items() if k != "change"}, upcycle=copy_weights)  # type: ignore[arg-type]
+    record_change(model, change)
+    return model
+
+
+def replace_routers(
+    source: Source,
+    router: str | RouterFactory = KEEP,
+    *,
+    auto_class: Any = transformers.AutoModelForCausalLM,
+    **options: Any,
+) -> Any:
+    """Put routers of ours into a released Mixture of Experts; the experts stay, without a copy.
+
+    Args:
+        source: a name or path, a config, or a model, which is changed in place. One that has routers of ours already
+            gets others.
+        router: `"keep"` for the router that computes what the model's gate does, with its weights. Or any other one,
+            initialized as it is built: its name, its class or a `functools.partial` of it, whose arguments are JSON. It
+            selects as many experts as the model's own does, unless its arguments say how many.
+        auto_class: builds the model where the source is none.
+        options: for `from_pretrained`, such as `dtype` and `device_map`.
+
+    Returns:
+        The model, which `save_pretrained` and `from_pretrained` know how to build again.
+
+    Raises:
+        ValueError: a model whose gates are not known; a router that is not registered, or that does not fit.
+    """
+    model = _model(source, auto_class, options)
+    named = {"name": KEEP} if router == KEEP else described(router)
+    replace_change(model, router=named)
+    record_change(model, {"change": "replace_routers", "router": named})
+    return model
+
+
+def train_routers_only(model: nn.Module) -> None:
+    """Freeze all but the routers of a model's MoE layers."""
+    from routerzoo.moe.layer import moe_layers
+
+    model.requires_grad_(False)
+    for layer in moe_layers(model):
+        layer.router.requires_grad_(True)
+
+
+def freeze_experts(model: nn.Module) -> None:
+    """Freeze the experts of a model's MoE layers, shared ones too."""
+    from routerzoo.moe.layer import moe_layers
+
+    for layer in moe_layers(model):
+        for part in (layer.experts, layer.shared_experts):
+            if part is not None:
+                part.requires_grad_(False)
+
+
+def _model(source: Source, auto_class: Any, options: dict[str, Any]) -> Any:
+    build: Callable[..., Any]
+    if isinstance(source, PreTrainedModel):
+        if options:
+            raise TypeError(f"{', '.join(options)} are for from_pretrained, the source is a model already")
+        return source
+    build = auto_class.from_config if isinstance(source, PreTrainedConfig) else auto_class.from_pretrained
+    return build(source, **options)
