@@ -22,7 +22,7 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 from routerzoo.data.download import default_root
-from routerzoo.data.loading import TrainingLoader, evaluation_loader
+from routerzoo.data.loading import TrainingLoader, evaluation_loader, order_seed
 from routerzoo.errors import UserError
 
 
@@ -132,7 +132,7 @@ class ImageData(LightningDataModule):
         batch_size: images per batch and process.
         augment: augment the training images.
         num_workers: processes that load data.
-        seed: seed of order and augmentation.
+        seed: seed of order and augmentation; by default torch's (`seed_everything`).
 
     Raises:
         UserError: an unknown data set, or files that are missing or broken.
@@ -147,7 +147,7 @@ class ImageData(LightningDataModule):
         batch_size: int = 64,
         augment: bool = True,
         num_workers: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -158,7 +158,8 @@ class ImageData(LightningDataModule):
         self.published = IMAGE_SETS.get(dataset)
         self.root = Path(root).expanduser() if root is not None else default_root()
         self.image_size = image_size or (self.published.image_size if self.published is not None else 224)
-        self.batch_size, self.augment, self.num_workers, self.seed = batch_size, augment, num_workers, seed
+        self.batch_size, self.augment, self.num_workers = batch_size, augment, num_workers
+        self.seed = order_seed(seed)
         self._splits: dict[str, _Split] = {}
         if self.published is None and not Path(dataset).expanduser().is_dir():
             raise UserError(

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from routerzoo.data.download import default_root, download
-from routerzoo.data.loading import TrainingLoader, evaluation_loader
+from routerzoo.data.loading import TrainingLoader, evaluation_loader, order_seed
 from routerzoo.errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -147,7 +147,8 @@ class LabelledText(LightningDataModule):
         sequence_length: bytes of a text that are read.
         batch_size: texts per batch and process.
         num_workers: processes that load data.
-        seed: seed of the order, and of the splits that are not given.
+        seed: seed of the order, by default torch's (`seed_everything`). Splits that the data set lacks are cut by it
+            where it is given; else they are the same for all values of `seed_everything`.
 
     Raises:
         UserError: an unknown set, or a file that is missing, broken, or has another checksum.
@@ -161,7 +162,7 @@ class LabelledText(LightningDataModule):
         sequence_length: int = 256,
         batch_size: int = 16,
         num_workers: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         for name, size in (("sequence_length", sequence_length), ("batch_size", batch_size)):
@@ -169,7 +170,7 @@ class LabelledText(LightningDataModule):
                 raise UserError(f"{name} must be at least 1, got {size}")
         self.dataset, self.sequence_length, self.batch_size = dataset, sequence_length, batch_size
         self.root = Path(root).expanduser() if root is not None else default_root()
-        self.num_workers, self.seed = num_workers, seed
+        self.num_workers, self.seed, self._split_seed = num_workers, order_seed(seed), seed or 0
         self._splits: dict[str, list[Example]] | None = None
 
     @property
@@ -237,7 +238,7 @@ class LabelledText(LightningDataModule):
         return found
 
     def _shuffled(self, examples: list[Example]) -> list[Example]:
-        order = np.random.default_rng(self.seed).permutation(len(examples))
+        order = np.random.default_rng(self._split_seed).permutation(len(examples))
         return [examples[place] for place in order]
 
     def _own_files(self) -> dict[str, list[Example]]:

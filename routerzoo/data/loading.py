@@ -11,6 +11,11 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 from routerzoo.errors import UserError
 
 
+def order_seed(seed: int | None) -> int:
+    """Return the seed of a data set's order: by default torch's, which `seed_everything` has set."""
+    return torch.initial_seed() % 2**32 if seed is None else seed
+
+
 class EpochSampler(DistributedSampler[Any]):
     """Shuffles anew each epoch and yields `(epoch, index)`, so that a data set can vary a sample by epoch.
 
@@ -122,11 +127,15 @@ class TrainingLoader(DataLoader[Any]):
                 f"the checkpoint was trained with batches of {samples} samples over all processes, and data.batch_size "
                 f"times the processes is {now['samples_per_batch']}: {way_out}"
             )
-        for name, what in (("dataset_size", "samples in the training split"), ("seed", "as data.seed")):
+        for name, told in (
+            ("dataset_size", "{} samples in the training split, and there are {}"),
+            ("seed", "the data seed {}, which is {} now (data.seed, or else seed_everything)"),
+        ):
             if state[name] != now[name]:
+                found = told.format(state[name], now[name])
                 raise UserError(
-                    f"the checkpoint was trained with {state[name]} {what}, and there are {now[name]}: resume with the "
-                    "same data, or start a run from its weights (the callback FineTune)"
+                    f"the checkpoint was trained with {found}: resume with the same data, or start a run from its "
+                    "weights (the callback FineTune)"
                 )
         self._resume = dict(state)
 

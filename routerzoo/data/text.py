@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from routerzoo.data.download import default_root, download, extract_member
-from routerzoo.data.loading import TrainingLoader, evaluation_loader
+from routerzoo.data.loading import TrainingLoader, evaluation_loader, order_seed
 from routerzoo.data.tokens import (
     UNKNOWN,
     MixedWindows,
@@ -143,7 +143,7 @@ class TextData(LightningDataModule):
             not comparable with what is published for the whole. For corpora in one file.
         prompts: what `predict` continues; by default the beginning of the test split.
         num_workers: processes that load data.
-        seed: seed of the order.
+        seed: seed of the order; by default torch's (`seed_everything`).
 
     Raises:
         UserError: an unknown data set, a file that is missing, empty or no text, or one with a wrong checksum.
@@ -161,7 +161,7 @@ class TextData(LightningDataModule):
         max_bytes: int | None = None,
         prompts: list[str] | None = None,
         num_workers: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         for name, size in (("sequence_length", sequence_length), ("batch_size", batch_size), ("max_bytes", max_bytes)):
@@ -180,7 +180,7 @@ class TextData(LightningDataModule):
         self.root = Path(root).expanduser() if root is not None else default_root()
         self.sequence_length, self.batch_size = sequence_length, batch_size
         self.max_words, self.max_bytes = max_words, max_bytes
-        self.prompts, self.num_workers, self.seed = prompts, num_workers, seed
+        self.prompts, self.num_workers, self.seed = prompts, num_workers, order_seed(seed)
         self._splits: list[dict[str, list[Span]]] | None = None
         self._corpus: WordCorpus | None = None
 

@@ -1,8 +1,10 @@
-"""Initial values: `Reinitializable`, modules whose constructor is also their `reset_parameters`, and `orthogonal`."""
+"""Initial values: modules that can be initialized again, random numbers of their own, and orthogonal matrices."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -45,6 +47,29 @@ class Reinitializable(nn.Module):
         for name, tensor in fresh.items():
             if not getattr(own[name], "_is_hf_initialized", False):  # transformers has loaded this one
                 own[name].copy_(_placed_as(own[name], tensor))
+
+
+@contextmanager
+def own_generator(device: torch.device | None = None) -> Iterator[None]:
+    """Draw from a generator of its own, which one number of torch's generator seeds.
+
+    What follows outside gets the same numbers, however many are drawn inside.
+
+    Args:
+        device: where numbers are drawn, beside the CPU; by default torch's default device.
+    """
+    device = torch.get_default_device() if device is None else device
+    drawn = torch.randint(2**62, (), device="cpu")
+    seed = int(drawn) if type(drawn) is Tensor else 0  # a fake tensor has no value
+    devices = []
+    if device.type == "cuda" and torch.cuda.is_available():
+        devices = [torch.cuda.current_device() if device.index is None else device.index]
+    with torch.random.fork_rng(devices):
+        # Not `torch.manual_seed`, which would seed all other devices too.
+        torch.default_generator.manual_seed(seed)
+        for place in devices:
+            torch.cuda.default_generators[place].manual_seed(seed)
+        yield
 
 
 def orthogonal(rows: int, columns: int, gain: float = 1.0) -> Tensor:

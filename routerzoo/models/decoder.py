@@ -259,7 +259,9 @@ class Decoder(nn.Module):
             self.blocks.append(Block(d_model, attention, feed_forward, dropout))
         self.norm = nn.RMSNorm(d_model, eps=1e-6)
         self.head = nn.Linear(d_model, vocab_size, bias=False)
-        for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
+        # Routers have initial values of their own.
+        own = {part for layer in moe_layers(self) for part in layer.router.modules()}
+        for linear in (module for module in self.modules() if isinstance(module, nn.Linear) and module not in own):
             nn.init.normal_(linear.weight, std=0.02)
         nn.init.normal_(self.embedding.weight, std=0.02)
         for attention in (module for module in self.modules() if isinstance(module, Attention)):

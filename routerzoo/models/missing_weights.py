@@ -7,6 +7,8 @@ from typing import Any
 from torch import nn
 
 from routerzoo.functional.initialization import Reinitializable
+from routerzoo.moe.layer import reset_router
+from routerzoo.router import Router
 
 
 def initialize_missing_weights(model: nn.Module) -> None:
@@ -33,7 +35,9 @@ class _InitWeights:
         self.model = model
 
     def __call__(self, module: nn.Module) -> None:
-        if isinstance(module, Reinitializable):
+        if isinstance(module, Router):
+            reset_router(module)
+        elif isinstance(module, Reinitializable):
             module.reset_parameters()
         else:
             type(self.model)._init_weights(self.model, module)

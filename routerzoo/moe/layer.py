@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, final
 import torch
 from torch import Tensor, is_grad_enabled, nn
 
+from routerzoo.functional.initialization import own_generator
 from routerzoo.functional.recomputation import in_backward
 from routerzoo.moe.dispatch import apply_experts, dense_forward
 from routerzoo.moe.experts import EXPERTS, Experts, MLPExperts, TwoLayerExperts
@@ -50,6 +51,9 @@ class MoE(nn.Module):
     2. Tokens are sorted by expert. Dropless: every assignment is computed.
     3. The experts compute.
     4. Each token's results are weighted and added up, and the shared experts' are added to that.
+
+    The router's initial values are drawn from a generator of its own: two layers of one seed that differ in the router
+    start with the same experts, and leave the same random numbers for what is built next.
 
     The layer keeps no record of a call. It publishes the routing of each call once, without padding: in the context,
     for auxiliary losses (`context.routings`), and to what `register_routing_hook` was given, for metrics. A forward
@@ -123,7 +127,8 @@ class MoE(nn.Module):
         self.weights_on_input = weights_on_input
         self.low_memory = low_memory
         self.spec, self.num_experts, self.num_shared_experts = spec, spec.num_experts, num_shared_experts
-        self.router = _checked(_built_router(router, spec), allow_non_causal)
+        with own_generator():  # so that all else starts equal, whatever the router
+            self.router = _checked(_built_router(router, spec), allow_non_causal)
         build = _experts_factory(experts)
         self.experts = _of_type(build(spec), Experts, "experts")
         self.experts.backend = backend
@@ -172,7 +177,8 @@ class MoE(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialize router, experts and shared experts as the constructor did, on the device where they are."""
-        for part in (inner_router(self), self.experts, self.shared_experts):
+        reset_router(inner_router(self))
+        for part in (self.experts, self.shared_experts):
             if part is not None:
                 part.reset_parameters()
         if self.shared_gate is not None:
@@ -311,6 +317,13 @@ def inner_router(layer: MoE) -> Router:
     if isinstance(layer.router, Router):
         return layer.router
     return next(module for module in active_modules(layer.router) if isinstance(module, Router))
+
+
+def reset_router(router: Router) -> None:
+    """Initialize a layer's router as the layer's constructor did: with random numbers of its own."""
+    tensors = itertools.chain(router.parameters(), router.buffers())
+    with own_generator(next((tensor.device for tensor in tensors), None)):
+        router.reset_parameters()
 
 
 def active_modules(module: nn.Module, seen: set[nn.Module] | None = None) -> Iterator[nn.Module]:

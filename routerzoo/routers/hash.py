@@ -34,7 +34,7 @@ class HashRouter(Router):
         spec: sizes of the layer the router sits in, with `vocab_size` and `layer`.
         top_k: experts per token.
         table: how ids are spread over experts.
-        seed: seed of the table. Each layer draws its own.
+        seed: seed of the table; by default torch's (`seed_everything`, `torch.manual_seed`). Each layer draws its own.
     """
 
     paper = "Roller et al., NeurIPS 2021, arXiv:2106.04426"
@@ -45,7 +45,12 @@ class HashRouter(Router):
     table: Tensor
 
     def __init__(
-        self, spec: LayerSpec, *, top_k: int = 1, table: Literal["random", "balanced"] = "random", seed: int = 0
+        self,
+        spec: LayerSpec,
+        *,
+        top_k: int = 1,
+        table: Literal["random", "balanced"] = "random",
+        seed: int | None = None,
     ) -> None:
         super().__init__(spec, top_k=top_k)
         if spec.vocab_size is None:
@@ -53,7 +58,8 @@ class HashRouter(Router):
         if table not in ("random", "balanced"):
             raise ValueError(f"table must be random or balanced, got {table!r}")
         self.balanced = self.wants_token_counts = table == "balanced"
-        generator = torch.Generator(device="cpu").manual_seed(seed * 1_000_003 + self.required_layer())
+        seed = torch.initial_seed() if seed is None else seed
+        generator = torch.Generator(device="cpu").manual_seed((seed * 1_000_003 + self.required_layer()) % 2**63)
         # A row is a whole permutation of the experts, so that k may grow.
         order = torch.rand(spec.vocab_size, spec.num_experts, generator=generator, device="cpu").argsort(-1)
         self.register_buffer("table", order)

@@ -83,7 +83,7 @@ def test_other_data_are_refused(monkeypatch):
     with pytest.raises(UserError, match="with 100 samples in the training split, and there are 120: resume with"):
         longer.load_state_dict(stopped.state_dict())
     (shuffled,) = loaders(monkeypatch, 1, 8, seed=4)
-    with pytest.raises(UserError, match=r"with 3 as data.seed, and there are 4"):
+    with pytest.raises(UserError, match=r"with the data seed 3, which is 4 now \(data.seed, or else seed_everything\)"):
         shuffled.load_state_dict(stopped.state_dict())
 
 

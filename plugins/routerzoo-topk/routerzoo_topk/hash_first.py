@@ -33,7 +33,7 @@ class HashFirstRouter(RouterWrapper):
         bias_speed: step of the selection bias in the layers after them.
         renormalize: divide the selected scores by their sum.
         scale: factor on the weights.
-        seed: seed of the tables. Each layer draws its own.
+        seed: seed of the tables; by default torch's. Each layer draws its own.
         init_std: standard deviation of the gate's initial weights.
 
     Raises:
@@ -53,7 +53,7 @@ class HashFirstRouter(RouterWrapper):
         bias_speed: float = 1e-3,
         renormalize: bool = True,
         scale: float = 1.5,
-        seed: int = 0,
+        seed: int | None = None,
         init_std: float = 0.02,
     ) -> None:
         if hash_layers < 0:
