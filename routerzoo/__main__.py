@@ -24,6 +24,7 @@ commands:
   sweep      run a grid, and go on with it:      python -m routerzoo sweep --config sweeps/quick
   report     say what came of a sweep:           python -m routerzoo report sweeps/quick
   plan       memory, FLOPs, traffic of a run:    python -m routerzoo plan --config ... --processes 64 --strategy sharded
+  bench      compare routers on exact tasks:     python -m routerzoo bench --quick
   check      check what routers declare:         python -m routerzoo check HyperRouter
 
 python -m routerzoo COMMAND --help lists a command's options;
@@ -33,7 +34,7 @@ Configs can name classes of torch, Lightning, timm, routerzoo and installed plug
 
 
 # Those of their own; the others are LightningCLI's.
-COMMANDS = ("routers", "configs", "check", "plan", "sweep", "look", "report")
+COMMANDS = ("bench", "routers", "configs", "check", "plan", "sweep", "look", "report")
 
 
 def main(args: Sequence[str] | None = None) -> None:

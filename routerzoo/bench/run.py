@@ -181,7 +181,7 @@ class Run:
             if not math.isfinite(loss.item()):
                 raise DivergedError(f"the training loss is {loss.item()} at step {step}")
             optimizer.param_groups[0]["lr"] = self.lr * learning_rate_share(step, steps)
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
             yield step + 1

@@ -1,0 +1,193 @@
+"""`Protocol`: which runs compare routers fairly; `Cell`: those of one router in one task, tuned and then final."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from routerzoo.bench.choices import RouterChoice
+from routerzoo.bench.registry import task_class
+from routerzoo.bench.rows import Row, Stage
+from routerzoo.bench.run import Run
+from routerzoo.bench.task import BenchTask
+from routerzoo.errors import UserError
+
+TUNING_SEED = 1000
+"""The first seed of tuning; final seeds begin at 0."""
+
+Rows = Mapping[tuple[Any, ...], Row]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How every router, and every control, is tuned and run. All draws of a run follow from its seed.
+
+    Tuning is successive halving: each learning rate with each auxiliary weight for half of the steps, then the better
+    half of these for all of them, on tuning seeds; the lowest mean loss is chosen. Final runs have fresh seeds.
+
+    Args:
+        seeds: final runs.
+        tuning_seeds: runs of each setting; 0 takes the first learning rate and the published auxiliary weights.
+        lrs: peak learning rates.
+        aux_scales: factors on the published coefficients of auxiliary losses, for routers that have any.
+        steps: optimizer steps; by default those of the task.
+    """
+
+    seeds: int = 20
+    tuning_seeds: int = 2
+    lrs: tuple[float, ...] = (0.03, 0.01, 0.1)
+    aux_scales: tuple[float, ...] = (1.0, 0.1)
+    steps: int | None = None
+
+    def text(self) -> str:
+        """Return what a folder's runs have in common; the number of final seeds may grow."""
+        told = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "seeds"}
+        return json.dumps(told, indent=2) + "\n"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, as it is handed to a worker.
+
+    Args:
+        task: name of the task, or the path of its file.
+        choice: the router.
+        stage: see `Row`; likewise the arguments that follow.
+    """
+
+    task: str
+    choice: RouterChoice
+    stage: Stage
+    seed: int
+    steps: int
+    lr: float
+    aux_scale: float
+    code: str
+    settings: str
+
+    def row(self, **measured: Any) -> Row:
+        """Return the run's row."""
+        own = {name: getattr(self, name) for name in ("stage", "seed", "steps", "lr", "aux_scale", "code", "settings")}
+        return Row(task=task_class(self.task).name, router=self.choice.label, **own, **measured)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One router in one task.
+
+    Args:
+        task: name of the task, or the path of its file.
+        choice: the router.
+        protocol: how it is tuned and run.
+        has_losses: whether the router has auxiliary losses, whose weight is tuned too.
+        code: version of the sources.
+        settings: digest of the task and the router.
+    """
+
+    task: str
+    choice: RouterChoice
+    protocol: Protocol
+    has_losses: bool
+    code: str
+    settings: str
+
+    @property
+    def steps(self) -> int:
+        """Steps of a final run."""
+        return self.protocol.steps or task_class(self.task).steps
+
+    @property
+    def num_runs(self) -> int:
+        """How many runs the cell is in all."""
+        protocol = self.protocol
+        settings = len(protocol.lrs) * (len(protocol.aux_scales) if self.has_losses else 1)
+        return protocol.tuning_seeds * (settings + math.ceil(settings / 2)) + protocol.seeds
+
+    def num_made(self, rows: Rows) -> int:
+        """How many of them have been made."""
+        name = task_class(self.task).name
+        return sum(row.task == name and row.router == self.choice.label for row in rows.values())
+
+    def jobs(self, rows: Rows) -> list[Job]:
+        """Return the runs that are to be made next, given those that have been; none where all have."""
+        best = self.best_setting(rows)
+        if isinstance(best, list):
+            return best
+        return self._missing("final", range(self.protocol.seeds), self.steps, [best], rows)
+
+    def best_setting(self, rows: Rows) -> tuple[float, float] | list[Job]:
+        """Return the learning rate and auxiliary scale of final runs, or the tuning runs that are to be made first."""
+        protocol = self.protocol
+        scales = protocol.aux_scales if self.has_losses and protocol.tuning_seeds else (1.0,)
+        settings = [(lr, scale) for lr in protocol.lrs for scale in scales]
+        if not protocol.tuning_seeds:
+            return settings[0]
+        seeds = range(TUNING_SEED, TUNING_SEED + protocol.tuning_seeds)
+        for steps in (self.steps // 2, self.steps):
+            if missing := self._missing("tuning", seeds, steps, settings, rows):
+                return missing
+            settings.sort(key=lambda setting: self._mean_loss(seeds, steps, setting, rows))
+            settings = settings[: math.ceil(len(settings) / 2)]
+        return settings[0]
+
+    def _missing(
+        self, stage: Stage, seeds: range, steps: int, settings: list[tuple[float, float]], rows: Rows
+    ) -> list[Job]:
+        name = task_class(self.task).name
+        return [
+            Job(self.task, self.choice, stage, seed, steps, *setting, self.code, self.settings)
+            for seed in seeds
+            for setting in settings
+            if (name, self.choice.label, stage, seed, steps, *setting) not in rows
+        ]
+
+    def _mean_loss(self, seeds: range, steps: int, setting: tuple[float, float], rows: Rows) -> float:
+        """Return the mean tuning loss of a setting; inf where a run failed."""
+        name = task_class(self.task).name
+        found = [rows[name, self.choice.label, "tuning", seed, steps, *setting].loss for seed in seeds]
+        return math.inf if None in found else sum(loss for loss in found if loss is not None) / len(found)
+
+
+def make_cell(task: str, choice: RouterChoice, protocol: Protocol, code: str) -> Cell | Row:
+    """Return a router's cell, or the row that says why it is not applicable.
+
+    Raises:
+        UserError: the task cannot be built.
+    """
+    cls, settings = task_class(task), settings_digest(task, choice)
+    steps = protocol.steps or cls.steps
+    try:
+        built = cls(0, steps)
+    except Exception as error:
+        raise UserError(f"the task {task} cannot be built: {type(error).__name__}: {error}") from error
+    try:
+        has_losses = bool(Run(built, choice, 0.0).aux_weights)
+    except ValueError as error:  # it lacks something, is not causal, or does not come in these sizes
+        own = {"stage": "final", "seed": 0, "steps": steps, "lr": 0.0, "aux_scale": 1.0}
+        reason = " ".join(str(error).split())
+        return Row(cls.name, choice.label, **own, status="not applicable", reason=reason, code=code, settings=settings)  # type: ignore[arg-type]
+    except Exception:
+        has_losses = False  # its runs fail, and their rows say why
+    return Cell(task, choice, protocol, has_losses, code, settings)
+
+
+@functools.cache
+def task_digest(task: str) -> str:
+    """Return a digest of a task's sizes, and of its source where it comes from a file."""
+    cls = task_class(task)
+    sizes = {name: str(getattr(cls, name)) for name, value in vars(BenchTask).items() if isinstance(value, int | str)}
+    sizes |= {"provides": str(sorted(cls.provides))}
+    source = Path(inspect.getfile(cls)).read_text(encoding="utf-8") if task.endswith(".py") else ""
+    return json.dumps(sizes, sort_keys=True) + source
+
+
+def settings_digest(task: str, choice: RouterChoice) -> str:
+    """Return a digest of what a run of a router in a task is, beside the protocol and the code."""
+    return hashlib.sha256((task_digest(task) + choice.text()).encode()).hexdigest()[:12]

@@ -1,0 +1,43 @@
+"""What a worker does: runs, one after the other, each into a row."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from multiprocessing.connection import Connection
+
+import torch
+
+from routerzoo import registry
+from routerzoo.bench.protocol import Job
+from routerzoo.bench.registry import task_class
+from routerzoo.bench.rows import Row
+from routerzoo.bench.run import Run
+from routerzoo.tune_cpu import tune_cpu
+
+registry.load_plugins()  # in the server that workers are forked from
+
+
+def serve(jobs: Connection) -> None:
+    """Do what comes through a pipe, and send the rows back, until its other end closes."""
+    with contextlib.suppress(OSError):
+        os.setsid()  # an interrupt of the terminal is the command's to handle
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            jobs.send(do(jobs.recv()))
+
+
+def do(job: Job) -> Row:
+    """Make a run; return its row, also where it fails."""
+    torch.set_num_threads(1)
+    tune_cpu()
+    started = time.process_time()
+    try:
+        task = task_class(job.task)(job.seed, job.steps)
+        outcome = Run(task, job.choice, job.lr, job.aux_scale).outcome()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        return job.row(status="failed", reason=reason, seconds=time.process_time() - started)
+    declared_k = job.choice.declared_k(task.top_k)
+    return job.row(status="finished", k=declared_k, **vars(outcome), seconds=time.process_time() - started)

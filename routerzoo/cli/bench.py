@@ -1,0 +1,264 @@
+"""`python -m routerzoo bench`: compare routers in tasks whose ideal routing is known."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import math
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from routerzoo.bench.choices import RouterChoice, read_choices
+from routerzoo.bench.controls import CONTROLS
+from routerzoo.bench.engine import Engine, LocalEngine, RayEngine
+from routerzoo.bench.loop import work_through
+from routerzoo.bench.protocol import Cell, Protocol, make_cell
+from routerzoo.bench.registry import list_tasks, task_class
+from routerzoo.bench.rows import Row, RowFile
+from routerzoo.bench.scores import Summary, regret_difference, summaries
+from routerzoo.cli.arguments import CommandParser
+from routerzoo.errors import UserError
+from routerzoo.runs.atomic import atomic_write
+from routerzoo.sweep.code import code_version
+
+CORE = ["LinearRouter", "HyperRouter", "StableMoERouter", "XMoERouter", "HashRouter", "RandomFrozenRouter"]
+QUICK_TASKS = ["clusters", "skew", "ids", "xor"]
+QUICK = Protocol(seeds=5, tuning_seeds=0)
+PROTOCOL = "protocol.json"
+NARROW = 100
+"""In a terminal of fewer columns tables leave some out."""
+CERTAIN_ERRORS = 2.0
+"""A prediction holds, or turns, where the difference is more than this many standard errors."""
+
+EPILOG = """\
+Each task has a latent domain that decides which experts a token needs. Regret is 0 where a router does as well as one
+that is told the domain (oracle), and 1 where it does no better than a random expert for each token (blind). The third
+control is a dense network of the active size. All else is equal bit for bit between the routers of a seed.
+
+examples:
+  python -m routerzoo bench --quick                         six routers, four tasks: three minutes on two cores
+  python -m routerzoo bench --routers XMoERouter            one router in all tasks, tuned, 20 seeds: five CPU-minutes
+  python -m routerzoo bench --routers my_package.MyRouter --tasks clusters my_task.py
+  python -m routerzoo bench --routers LinearRouter '{class_path: LinearRouter, init_args: {noisy: true}, label: noisy}'
+  python -m routerzoo bench --routers all                   the whole registry: a night on two cores
+The same command resumes where it was stopped. docs/bench.md explains tasks, protocol and rows.
+"""
+
+
+def main(args: Sequence[str]) -> None:
+    """Run the command."""
+    parser = CommandParser(
+        prog="python -m routerzoo bench",
+        description="Compare routers in small tasks whose ideal routing is known; a run takes about half a second.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--routers",
+        nargs="+",
+        metavar="ROUTER",
+        default=CORE,
+        help="names, class paths, {class_path: ..., init_args: ..., label: ...}, or all; by default the built-in ones",
+    )
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="names, or paths of task files; by default all")
+    parser.add_argument("--quick", action="store_true", help="by default four tasks, 5 seeds and no tuning")
+    parser.add_argument("--seeds", type=int, help="final runs of each router in each task (default: 20)")
+    parser.add_argument("--tuning-seeds", type=int, help="runs of each setting that is tuned; 0 for none (default: 2)")
+    parser.add_argument("--steps", type=int, help="optimizer steps of a run; by default the task's, mostly 200")
+    parser.add_argument("--folder", type=Path, help="where rows go (default: bench/exact, or bench/quick)")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parser.add_argument("--slots", type=int, default=cores, help="runs at a time; by default as many as cores")
+    parser.add_argument("--engine", choices=["local", "ray"], default="local", help="processes here, or a Ray cluster")
+    parser.add_argument("--retry-failed", action="store_true", help="make failed runs again")
+    parser.add_argument("--redo-old", action="store_true", help="make runs again that other code has made")
+    parser.add_argument("--list", action="store_true", help="list the tasks with what is predicted, and stop")
+    options = parser.parse_args(args)
+    for name, least in (("seeds", 1), ("tuning_seeds", 0), ("steps", 2), ("slots", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            parser.exit(2, f"error: --{name.replace('_', '-')} must be at least {least}, got {value}\n")
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console = Console(highlight=False, soft_wrap=True, width=NARROW)  # a pipe has no width of its own
+    if options.list:
+        _list(options.tasks or list_tasks(), console)
+        return
+    usual = QUICK if options.quick else Protocol()
+    protocol = Protocol(
+        seeds=usual.seeds if options.seeds is None else options.seeds,
+        tuning_seeds=usual.tuning_seeds if options.tuning_seeds is None else options.tuning_seeds,
+        steps=options.steps,
+    )
+    tasks = options.tasks or (QUICK_TASKS if options.quick else list_tasks())
+    choices = [*map(RouterChoice, CONTROLS), *read_choices(options.routers)]
+    folder = options.folder or Path("bench") / ("quick" if options.quick else "exact")
+    if _bench(tasks, choices, protocol, folder, options, console):
+        raise SystemExit(1)
+
+
+def _bench(
+    tasks: Sequence[str],
+    choices: Sequence[RouterChoice],
+    protocol: Protocol,
+    folder: Path,
+    options: argparse.Namespace,
+    console: Console,
+) -> int:
+    """Make the runs and show what came of them; return how many failed."""
+    names = [task_class(task).name for task in tasks]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"two tasks are called {twice[0]!r}: give one another name")
+    with RowFile(folder) as file:
+        _expect_protocol(folder, protocol)
+        cells, refused = _cells(tasks, choices, protocol, file)
+        _forget(file, cells, options, console)
+        engine: Engine = RayEngine(options.slots) if options.engine == "ray" else LocalEngine(options.slots)
+        previous = signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            _work(cells, file, engine, console)
+        except KeyboardInterrupt:
+            raise UserError("interrupted; the same command goes on from here") from None
+        finally:
+            engine.close()
+            signal.signal(signal.SIGTERM, previous)
+        own = {(task_class(cell.task).name, cell.choice.label) for cell in cells}
+        rows = [row for row in file.rows.values() if (row.task, row.router) in own]
+    found = summaries(rows)
+    for name, task in zip(names, tasks, strict=True):
+        _show(task, [summary for summary in found if summary.task == name], console)
+    for row in refused:
+        console.print(f"not applicable: {row.router} in {row.task}: {row.reason}", markup=False)
+    failed = [row for row in rows if row.status == "failed" and row.stage == "final"]
+    for row in failed:
+        console.print(f"failed: {row.router} in {row.task}, seed {row.seed}: {row.reason}", markup=False)
+    console.print(f"{len(rows)} rows in {file.path}; a failed run counts as regret 1", markup=False)
+    return len(failed)
+
+
+def _expect_protocol(folder: Path, protocol: Protocol) -> None:
+    """Keep runs of different protocols apart.
+
+    Raises:
+        UserError: the folder's runs have another one.
+    """
+    path = folder / PROTOCOL
+    if not path.is_file():
+        atomic_write(path, protocol.text())
+    elif path.read_text(encoding="utf-8") != protocol.text():
+        raise UserError(f"the runs in {folder} have another protocol, see {path}: choose another --folder")
+
+
+def _cells(
+    tasks: Sequence[str], choices: Sequence[RouterChoice], protocol: Protocol, file: RowFile
+) -> tuple[list[Cell], list[Row]]:
+    """Return what is to be done, and the rows of routers that cannot do a task.
+
+    Raises:
+        UserError: the folder has rows of the same names that are something else.
+    """
+    code = code_version()
+    made = [make_cell(task, choice, protocol, code) for task in tasks for choice in choices]
+    cells = [cell for cell in made if isinstance(cell, Cell)]
+    refused = [row for row in made if isinstance(row, Row)]
+    settings = {(task_class(cell.task).name, cell.choice.label): cell.settings for cell in cells}
+    settings |= {(row.task, row.router): row.settings for row in refused}
+    for known in file.rows.values():
+        if settings.get((known.task, known.router), known.settings) != known.settings:
+            raise UserError(
+                f"{file.path} has rows of another {known.router} in {known.task}, with other arguments or sizes: give "
+                "the router a label, or choose another --folder"
+            )
+    for row in refused:
+        if row.key not in file.rows:
+            file.append(row)
+    return cells, refused
+
+
+def _forget(file: RowFile, cells: Sequence[Cell], options: argparse.Namespace, console: Console) -> None:
+    """Say what has been made before, and let go of what is to be made again."""
+    own = {(task_class(cell.task).name, cell.choice.label): cell for cell in cells}
+    known = [row for row in file.rows.values() if (row.task, row.router) in own]
+    failed = [row for row in known if row.status == "failed"]
+    old = [row for row in known if row.code != own[row.task, row.router].code]
+    if options.retry_failed:
+        file.forget([row.key for row in failed])
+    if options.redo_old:
+        file.forget([row.key for row in old])
+    if known:
+        console.print(f"{len(known)} runs made before, {len(failed)} of them failed (--retry-failed makes them again)")
+    if old and not options.redo_old:
+        console.print(f"{len(old)} runs were made by other code and stay; --redo-old makes them again")
+
+
+def _work(cells: Sequence[Cell], file: RowFile, engine: Engine, console: Console) -> None:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        total = sum(cell.num_runs for cell in cells)
+        made = sum(cell.num_made(file.rows) for cell in cells)
+        bar = progress.add_task("runs", total=total, completed=made)
+
+        def ended(row: Row, cell: Cell, done: bool) -> None:
+            progress.update(bar, advance=1, description=f"{row.task} {row.router}")
+            if done and not console.is_terminal:
+                console.print(f"done: {row.router} in {row.task}", markup=False)
+
+        work_through(cells, file, engine, ended)
+
+
+def _show(task: str, found: Sequence[Summary], console: Console) -> None:
+    """Print a task's table, best router first, and what became of its predictions."""
+    cls = task_class(task)
+    table = Table(title=f"{cls.name}: {cls.title}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("router", no_wrap=True)
+    ordered = sorted(found, key=lambda summary: summary.regret)
+    columns = {
+        "regret": [f"{_number(s.regret, 3)} ± {_number(s.half_width, 3)}" for s in ordered],
+        "NMI": [_number(s.mean("nmi"), 2) for s in ordered],
+        "dead": [_number(s.mean("dead_experts"), 1) for s in ordered],
+        "max load": [_number(s.mean("max_load"), 1) for s in ordered],
+        "k": [_number(s.mean("mean_k"), 1) for s in ordered],
+        "half at": [_number(s.steps_to_half, 0) for s in ordered],
+        "GFLOPs": [_number(s.mean("train_flops") / 1e9, 1) for s in ordered],
+        "seeds": [str(len(s.scores)) for s in ordered],
+        "failed": [str(len(s.failures) or "") for s in ordered],
+    }
+    left_out = {"max load", "half at", "seeds"} if console.width < NARROW else set()
+    shown = [name for name, cells in columns.items() if name not in left_out and any(cells)]
+    for name in shown:
+        table.add_column(name, justify="right", no_wrap=True)
+    for place, summary in enumerate(ordered):
+        style = "dim" if summary.router in CONTROLS else ""
+        table.add_row(summary.router, *(columns[name][place] for name in shown), style=style)
+    console.print(table)
+    by_name = {summary.router: summary for summary in found}
+    for prediction in cls.predictions:
+        if prediction.better not in by_name or prediction.worse not in by_name:
+            continue
+        difference, error = regret_difference(by_name[prediction.better], by_name[prediction.worse])
+        sure = abs(difference) > CERTAIN_ERRORS * error
+        verdict = ("holds" if difference < 0 else "TURNED") if sure else "inconclusive"
+        told = f"predicted: {prediction.better} below {prediction.worse}: {verdict} ({difference:+.3f}, standard error"
+        console.print(f"  {told} {error:.3f})", markup=False)
+
+
+def _number(value: float, digits: int) -> str:
+    return "-" if math.isnan(value) else "never" if math.isinf(value) else f"{value:.{digits}f}"
+
+
+def _list(tasks: Sequence[str], console: Console) -> None:
+    for task in tasks:
+        cls = task_class(task)
+        console.print(f"[bold]{cls.name}[/bold]: {(inspect.getdoc(cls) or cls.title).partition(chr(10))[0]}")
+        for prediction in cls.predictions:
+            console.print(f"    {prediction.better} below {prediction.worse}: {prediction.source}", markup=False)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
