@@ -40,12 +40,13 @@ class RoutedExperts(nn.Module):
 
     Args:
         moe: the layer.
-        architecture: what the gate was.
+        gate: what the class of the gate is called.
+        top_k: experts per token of the model as it was released.
     """
 
-    def __init__(self, moe: MoE, architecture: str) -> None:
+    def __init__(self, moe: MoE, gate: str, top_k: int) -> None:
         super().__init__()
-        self.moe, self.architecture = moe, architecture
+        self.moe, self.gate, self.top_k = moe, gate, top_k
         inner_router(moe).register_forward_hook(report_logits)
 
     def forward(self, hidden: Tensor, indices: Tensor | None = None, router_input: Tensor | None = None) -> Tensor:

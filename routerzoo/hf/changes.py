@@ -104,7 +104,8 @@ def replace_change(model: nn.Module, *, router: Mapping[str, Any]) -> None:
             )
         if router["name"] == KEEP:
             _copy_gate(site, inner_router(moe))
-        built.append(RoutedExperts(moe, type(site.gate).__name__).train(site.block.training))
+        top_k = released_arguments(site, model)["top_k"]
+        built.append(RoutedExperts(moe, type(site.gate).__name__, top_k).train(site.block.training))
     for site, routed in zip(sites, built, strict=True):
         setattr(site.block, site.place, HandOn(site.architecture.takes_scores))
         site.block.experts = routed
@@ -139,7 +140,7 @@ def completed_table(table_VK: Tensor, num_experts: int) -> Tensor:
 
 
 def _ours(router: Mapping[str, Any], site: Site, model: nn.Module) -> RouterFactory:
-    return with_top_k(factory_of(router), _arguments(site, model)["top_k"])
+    return with_top_k(factory_of(router), released_arguments(site, model)["top_k"])
 
 
 def _released_router(site: Site, model: nn.Module) -> RouterFactory:
@@ -150,10 +151,11 @@ def _released_router(site: Site, model: nn.Module) -> RouterFactory:
             f"{site.architecture.router} computes what the gate of {site.architecture.models} does, and is in the "
             "package routerzoo-topk, which is not installed"
         ) from error
-    return partial(cls, **_arguments(site, model))
+    return partial(cls, **released_arguments(site, model))
 
 
-def _arguments(site: Site, model: nn.Module) -> dict[str, Any]:
+def released_arguments(site: Site, model: nn.Module) -> dict[str, Any]:
+    """Return what the router is built with that computes what a model's gate does."""
     renamed = site.architecture.renamed
     found = {n: _read(site, model, v) if isinstance(v, Of) else v for n, v in site.architecture.arguments.items()}
     return {name: renamed.get(value, value) if isinstance(value, str) else value for name, value in found.items()}
@@ -185,18 +187,18 @@ def _swap(model: nn.Module, router: Mapping[str, Any]) -> None:
         raise UserError(_nothing_known(model))
     if router["name"] == KEEP:
         raise UserError(f"{type(model).__name__} has our routers already: 'keep' is for a model of transformers as it is")
+    released = {module.moe: module.top_k for module in model.modules() if isinstance(module, RoutedExperts)}
     built = []
     for layer in layers:
-        experts, old = layer.experts, inner_router(layer)
-        factory = with_top_k(factory_of(router), old.top_k)
+        experts = layer.experts
+        factory = with_top_k(factory_of(router), released.get(layer) or inner_router(layer).top_k)
         with torch.device(next(experts.parameters()).device):
             twin = MoE(layer.spec, factory, lambda spec, experts=experts: experts, backend=experts.backend)
         built.append(twin.router.train(layer.training))
     for layer, new in zip(layers, built, strict=True):
         layer.router = new
-    for module in model.modules():
-        if isinstance(module, RoutedExperts):
-            inner_router(module.moe).register_forward_hook(report_logits)
+    for layer in released:
+        inner_router(layer).register_forward_hook(report_logits)
 
 
 def _nothing_known(model: nn.Module) -> str:

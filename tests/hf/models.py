@@ -26,7 +26,7 @@ IMAGES = {
 DENSE = {
     "Llama": ("LlamaForCausalLM", GQA),
     "Mistral": ("MistralForCausalLM", GQA),
-    "Qwen2": ("Qwen2ForCausalLM", TEXT),
+    "Qwen2": ("Qwen2ForCausalLM", {**TEXT, "num_key_value_heads": 2}),
     "Qwen3": ("Qwen3ForCausalLM", GQA),
     "Gemma": ("GemmaForCausalLM", GQA),
     "Gemma 2": ("Gemma2ForCausalLM", {**GQA, "query_pre_attn_scalar": 8}),
