@@ -12,10 +12,11 @@ from routerzoo import (
     LayerSpec,
     LinearRouter,
     MoE,
+    RoutingContext,
     StableMoERouter,
     moe_layers,
 )
-from routerzoo.costs import count_costs, short
+from routerzoo.costs import TrainedTokens, count_costs, short
 from tests.tasks.test_tasks import vision
 
 
@@ -108,3 +109,28 @@ def test_costs_of_a_vision_transformer_grow_with_k_by_its_experts():
 
 def test_numbers_are_written_with_units():
     assert [short(n) for n in (12, 1200, 3_400_000, 5e9)] == ["12", "1.2 k", "3.4 M", "5.0 G"]
+
+
+def test_what_training_takes_follows_k_by_hand():
+    d, length, experts = 64, 32, 8
+    sizes = {"d_model": d, "num_blocks": 2, "num_heads": 4, "num_experts": experts, "max_length": length}
+    costs = LanguageModeling(**sizes, num_shared_experts=1).costs()
+    assert costs.experts_per_token == 2
+    assert costs.expert_flops == 2 * (2 * 2 * (4 * d) * d)
+    router = partial(LinearRouter, top_k=5)
+    at_5 = LanguageModeling(**sizes, num_shared_experts=1, router=router).costs()
+    assert costs.training_flops(1000, 5.0) == at_5.training_flops(1000) == 3 * 1000 * at_5.flops
+    dense = LanguageModeling(**sizes, moe_blocks="none").costs()
+    assert (dense.experts_per_token, dense.expert_flops) == (None, 0.0)
+    assert dense.training_flops(10) == 30 * dense.flops
+
+
+def test_tokens_are_counted_without_padding_and_with_the_experts_that_they_chose():
+    layer, trained = MoE(d_model=4, num_experts=4, router=partial(LinearRouter, top_k=3)), TrainedTokens()
+    assert trained.k is None
+    for mask in (None, torch.tensor([False, False, False, True])):
+        context = RoutingContext(positions=torch.arange(4), padding_mask=mask)
+        layer(torch.randn(4, 4), context)
+        trained.add(context, processes=2)
+    assert trained.numbers() == [14, 7.0, 21.0]
+    assert trained.k == 3.0

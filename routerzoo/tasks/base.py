@@ -7,7 +7,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from torchmetrics import Metric
 from routerzoo.callbacks.router_hooks import AVERAGING, RouterHooks, averaged_models
 from routerzoo.callbacks.steps import planned_steps
 from routerzoo.checkpoints.names import under_own_names
-from routerzoo.costs import Costs, count_costs
+from routerzoo.costs import Costs, TrainedTokens, count_costs
 from routerzoo.distributed.collectives import all_ranks
 from routerzoo.errors import UserError
 from routerzoo.moe.auxiliary_loss import auxiliary_losses
@@ -47,6 +47,9 @@ else:
 
         def __call__(self, optimizer: Optimizer, /, *, total_steps: int) -> LRScheduler:
             """Return the schedule; `total_steps` is given to what has such a parameter alone."""
+
+    # jsonargparse parses this file whenever it asks for an annotation that is a string: 0.4 s of a command.
+    SchedulerFactory.__call__.__annotations__ = get_type_hints(SchedulerFactory.__call__)
 
 
 class Prediction(NamedTuple):
@@ -126,6 +129,7 @@ class MoETask(LightningModule, ABC):
         self.evaluated = nn.ModuleList([nn.ModuleDict(evaluation_metrics()) for _ in self.eval_top_ks])
         self._random_state: Tensor | None = None
         self._total_steps: int | None = None
+        self.trained = TrainedTokens()
         self._costs_before_sharding: list[Costs] | None = None
         self.save_hyperparameters(ignore=["net", "evaluation_metrics"])
         self._keep_defaults(type(net))
@@ -279,6 +283,7 @@ class MoETask(LightningModule, ABC):
     def _pass(self, batch: Any) -> tuple[Prediction, Tensor]:
         """Return a prediction, and its loss with the auxiliary losses, which are logged."""
         prediction = self.predict_batch(batch)
+        self.trained.add(prediction.context, self.trainer.world_size)
         losses = self.auxiliary_losses(prediction.context, prediction.token_losses_T)
         if losses:
             self.log_dict({f"train/{name}_loss": loss.detach() for name, loss in losses.items()}, sync_dist=True)
@@ -290,8 +295,10 @@ class MoETask(LightningModule, ABC):
         return {"step": self.global_step, "total_steps": self.total_steps, "process_group": all_ranks()}
 
     def on_fit_start(self) -> None:
-        """Drop the plan of an earlier fit."""
+        """Drop the plan of an earlier fit, and what it has trained on, unless it is resumed."""
         self._total_steps = None
+        if self.trainer.ckpt_path is None and self.global_step == 0:
+            self.trained = TrainedTokens()
 
     def on_train_start(self) -> None:
         """Select the optimizer's kernel, once a resumed run has restored its state."""
@@ -392,6 +399,7 @@ class MoETask(LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the random state, so that dropout continues as in an uninterrupted run."""
         checkpoint["random_state"] = torch.get_rng_state()
+        checkpoint["trained"] = self.trained.numbers()
         checkpoint[FORMAT_KEY] = FORMAT
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -410,6 +418,8 @@ class MoETask(LightningModule, ABC):
         self._random_state, states = checkpoint.get("random_state"), checkpoint.get("optimizer_states", [])
         if self._trainer is not None and self._trainer.state.fn == "fit":
             _refuse_half_a_state(self._random_state, states)
+            tokens, routed, assigned = checkpoint.get("trained", (0, 0.0, 0.0))
+            self.trained = TrainedTokens(int(tokens), routed, assigned)
             started = checkpoint["global_step"] > 0 and not any(state.get("state") for state in states)
             if started and not self.is_sharded and _keeps_state(self.optimizer):  # that strategy loads it by itself
                 raise UserError(
