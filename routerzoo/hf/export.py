@@ -90,6 +90,7 @@ def to_transformers(model: Any) -> Any:
 def _plain_config(model: Any) -> Any:
     config = copy.deepcopy(model.config)
     config.__class__ = type(config).__mro__[1]
+    config.__dict__.pop("model_type", None)  # of a config that was loaded; the class's counts
     del config.routing
     return config
 
