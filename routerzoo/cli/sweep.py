@@ -87,7 +87,7 @@ def _sweep(plan: Plan, folder: Path, workers: int, gpus: int, options: argparse.
     local = LocalEngine(workers, options.threads, gpus)
     ledger = Ledger(folder)
     code = code_version()
-    told = {"config": str(plan.path), "baseline": plan.baseline, "margin": plan.margin}
+    told = {"config": str(plan.path), "baseline": plan.baseline, "margins": dict(plan.margins)}
     atomic_write(folder / PLAN, json.dumps(told, indent=2) + "\n")
     refused = _enter(plan, folder, ledger, local, code, console)
     if options.show:

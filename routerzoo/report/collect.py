@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -31,6 +31,18 @@ STABILITY = {
 Curve = list[tuple[float, float]]
 
 
+class Budget(NamedTuple):
+    """What a variant was trained with, as means over its runs; NaN where its runs do not say.
+
+    Args:
+        k: experts per token, mean over training.
+        flops: of the whole training.
+    """
+
+    k: float
+    flops: float
+
+
 @dataclass(frozen=True)
 class Task:
     """The results of a task's runs.
@@ -39,9 +51,10 @@ class Task:
         name: of the task.
         metric: headline metric, as the task declares it.
         lower_is_better: whether a smaller metric is better.
-        values: the metric on the test split by variant and seed.
+        values: the metric on the test split by variant and seed; NaN where the run failed or measured no finite one.
         runs: finished runs by variant and seed.
         curves: by variant and seed, curves over steps by the name of the log's column.
+        paired: whether runs of one seed have data and initialization in common.
     """
 
     name: str
@@ -50,6 +63,22 @@ class Task:
     values: Mapping[str, Mapping[int, float]]
     runs: Mapping[str, Mapping[int, Run]]
     curves: Mapping[str, Mapping[int, Mapping[str, Curve]]]
+    paired: bool = True
+
+    def finished(self, variant: str) -> list[float]:
+        """Return a variant's values, without those of failed runs."""
+        return [value for value in self.values.get(variant, {}).values() if not math.isnan(value)]
+
+    def failures(self, variant: str) -> int:
+        """Return how many runs of a variant failed."""
+        return sum(map(math.isnan, self.values.get(variant, {}).values()))
+
+    def budget(self, variant: str) -> Budget:
+        """Return what a variant was trained with."""
+        fits = [run.results.get("fit", {}) for run in self.runs.get(variant, {}).values()]
+        k = [k for fit in fits if (k := fit.get("trained k")) is not None]
+        flops = [flops for fit in fits if (flops := fit.get("training FLOPs")) is not None]
+        return Budget(*(sum(known) / len(known) if known else math.nan for known in (k, flops)))
 
     def routing(self, variant: str) -> dict[str, dict[int, Curve]]:
         """Return metrics of a variant's routing over training, means over layers, by label and seed."""
@@ -70,7 +99,7 @@ class Sweep:
         folder: of the sweep.
         config: the sweep's YAML file, as the latest command had it.
         baseline: label of the router that the others are compared with.
-        margin: relative difference that counts as equivalent.
+        margins: by metric, the difference that is negligible, where it is not the default.
         tasks: with a finished run.
         runs: all planned runs.
         earlier: finished runs that are no longer in the plan.
@@ -80,7 +109,7 @@ class Sweep:
     folder: Path
     config: str
     baseline: str
-    margin: float
+    margins: Mapping[str, float]
     tasks: Sequence[Task]
     runs: Sequence[Run]
     earlier: Sequence[Run]
@@ -118,23 +147,31 @@ def read_sweep(folder: Path) -> Sweep:
     if not finished:
         raise UserError(f"no run in {folder} has finished yet")
     tasks = []
+    lost: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for run in planned:
+        if run.status == "failed":
+            lost[run.task][run.variant][run.seed] = math.nan
+    order = list(dict.fromkeys(run.variant for run in planned))
     for name, by_variant in finished.items():
         first = next(iter(next(iter(by_variant.values())).values()))
         tested = first.results.get("test", {})
         metric, lower_is_better = tested.get("headline_metric", "loss"), not tested.get("higher_is_better", False)
         values = {
-            variant: {seed: float(run.results["test"].get(metric, math.nan)) for seed, run in by_seed.items()}
-            for variant, by_seed in by_variant.items()
+            variant: {seed: _finite(run.results["test"].get(metric)) for seed, run in by_variant[variant].items()}
+            | lost[name][variant]
+            for variant in order
+            if by_variant[variant] or lost[name][variant]
         }
         curves = {
             variant: {seed: read_curves(folder / run.folder) for seed, run in by_seed.items()}
             for variant, by_seed in by_variant.items()
         }
         runs_of = {variant: dict(by_seed) for variant, by_seed in by_variant.items()}
-        tasks.append(Task(name, metric, lower_is_better, values, runs_of, curves))
+        paired = all(data_follow_seed(run) for by_seed in by_variant.values() for run in by_seed.values())
+        tasks.append(Task(name, metric, lower_is_better, values, runs_of, curves, paired))
     try:
         plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-        config, baseline, margin = str(plan["config"]), str(plan["baseline"]), float(plan["margin"])
+        config, baseline, margins = str(plan["config"]), str(plan["baseline"]), dict(plan["margins"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'plan.json'} is missing or damaged; the sweep's command rewrites it") from error
     try:
@@ -142,7 +179,23 @@ def read_sweep(folder: Path) -> Sweep:
     except (OSError, ValueError):
         refused = {}
     earlier = [run for run in runs if not run.planned and run.status == "finished"]
-    return Sweep(folder, config, baseline, margin, tasks, planned, earlier, refused)
+    return Sweep(folder, config, baseline, margins, tasks, planned, earlier, refused)
+
+
+def _finite(value: Any) -> float:
+    return float(value) if value is not None and math.isfinite(value) else math.nan
+
+
+def data_follow_seed(run: Run) -> bool:
+    """Whether a run's data are drawn by its seed, so that runs of one seed are pairs.
+
+    Their initialization then is common, too: all but the router is drawn by the seed alone. A config with a fixed seed
+    of the data has one order for all seeds, and the runs of a seed have no more in common than others.
+    """
+    if not isinstance(config := yaml.safe_load(run.config), dict):
+        return True
+    seed = flat(config.get("data", {})).get("init_args.seed")
+    return seed is None or seed == run.seed
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:

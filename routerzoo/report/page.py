@@ -21,8 +21,10 @@ from matplotlib.figure import Figure
 
 from routerzoo.costs import short
 from routerzoo.report import pictures
+from routerzoo.report.analysis import Analysis, TaskAnalysis, analyze
 from routerzoo.report.collect import Sweep, Task, differences, tested_k
-from routerzoo.report.statistics import Comparison, Interval, adjusted, compare, interval, mean_ranks
+from routerzoo.report.findings import findings
+from routerzoo.report.statistics.intervals import Interval, interval
 from routerzoo.runs.atomic import atomic_write
 from routerzoo.sweep.ledger import THEN, Run
 from routerzoo.sweep.work import CELL, LOG
@@ -37,9 +39,14 @@ class Row:
     variant: str
     metric: str
     seeds: int
+    failed: int
     difference: str
     p: str
+    bounds: str
     verdict: str
+    trained_k: str
+    training_flops: str
+    is_unequal: bool
     active: str
     flops: str
     seconds: str
@@ -85,19 +92,17 @@ def write_report(sweep: Sweep) -> Report:
     """Write the report into the sweep's folder."""
     command = f"python -m routerzoo report {shlex.quote(str(sweep.folder))}"
     names = variants(sweep)
-    compared = {task.name: comparisons(sweep, task) for task in sweep.tasks}
+    analysis = analyze(sweep)
     sections = [
         Section(
             task,
-            _rows(sweep, task, names, compared[task.name]),
+            _rows(analysis.tasks[task.name], names),
             _pictures(sweep, task, names, command),
             [table for table in (_table_by_k(task, names), _table_of_routing(task, names)) if table.rows],
         )
         for task in sweep.tasks
     ]
-    tables = {task.name: task.values for task in sweep.tasks}
-    lower = {task.name: task.lower_is_better for task in sweep.tasks}
-    ranked = mean_ranks(tables, lower) if len(sweep.tasks) > 1 else {}
+    ranked = analysis.ranks
     content: dict[str, Any] = {
         "sweep": sweep,
         "command": command,
@@ -113,15 +118,16 @@ def write_report(sweep: Sweep) -> Report:
         "mixed": len(codes) > 1 or any(THEN in code for code in codes),
         "hosts": sorted({run.host for run in sweep.runs if run.host}),
         "earlier": [(run, _what_differs(run, sweep.runs)) for run in sweep.earlier],
-        "findings": findings(sweep, compared, ranked),
-        "margin": f"{100 * sweep.margin:g} %",
+        "findings": findings(sweep, analysis),
+        "analysis": analysis,
         "log": LOG,
     }
     written = {
         "report.html": _template("page.html.jinja", escape=True).render(content),
         "report.md": re.sub(r"\n{3,}", "\n\n", _template("page.md.jinja", escape=False).render(content)),
         "runs.csv": _csv(_run_rows(sweep)),
-        "comparisons.csv": _csv(_comparison_rows(sweep, compared)),
+        "means.csv": _csv(_mean_rows(analysis)),
+        "comparisons.csv": _csv(_comparison_rows(analysis)),
         "ranking.csv": _csv([{"router": n, **middle._asdict()} for n, middle in ranked.items()]),
         "by_k.csv": _csv(_by_k_rows(sweep)),
         "curves.csv": _csv(_curve_rows(sweep)),
@@ -136,83 +142,34 @@ def variants(sweep: Sweep) -> list[str]:
     return list(dict.fromkeys(run.variant for run in sweep.runs))
 
 
-def comparisons(sweep: Sweep, task: Task) -> dict[str, Comparison]:
-    """Compare every variant of a task with its baseline, corrected for their number."""
-    found = {}
-    for name, values in task.values.items():
-        baseline = sweep.baseline_of(name)
-        if baseline is None or baseline == name or baseline not in task.values:
-            continue
-        comparison = compare(values, task.values[baseline], sweep.margin, task.lower_is_better)
-        if comparison is not None:
-            found[name] = comparison
-    return adjusted(found, task.lower_is_better)
-
-
-def findings(
-    sweep: Sweep, compared: Mapping[str, Mapping[str, Comparison]], ranked: Mapping[str, Interval]
-) -> list[str]:
-    """Return the findings in sentences."""
-    told = []
-    for task in sweep.tasks:
-        most = max(len(values) for values in task.values.values())
-        fewer = [name for name, values in task.values.items() if len(values) < most]
-        # A mean over fewer seeds is no rival: whichever seeds it has may be the easy ones.
-        means = {n: interval(list(values.values())).mean for n, values in task.values.items() if n not in fewer}
-        best = (min if task.lower_is_better else max)(means, key=lambda name: means[name])
-        by_verdict: dict[str, list[str]] = {}
-        for name, comparison in compared[task.name].items():
-            by_verdict.setdefault(comparison.verdict, []).append(name)
-        sentence = f"{task.name}: the best mean {task.metric} is {means[best]:.4f}, of {best}."
-        if fewer:
-            sentence += f" Left out, with fewer seeds: {', '.join(fewer)}."
-        texts = {
-            "better": "Significantly better than {}: {}.",
-            "worse": "Significantly worse than {}: {}.",
-            "equivalent": f"Equivalent to {{}} within {100 * sweep.margin:g} %: {{}}.",
-            "inconclusive": "Inconclusive against {} with so few seeds: {}.",
-        }
-        for verdict, text in texts.items():
-            if verdict in by_verdict:
-                sentence += " " + text.format(sweep.baseline, ", ".join(by_verdict[verdict]))
-        told.append(sentence)
-    if ranked:
-        lowest = min(middle.mean for middle in ranked.values())
-        first = [name for name, middle in ranked.items() if math.isclose(middle.mean, lowest)]
-        highest = max(ranked[name].high for name in first)
-        rivals = [name for name in ranked if name not in first and not ranked[name].low > highest]
-        has = "has the best mean rank" if len(first) == 1 else "share the best mean rank"
-        sentence = f"Over {len(sweep.tasks)} tasks {' and '.join(first)} {has}, {lowest:.2f}."
-        sentence += f" The intervals of {', '.join(rivals)} overlap with that." if rivals else ""
-        told.append(sentence)
-    lost = [run for run in sweep.runs if run.status == "failed"]
-    waiting = [run for run in sweep.runs if run.status in ("waiting", "running")]
-    if lost or waiting:
-        told.append(f"The numbers exclude {len(lost)} failed and {len(waiting)} pending runs.")
-    return told
-
-
-def _rows(sweep: Sweep, task: Task, names: Sequence[str], compared: Mapping[str, Comparison]) -> list[Row]:
-    rows = []
+def _rows(found: TaskAnalysis, names: Sequence[str]) -> list[Row]:
+    rows, task = [], found.task
+    unequal = {name for listed in found.unequal().values() for name in listed}
     for name in names:
         if name not in task.values:
             continue
-        values = list(task.values[name].values())
-        runs = list(task.runs[name].values())
-        comparison = compared.get(name)
-        difference, p, verdict = "", "", "baseline" if sweep.baseline_of(name) == name else "no common seed"
+        runs, budget = list(task.runs.get(name, {}).values()), task.budget(name)
+        comparison = found.against_baseline(name)
+        difference, p, bounds, verdict = "", "", "", "baseline"
         if comparison is not None:
-            difference = _shown(comparison.difference, signed=True)
+            difference, verdict = _shown(comparison.difference, signed=True), comparison.verdict
             p = "" if math.isnan(comparison.p_adjusted) else f"{comparison.p_adjusted:.3f}"
-            verdict = comparison.verdict
+            if not math.isnan(comparison.bounds.low):
+                low, high = comparison.bounds.low, comparison.bounds.high
+                bounds = f"{low:+.4f} to {high:+.4f} ({100 * comparison.bounds_level:.3g} %)"
         rows.append(
             Row(
                 name,
-                _shown(interval(values)),
-                len(values),
+                _shown(found.mean(name)),
+                len(task.values[name]),
+                task.failures(name),
                 difference,
                 p,
+                bounds,
                 verdict,
+                "" if math.isnan(budget.k) else f"{budget.k:g}",
+                "" if math.isnan(budget.flops) else short(budget.flops),
+                name in unequal,
                 short(_mean(runs, "test", "active parameters")),
                 short(_mean(runs, "test", "FLOPs per token")),
                 f"{_mean(runs, 'fit', 'seconds'):.0f}",
@@ -309,25 +266,52 @@ def _run_rows(sweep: Sweep) -> list[dict[str, Any]]:
     return rows
 
 
-def _comparison_rows(sweep: Sweep, compared: Mapping[str, Mapping[str, Comparison]]) -> list[dict[str, Any]]:
+def _comparison_rows(analysis: Analysis) -> list[dict[str, Any]]:
+    """Return every pair of every task, in both orders."""
     rows = []
-    for task in sweep.tasks:
-        for name, values in task.values.items():
-            middle, comparison = interval(list(values.values())), compared[task.name].get(name)
-            row: dict[str, Any] = {"task": task.name, "variant": name, "metric": task.metric, "seeds": len(values)}
-            row |= {"mean": middle.mean, "low": middle.low, "high": middle.high}
-            if comparison is not None:
-                row |= {
+    for task, found in analysis.tasks.items():
+        for (name, other), comparison in found.pairs.items():
+            outlook = found.outlook(comparison)
+            rows.append(
+                {
+                    "task": task,
+                    "router": name,
+                    "against": other,
+                    "is declared": found.results.baselines.get(name) == other,
+                    "metric": found.task.metric,
+                    "unit": found.results.metric.unit,
+                    "seeds": comparison.seeds,
                     "difference": comparison.difference.mean,
                     "difference low": comparison.difference.low,
                     "difference high": comparison.difference.high,
+                    "test": comparison.test,
                     "p": comparison.p,
                     "p adjusted": comparison.p_adjusted,
-                    "p equivalence": comparison.p_equivalence,
                     "margin": comparison.margin,
+                    "p equivalence": comparison.p_equivalence,
+                    "p equivalence adjusted": comparison.p_equivalence_adjusted,
+                    "bounds low": comparison.bounds.low,
+                    "bounds high": comparison.bounds.high,
+                    "bounds level": comparison.bounds_level,
                     "verdict": comparison.verdict,
+                    "detectable": outlook.detectable,
+                    "seeds to settle": "" if outlook.seeds_to_settle is None else outlook.seeds_to_settle,
+                    "note": comparison.note,
                 }
-            rows.append(row)
+            )
+    return rows
+
+
+def _mean_rows(analysis: Analysis) -> list[dict[str, Any]]:
+    rows = []
+    for task, found in analysis.tasks.items():
+        for name, values in found.task.values.items():
+            budget, middle = found.task.budget(name), found.mean(name)
+            rows.append(
+                {"task": task, "variant": name, "metric": found.task.metric, "seeds": len(values)}
+                | {"failed": found.task.failures(name), **middle._asdict()}
+                | {"trained k": budget.k, "training FLOPs": budget.flops}
+            )
     return rows
 
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from routerzoo.report.collect import Curve, Task, tested_k
-from routerzoo.report.statistics import Interval, interval
+from routerzoo.report.statistics.intervals import Interval, interval
 
 
 def colors(names: Sequence[str]) -> dict[str, tuple[float, ...]]:
@@ -26,10 +26,10 @@ def colors(names: Sequence[str]) -> dict[str, tuple[float, ...]]:
 def by_router(task: Task, names: Sequence[str], baseline: str) -> Figure:
     """Draw the metric of every router: each seed, the mean and its interval."""
     figure, (ax,) = _panels(1, width=7.0, height=0.5 + 0.38 * len(names))
-    known = [name for name in reversed(names) if name in task.values]
+    known = [name for name in reversed(names) if task.finished(name)]
     palette = colors(names)
     for place, name in enumerate(known):
-        values = list(task.values[name].values())
+        values = task.finished(name)
         middle = interval(values)
         ax.plot(values, [place] * len(values), "o", color=palette[name], alpha=0.35, markersize=5)
         _bar(ax, middle, place, palette[name])
@@ -70,9 +70,9 @@ def by_cost(task: Task, names: Sequence[str]) -> Figure:
             runs = task.runs.get(name, {})
             costs = [run.results.get(stage, {}).get(key) for run in runs.values()]
             known = [cost for cost in costs if cost is not None]
-            if not known:
+            if not known or not task.finished(name):
                 continue
-            middle = interval(list(task.values[name].values()))
+            middle = interval(task.finished(name))
             ax.plot(np.mean(known), middle.mean, "o", color=palette[name], label=name)
             if not math.isnan(middle.low):
                 ax.plot([np.mean(known)] * 2, [middle.low, middle.high], color=palette[name], alpha=0.6)

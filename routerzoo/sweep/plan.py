@@ -83,7 +83,7 @@ class Plan:
         common: config values of all runs, by key.
         test: config values of the tests alone, such as several k.
         baseline: label of the router that the others are compared with.
-        margin: relative difference of the metric below which two routers count as equivalent.
+        margins: by metric, the difference that is negligible, where it is not the report's default.
     """
 
     path: Path
@@ -94,7 +94,7 @@ class Plan:
     common: Mapping[str, Any] = field(default_factory=dict)
     test: Mapping[str, Any] = field(default_factory=dict)
     baseline: str = "LinearRouter"
-    margin: float = 0.01
+    margins: Mapping[str, float] = field(default_factory=dict)
 
     def cells(self) -> Iterator[Cell]:
         """Yield the points, all first seeds before the second ones, so that a sweep that is stopped has covered all."""
@@ -150,9 +150,10 @@ def read_plan(path: Path) -> Plan:
     baseline = content.get("baseline", "LinearRouter" if "LinearRouter" in labels else labels[0])
     if baseline not in labels:
         raise UserError(f"{path}: the baseline {baseline!r} is none of the routers {', '.join(labels)}")
-    margin = content.get("margin", 0.01)
-    if not isinstance(margin, (int, float)) or not 0 < margin < 1:
-        raise UserError(f"{path}: margin must be between 0 and 1, got {margin!r}")
+    margins = _mapping(path, content, "margin")
+    for name, margin in margins.items():
+        if not isinstance(margin, (int, float)) or not margin > 0:
+            raise UserError(f"{path}: margin.{name} must be a positive number, got {margin!r}")
     return Plan(
         path,
         bases,
@@ -162,7 +163,7 @@ def read_plan(path: Path) -> Plan:
         _mapping(path, content, "set"),
         _mapping(path, content, "test"),
         baseline,
-        float(margin),
+        {str(name): float(margin) for name, margin in margins.items()},
     )
 
 

@@ -65,7 +65,7 @@ def test_a_headline_metric_and_its_direction_reach_the_report(tmp_path):
         assert (results["test"]["headline_metric"], results["test"]["higher_is_better"]) == ("recall", True)
         ledger.finish(row["key"], "finished", results=results)
     assert headline(results) == "recall 0.8300"
-    plan = {"config": "", "baseline": "Linear", "margin": 0.01}
+    plan = {"config": "", "baseline": "Linear", "margins": {}}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     sweep = read_sweep(tmp_path)
     (task,) = sweep.tasks

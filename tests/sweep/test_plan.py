@@ -18,7 +18,7 @@ WHOLE = {
     "grid": {"model.init_args.num_experts": [4, 8]},
     "set": {"trainer.max_steps": 5},
     "test": {"model.init_args.eval_top_k": [1, 2]},
-    "margin": 0.02,
+    "margin": {"bpb": 0.02},
 }
 
 
@@ -64,7 +64,7 @@ def test_the_grid_is_what_the_lists_say(write, tmp_path):
     ]
     assert first.test_arguments == ["--model.init_args.eval_top_k=[1, 2]"]
     assert plan.baseline == "LinearRouter"
-    assert plan.margin == 0.02
+    assert plan.margins == {"bpb": 0.02}
 
 
 def test_little_is_needed(write):
@@ -92,7 +92,8 @@ def test_little_is_needed(write):
         ({"seeds": [1, 1]}, "a seed is there twice"),
         ({"grid": {"model.x": 3}}, "grid.model.x must be a list of values, got 3"),
         ({"baseline": "Nobody"}, "the baseline 'Nobody' is none of the routers"),
-        ({"margin": 2}, "margin must be between 0 and 1, got 2"),
+        ({"margin": 2}, "margin must map names to values, got 2"),
+        ({"margin": {"bpb": -1}}, "margin.bpb must be a positive number, got -1"),
     ],
 )
 def test_faults_are_named(write, changes, message):

@@ -129,7 +129,7 @@ def test_a_sweep_finishes_what_can_be_and_says_why_the_rest_is_not(write, tmp_pa
 
     # The report says it all, while runs are missing too.
     told = run(tmp_path, ["report", "out"])
-    assert "exclude 1 failed and 0 pending runs" in told
+    assert "1 of 2 runs failed; they count as the worst of their task" in told
     page = (tmp_path / "out" / "report.html").read_text()
     for expected in ("too fast", "the loss is", "impossible", "Missing and failed", "<svg", "Quality and k"):
         assert expected in page
