@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import inspect
 import json
@@ -17,7 +16,7 @@ from routerzoo.bench.registry import task_class
 from routerzoo.bench.rows import Row, Stage
 from routerzoo.bench.run import Run
 from routerzoo.bench.task import BenchTask
-from routerzoo.errors import UserError
+from routerzoo.router import UnmetRequirementError
 
 TUNING_SEED = 1000
 """The first seed of tuning; final seeds begin at 0."""
@@ -156,38 +155,41 @@ class Cell:
 
 
 def make_cell(task: str, choice: RouterChoice, protocol: Protocol, code: str) -> Cell | Row:
-    """Return a router's cell, or the row that says why it is not applicable.
+    """Return a router's cell, or the row that says why it cannot do the task.
 
-    Raises:
-        UserError: the task cannot be built.
+    Args:
+        task: name of the task, or the path of its file.
+        choice: the router.
+        protocol: how it is tuned and run.
+        code: version of the installed sources; a digest of those that are not part of it is added.
     """
-    cls, settings = task_class(task), settings_digest(task, choice)
-    steps = protocol.steps or cls.steps
-    try:
-        built = cls(0, steps)
-    except Exception as error:
-        raise UserError(f"the task {task} cannot be built: {type(error).__name__}: {error}") from error
-    try:
-        has_losses = bool(Run(built, choice, 0.0).aux_weights)
-    except ValueError as error:  # it lacks something, is not causal, or does not come in these sizes
-        own = {"stage": "final", "seed": 0, "steps": steps, "lr": 0.0, "aux_scale": 1.0}
-        reason = " ".join(str(error).split())
-        return Row(cls.name, choice.label, **own, status="not applicable", reason=reason, code=code, settings=settings)  # type: ignore[arg-type]
-    except Exception:
-        has_losses = False  # its runs fail, and their rows say why
-    return Cell(task, choice, protocol, has_losses, code, settings)
-
-
-@functools.cache
-def task_digest(task: str) -> str:
-    """Return a digest of a task's sizes, and of its source where it comes from a file."""
     cls = task_class(task)
-    sizes = {name: str(getattr(cls, name)) for name, value in vars(BenchTask).items() if isinstance(value, int | str)}
-    sizes |= {"provides": str(sorted(cls.provides))}
-    source = Path(inspect.getfile(cls)).read_text(encoding="utf-8") if task.endswith(".py") else ""
-    return json.dumps(sizes, sort_keys=True) + source
+    steps = protocol.steps or cls.steps
+    code = "+".join([code, *filter(None, (source_digest(cls), source_digest(choice.cls)))])
+    settings = settings_digest(cls, choice)
+    try:
+        has_losses = bool(Run(cls(0, steps), choice, 0.0).aux_weights)
+    except UnmetRequirementError as error:
+        reason = f"{error.router} requires {' and '.join(sorted(error.missing))}, which the task does not provide"
+    except ValueError as error:  # it is not causal, or does not come in these sizes
+        reason = " ".join(str(error).split())
+    except Exception:  # its runs fail, and their rows say why
+        return Cell(task, choice, protocol, False, code, settings)
+    else:
+        return Cell(task, choice, protocol, has_losses, code, settings)
+    job = Job(task, choice, "final", 0, steps, protocol.lrs[0], 1.0, code, settings)
+    return job.row(status="not applicable", reason=reason)
 
 
-def settings_digest(task: str, choice: RouterChoice) -> str:
-    """Return a digest of what a run of a router in a task is, beside the protocol and the code."""
-    return hashlib.sha256((task_digest(task) + choice.text()).encode()).hexdigest()[:12]
+def source_digest(cls: type) -> str:
+    """Return a digest of the file that defines a class; nothing for routerzoo's own, whose version is known."""
+    if cls.__module__.partition(".")[0] == "routerzoo":
+        return ""
+    return hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()[:8]
+
+
+def settings_digest(cls: type[BenchTask], choice: RouterChoice) -> str:
+    """Return a digest of a task's sizes and a router's class and arguments."""
+    names = sorted(name for name, value in vars(BenchTask).items() if isinstance(value, int))
+    told = [{name: getattr(cls, name) for name in names}, sorted(cls.provides), choice.text()]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]

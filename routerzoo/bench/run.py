@@ -30,9 +30,7 @@ FINAL_LR = 0.1
 EVALUATIONS = 10
 """Along training, the last one at its end."""
 CURVE_TOKENS = 1024
-"""Of each evaluation but the last."""
-COUNTED_TOKENS = 8192
-"""That token ids are counted on, for routers that are fitted to their frequencies."""
+"""Of each evaluation but the last, in whole sequences."""
 
 
 class DivergedError(ArithmeticError):
@@ -109,13 +107,15 @@ class Run:
         self._wants_feedback = any(router.wants_feedback for router in routers)
         self._token_counts = self._counted_ids() if any(router.wants_token_counts for router in routers) else None
         places: dict[int, tuple[Tensor, Tensor]] = {}
-        for tokens in (task.tokens, task.evaluation_tokens, CURVE_TOKENS):
+        self._curve_tokens = max(CURVE_TOKENS // task.sequence_length, 1) * task.sequence_length
+        for tokens in (task.tokens, task.evaluation_tokens, self._curve_tokens):
             place_T = torch.arange(tokens)
             places[tokens] = place_T % task.sequence_length, place_T // task.sequence_length
         self._places = places
 
     def _counted_ids(self) -> Tensor:
-        ids_T = self.task.batch(COUNTED_TOKENS, self.task.generator("token counts"), 0.0).token_ids_T
+        tokens, generator = self.task.evaluation_tokens, self.task.generator("token counts")
+        ids_T = self.task.batch(tokens, generator, 0.0).token_ids_T
         return torch.bincount(ids_T, minlength=self.task.vocab_size)
 
     def context(self, batch: Batch, step: int, compute_aux_losses: bool) -> RoutingContext:
@@ -190,7 +190,7 @@ class Run:
     def evaluate(self, step: int) -> tuple[float, Batch, RoutingContext, Costs]:
         """Return the loss on fresh tokens, which are the same for all routers, and what it was measured on."""
         task, last = self.task, step == self.task.num_steps
-        tokens = task.evaluation_tokens if last else CURVE_TOKENS
+        tokens = task.evaluation_tokens if last else self._curve_tokens
         batch = task.batch(tokens, task.generator("evaluation" if last else "curve"), step / task.num_steps)
         context = self.context(batch, step, False)
         losses: list[float] = []

@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from routerzoo.errors import UserError
 from routerzoo.moe.layer import MoE, RouterFactory
 from routerzoo.routing import LayerSpec
 
@@ -173,6 +174,34 @@ class BenchTask(ABC):
     def random_ids(self, tokens: int, generator: torch.Generator) -> Tensor:
         """Draw token ids that say nothing."""
         return torch.randint(self.vocab_size, (tokens,), generator=generator)
+
+
+def check_task(cls: type[BenchTask]) -> None:
+    """Draw a small batch of a task, and check that it is what the benchmark expects.
+
+    Raises:
+        UserError: it is not, or cannot be drawn; the message says what is wrong.
+    """
+    length, tokens = cls.sequence_length, 2 * cls.sequence_length
+    for name in ("tokens", "evaluation_tokens"):
+        if getattr(cls, name) % length:
+            raise UserError(f"{cls.name}: {name} must be a multiple of sequence_length = {length}")
+    try:
+        task = cls(0)
+        batch = task.batch(tokens, task.generator("training"), 0.0)
+        experts_TK = task.oracle(batch)
+    except Exception as error:
+        raise UserError(f"the task {cls.name} cannot be drawn: {type(error).__name__}: {error}") from error
+    ids_T, domain_T = batch.token_ids_T, batch.domain_T
+    for what, values, limit in (("token id", ids_T, cls.vocab_size), ("domain", domain_T, cls.num_domains)):
+        if values.shape != (tokens,):
+            raise UserError(f"{cls.name}: a batch of {tokens} tokens has {what}s of shape {list(values.shape)}")
+        if values.max() >= limit:
+            raise UserError(f"{cls.name}: there is a {what} {int(values.max())}, and only {limit} of them")
+    if experts_TK.ndim != 2 or len(experts_TK) != tokens or experts_TK.max() >= cls.num_experts:
+        raise UserError(
+            f"{cls.name}: oracle must return experts below {cls.num_experts}, [tokens, k], got {list(experts_TK.shape)}"
+        )
 
 
 def linear_maps(num_domains: int, dim: int, generator: torch.Generator, rank: int = 4) -> Tensor:

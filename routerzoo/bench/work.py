@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import time
 from multiprocessing.connection import Connection
 
+import numpy as np
 import torch
 
 from routerzoo import registry
 from routerzoo.bench.protocol import Job
-from routerzoo.bench.registry import task_class
+from routerzoo.bench.registry import list_tasks, task_class
 from routerzoo.bench.rows import Row
 from routerzoo.bench.run import Run
 from routerzoo.tune_cpu import tune_cpu
 
-registry.load_plugins()  # in the server that workers are forked from
+# In the server that workers are forked from, so that all of them run the same code, whatever is edited meanwhile.
+registry.load_plugins()
+list_tasks()
 
 
 def serve(jobs: Connection) -> None:
@@ -35,6 +39,8 @@ def do(job: Job) -> Row:
     started = time.process_time()
     try:
         task = task_class(job.task)(job.seed, job.steps)
+        random.seed(task.seed_of("python"))  # of a router that draws from there, or from NumPy
+        np.random.seed(task.seed_of("numpy") % 2**32)
         outcome = Run(task, job.choice, job.lr, job.aux_scale).outcome()
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"

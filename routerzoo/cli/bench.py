@@ -23,6 +23,7 @@ from routerzoo.bench.protocol import Cell, Protocol, make_cell
 from routerzoo.bench.registry import list_tasks, task_class
 from routerzoo.bench.rows import Row, RowFile
 from routerzoo.bench.scores import Summary, regret_difference, summaries
+from routerzoo.bench.task import check_task
 from routerzoo.cli.arguments import CommandParser
 from routerzoo.errors import UserError
 from routerzoo.runs.atomic import atomic_write
@@ -97,6 +98,7 @@ def main(args: Sequence[str]) -> None:
         steps=options.steps,
     )
     tasks = options.tasks or (QUICK_TASKS if options.quick else list_tasks())
+    tasks = [str(Path(task).resolve()) if task.endswith(".py") else task for task in tasks]  # workers look there, too
     choices = [*map(RouterChoice, CONTROLS), *read_choices(options.routers)]
     folder = options.folder or Path("bench") / ("quick" if options.quick else "exact")
     if _bench(tasks, choices, protocol, folder, options, console):
@@ -113,6 +115,8 @@ def _bench(
 ) -> int:
     """Make the runs and show what came of them; return how many failed."""
     names = [task_class(task).name for task in tasks]
+    for task in tasks:
+        check_task(task_class(task))
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"two tasks are called {twice[0]!r}: give one another name")
     with RowFile(folder) as file:
@@ -201,13 +205,16 @@ def _work(cells: Sequence[Cell], file: RowFile, engine: Engine, console: Console
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         total = sum(cell.num_runs for cell in cells)
+        left = len(cells)
         made = sum(cell.num_made(file.rows) for cell in cells)
         bar = progress.add_task("runs", total=total, completed=made)
 
         def ended(row: Row, cell: Cell, done: bool) -> None:
             progress.update(bar, advance=1, description=f"{row.task} {row.router}")
+            nonlocal left
+            left -= done
             if done and not console.is_terminal:
-                console.print(f"done: {row.router} in {row.task}", markup=False)
+                console.print(f"done: {row.router} in {row.task}; {left} to go", markup=False)
 
         work_through(cells, file, engine, ended)
 

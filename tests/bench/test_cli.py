@@ -1,0 +1,131 @@
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from routerzoo.__main__ import main
+from routerzoo.bench.rows import read_rows
+
+SMALL = ["--seeds", "2", "--tuning-seeds", "0"]
+
+
+def bench(*args):
+    main(["bench", *map(str, args)])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--tasks", "cluster"], "unknown task 'cluster'; did you mean 'clusters'"),
+        (["--routers", "HyperRoute"], "unknown router 'HyperRoute'; did you mean 'HyperRouter'"),
+        (["--tasks", "clusters", "clusters"], "two tasks are called 'clusters'"),
+        (["--tasks", "mine.py"], "there is no task file"),
+    ],
+)
+def test_errors_are_a_sentence(args, message, tmp_path):
+    with pytest.raises(SystemExit) as error:
+        bench(*args, "--folder", tmp_path)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_numbers_out_of_range_are_refused(capsys):
+    with pytest.raises(SystemExit) as error:
+        bench("--seeds", 0)
+    assert error.value.code == 2
+    assert capsys.readouterr().err == "error: --seeds must be at least 1, got 0\n"
+
+
+def test_tasks_are_listed_with_what_is_predicted(capsys):
+    bench("--list", "--tasks", "clusters")
+    told = capsys.readouterr().out
+    assert told.startswith("clusters: Eight Gaussian clusters")
+    assert "LinearRouter below RandomFrozenRouter: a learned gate finds the centers (Chen et al. 2022)" in told
+
+
+def test_the_overview_names_the_command(capsys):
+    main([])
+    assert "python -m routerzoo bench --quick" in capsys.readouterr().out
+
+
+@pytest.mark.full
+def test_a_third_partys_routers_and_tasks(tmp_path, small_task, own_routers, capsys):
+    noisy = "{class_path: LinearRouter, init_args: {noisy: true}, label: noisy}"
+    routers = ["own_router.OwnRouter", "TemplateRouter", noisy, "HashRouter", "TaskRouter"]
+    bench("--tasks", small_task, "--routers", *routers, "LinearRouter", "--folder", tmp_path, *SMALL)
+    told = capsys.readouterr().out
+    assert "signs: sign of the first coordinate" in told
+    for label in ("OwnRouter", "TemplateRouter", "noisy", "oracle", "blind", "dense"):
+        assert f"\n {label} " in told
+    assert "predicted: LinearRouter below HashRouter: " in told
+    assert "not applicable: TaskRouter in signs: TaskRouter requires task_ids, which the task does not provide" in told
+    rows = read_rows(tmp_path / "rows.csv")
+    assert len(rows) == 8 * 2 + 1
+    assert {row.router for row in rows if row.status == "finished"} >= {"OwnRouter", "TemplateRouter", "noisy"}
+
+    bench("--tasks", small_task, "--routers", "LinearRouter", "--folder", tmp_path, *SMALL)
+    assert "8 runs made before, 0 of them failed" in capsys.readouterr().out
+    other = "{class_path: HashRouter, label: noisy}"
+    for args, message in (
+        (["--routers", other, *SMALL], "has rows of another noisy in signs, with other arguments or sizes"),
+        (["--routers", "LinearRouter", "--seeds", "2"], "have another protocol"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            bench("--tasks", small_task, "--folder", tmp_path, *args)
+        assert message in str(error.value)
+
+
+@pytest.mark.full
+def test_rows_of_other_code_stay_until_they_are_asked_for_again(tmp_path, small_task, capsys):
+    args = ["--tasks", small_task, "--routers", "LinearRouter", "--folder", tmp_path, *SMALL]
+    bench(*args)
+    path = tmp_path / "rows.csv"
+    lines = list(csv.DictReader(path.open()))
+    code = lines[0]["code"]
+    path.write_text(path.read_text().replace(code, "0.1+old"))
+    capsys.readouterr()
+    bench(*args)
+    assert "8 runs were made by other code and stay; --redo-old makes them again" in capsys.readouterr().out
+    assert {row.code for row in read_rows(path)} == {"0.1+old"}
+    bench(*args, "--redo-old")
+    assert {row.code for row in read_rows(path)} == {code}
+
+
+@pytest.mark.full
+def test_failed_runs_are_named_count_as_one_and_can_be_made_again(tmp_path, small_task, own_routers, capsys):
+    args = ["--tasks", small_task, "--routers", "own_router.NaNRouter", "--folder", tmp_path, *SMALL]
+    for again in ([], ["--retry-failed"]):
+        with pytest.raises(SystemExit) as error:
+            bench(*args, *again)
+        assert error.value.code == 1
+        told = capsys.readouterr().out
+        assert "failed: NaNRouter in signs, seed 1: DivergedError: the training loss is nan at step 0" in told
+        assert "NaNRouter   1.000 ± 0.000" in told
+    assert len((tmp_path / "rows.csv").read_text().splitlines()) == 1 + 4 * 2 + 2
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_bench_that_is_stopped_goes_on(tmp_path, small_task, number):
+    command = [sys.executable, "-m", "routerzoo", "bench", "--tasks", small_task, "--routers", "LinearRouter"]
+    command += ["--folder", str(tmp_path), "--seeds", "40", "--tuning-seeds", "0", "--slots", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    path, deadline = tmp_path / "rows.csv", time.monotonic() + 120
+    while not path.exists() or len(path.read_text().splitlines()) < 5:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=60)
+    assert number == signal.SIGKILL or told == "error: interrupted; the same command goes on from here\n"
+    made = len(read_rows(path))
+    assert made < 160
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    again = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert f"{made} runs made before" in again.stdout
+    assert len(read_rows(path)) == 160

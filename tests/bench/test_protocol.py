@@ -1,0 +1,103 @@
+import pathlib
+import sys
+
+import pytest
+
+from routerzoo.bench.choices import RouterChoice
+from routerzoo.bench.protocol import Cell, Protocol, make_cell
+from routerzoo.bench.rows import Row
+
+PROTOCOL = Protocol(seeds=2, tuning_seeds=2, lrs=(0.1, 0.2, 0.3), aux_scales=(1.0, 0.5))
+
+
+def cell(name="LinearRouter", protocol=PROTOCOL, task="clusters"):
+    return make_cell(task, RouterChoice(name), protocol, "code")
+
+
+def make(jobs, loss_of):
+    """Pretend to make runs."""
+    rows = (job.row(status="finished", loss=loss_of(job)) for job in jobs)
+    return {row.key: row for row in rows}
+
+
+def test_halving_keeps_the_better_half_and_final_seeds_are_fresh():
+    # Best at half of the steps: 0.2, then 0.3; best of these in the end: 0.3 with half the weight.
+    def loss_of(job):
+        if job.steps == 100:
+            return abs(job.lr - 0.22)
+        return 0.1 if (job.lr, job.aux_scale) == (0.3, 0.5) else 0.2
+
+    rows: dict = {}
+    first = cell().jobs(rows)
+    assert len(first) == 3 * 2 * 2
+    assert {(job.stage, job.steps) for job in first} == {("tuning", 100)}
+    assert {job.seed for job in first} == {1000, 1001}
+    rows |= make(first, loss_of)
+    second = cell().jobs(rows)
+    assert {(job.lr, job.aux_scale, job.steps) for job in second} == {(0.2, 1.0, 200), (0.2, 0.5, 200), (0.3, 1.0, 200)}
+
+
+def test_the_lowest_mean_loss_is_chosen_and_a_failed_run_is_the_highest():
+    rows: dict = {}
+    one = cell("HashRouter")  # without losses, so that learning rates alone are tried
+    rows |= make(one.jobs(rows), lambda job: None if (job.lr, job.seed) == (0.1, 1000) else job.lr)
+    second = one.jobs(rows)
+    assert [job.lr for job in second] == [0.2, 0.3, 0.2, 0.3]
+    rows |= make(
+        second, lambda job: {(0.2, 1000): 0.3, (0.2, 1001): 0.3, (0.3, 1000): 0.1}.get((job.lr, job.seed), 0.4)
+    )
+    final = one.jobs(rows)
+    assert [(job.stage, job.seed, job.steps, job.lr, job.aux_scale) for job in final] == [
+        ("final", 0, 200, 0.3, 1.0),
+        ("final", 1, 200, 0.3, 1.0),
+    ]
+    rows |= make(final, lambda job: 0.1)
+    assert one.jobs(rows) == []
+    assert one.num_runs == one.num_made(rows) == 2 * 3 + 2 * 2 + 2
+
+
+def test_half_made_stages_go_on():
+    rows: dict = {}
+    jobs = cell().jobs(rows)
+    rows |= make(jobs[:5], lambda job: 0.1)
+    assert cell().jobs(rows) == jobs[5:]
+
+
+def test_without_tuning_the_first_learning_rate_and_the_published_weight_are_taken():
+    (job,) = cell(protocol=Protocol(seeds=1, tuning_seeds=0)).jobs({})
+    assert (job.stage, job.lr, job.aux_scale, job.steps) == ("final", 0.03, 1.0, 200)
+
+
+@pytest.mark.parametrize(
+    ("router", "changes", "reason"),
+    [
+        ("TaskRouter", {}, "TaskRouter requires task_ids, which the task does not provide"),
+        ("SoftMoERouter", {"causal": True}, "SoftMoERouter is not causal"),
+        ("LinearRouter", {"top_k": 17}, "top_k must be between 1 and num_experts = 16, got 17"),
+    ],
+)
+def test_what_a_router_cannot_do_is_a_row_with_the_reason(router, changes, reason, monkeypatch):
+    from routerzoo.bench.tasks.clusters import Clusters
+
+    for name, value in changes.items():
+        monkeypatch.setattr(Clusters, name, value)
+    row = cell(router)
+    assert isinstance(row, Row)
+    assert row.status == "not applicable"
+    assert row.reason.startswith(reason)
+
+
+def test_rows_tell_other_arguments_sizes_and_sources_apart(monkeypatch):
+    from routerzoo.bench.tasks.clusters import Clusters
+
+    here = str(pathlib.Path(__file__).parent)
+    monkeypatch.setattr(sys, "path", [here, *sys.path])
+    usual = cell()
+    assert isinstance(usual, Cell)
+    assert usual.code == "code"
+    noisy = make_cell("clusters", RouterChoice("LinearRouter", {"noisy": True}), PROTOCOL, "code")
+    assert noisy.settings != usual.settings
+    assert make_cell("clusters", RouterChoice("own_router.OwnRouter"), PROTOCOL, "code").code.startswith("code+")
+    assert make_cell(f"{here}/small_task.py", RouterChoice("LinearRouter"), PROTOCOL, "code").code.startswith("code+")
+    monkeypatch.setattr(Clusters, "dim", 64)
+    assert cell().settings != usual.settings
