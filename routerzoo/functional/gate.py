@@ -29,7 +29,7 @@ def gate_linear(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -
     if dtype == torch.float64 or x_TD.element_size() >= 4 or torch.compiler.is_exporting():
         return F.linear(x_TD.to(dtype), weight_ED.to(dtype), bias_E)
     logits_TE: Tensor = _NarrowProduct.apply(x_TD.reshape(-1, x_TD.shape[-1]), weight_ED.to(dtype))
-    logits_TE = logits_TE.view(*x_TD.shape[:-1], -1)
+    logits_TE = logits_TE.view(*x_TD.shape[:-1], len(weight_ED))
     return logits_TE if bias_E is None else logits_TE + bias_E
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from routerzoo.distributed.expert_parallel import compute
 from routerzoo.errors import UserError
 from routerzoo.moe.experts import TwoLayerExperts
+from routerzoo.moe.grouped_linear import in_transform
 from routerzoo.moe.low_memory import Assigned, means_for
 from routerzoo.moe.permute import permutation_of, permute, unpermute
 from routerzoo.moe.rows import sorted_rows
@@ -57,7 +58,7 @@ def apply_experts(
         return _merged(x_TD, routing, experts, mesh)
     if routing.dense:
         return _soft(x_TD, routing, experts, mesh)
-    if isinstance(experts, TwoLayerExperts) and torch.onnx.is_in_onnx_export():
+    if isinstance(experts, TwoLayerExperts) and mesh is None and (torch.onnx.is_in_onnx_export() or in_transform()):
         return _every_expert(x_TD, routing.assignments(), experts)
     if mesh is None and isinstance(experts, TwoLayerExperts) and _is_one_operator(x_TD, experts, low_memory):
         means = means_for(x_TD, experts.network())
@@ -73,9 +74,7 @@ def _is_one_operator(x_TD: Tensor, experts: TwoLayerExperts, low_memory: bool | 
         low_memory = x_TD.device.type == "cuda"
     if not low_memory or experts.backend != "auto" or torch.compiler.is_exporting():  # an export takes torch's own
         return False
-    # Transforms of functions know torch's own operations; sharded weights too.
-    transformed = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
-    return not transformed and _are_plain(experts)
+    return _are_plain(experts)  # sharded weights know torch's own operations
 
 
 def _are_plain(experts: nn.Module) -> bool:
@@ -132,7 +131,10 @@ def _sparse(
 
 
 def _every_expert(x_TD: Tensor, assignments: Assignments, experts: TwoLayerExperts) -> Tensor:
-    """Compute every expert on every token, 0 times where it is not chosen: ONNX has no grouped product."""
+    """Compute every expert on every token, 0 times where it is not chosen.
+
+    ONNX has no grouped product, and `torch.func.vmap` can read no number of rows.
+    """
     token_N, expert_N, weight_N, _, _ = assignments
     num_experts = experts.network().down.shape[0]
     weights = weight_N.new_zeros(x_TD.shape[0] * num_experts)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from routerzoo.functional.initialization import Reinitializable
 from routerzoo.moe.activations import ACTIVATIONS, Activation, activated
 from routerzoo.moe.cpu_upcast import widens
-from routerzoo.moe.grouped_linear import Backend, grouped_linear
+from routerzoo.moe.grouped_linear import Backend, grouped_linear, in_transform
 from routerzoo.moe.low_memory import Assigned, FeedForward, apply_low_memory
 from routerzoo.routing import LayerSpec
 
@@ -231,7 +231,8 @@ EXPERTS: dict[str, type[MLPExperts] | type[SwiGLUExperts]] = {"MLPExperts": MLPE
 
 def _hidden_units(z_NZ: Tensor, hidden_dim: int, activation: Activation) -> Tensor:
     gated = z_NZ.shape[1] > hidden_dim
-    if gated and activation == "silu" and z_NZ.device.type == "cpu" and not torch.compiler.is_compiling():
+    eager = not torch.compiler.is_compiling() and not in_transform()
+    if gated and activation == "silu" and z_NZ.device.type == "cpu" and eager:
         hidden_NH: Tensor = _SiluAndMul.apply(z_NZ)
         return hidden_NH
     return activated(z_NZ, hidden_dim, activation)

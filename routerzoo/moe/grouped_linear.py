@@ -57,13 +57,18 @@ def grouped_linear(
     y_NO = _FUNCTIONS[backend](x_NI, weight_EOI, ends_E)
     if bias_EO is None:
         return y_NO
-    if x_NI.device.type == "cpu" and not torch.compiler.is_compiling():
+    if x_NI.device.type == "cpu" and not torch.compiler.is_compiling() and not in_transform():
         added: Tensor = _BiasBySegment.apply(y_NO, bias_EO, ends_E)
         return added
     if x_NI.device.type == "cuda" and not torch.compiler.is_exporting():
         by_row: Tensor = _BiasByRow.apply(bias_EO, _expert_of_row(ends_E, x_NI.shape[0]))
         return y_NO + by_row
     return y_NO + _per_row(bias_EO, ends_E, x_NI.shape[0])
+
+
+def in_transform() -> bool:
+    """Return whether `torch.func` transforms what runs now: it knows torch's own operations only."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def multiply(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from routerzoo.functional.ragged import add_by_index
+from routerzoo.moe.grouped_linear import in_transform
 
 
 class Permutation(NamedTuple):
@@ -40,7 +41,7 @@ def permutation_of(token_N: Tensor, order_N: Tensor, num_tokens: int, top_k: int
     # torch's embedding bags sum gathered, weighted rows in one pass without a copy of them; under a compiler plain
     # indexing is the faster one on a CPU. On a GPU the gradient of indexing adds in no fixed order.
     plain = torch.compiler.is_exporting() if order_N.device.type == "cuda" else torch.compiler.is_compiling()
-    if order_N.device.type in ("cpu", "cuda") and not plain and order_N.shape[0]:
+    if order_N.device.type in ("cpu", "cuda") and not plain and not in_transform() and order_N.shape[0]:
         rising_N = torch.arange(order_N.shape[0], device=order_N.device)
         row_N = torch.empty_like(order_N).scatter_(0, order_N, rising_N)
         tokens_T = torch.arange(num_tokens, device=order_N.device)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from routerzoo.moe.grouped_linear import in_transform
 from routerzoo.moe.low_memory import HAS_TRITON, on_device_of
 from routerzoo.routing import Routing, RoutingContext
 
@@ -40,7 +41,7 @@ def _applies(routing: Routing, context: RoutingContext) -> bool:
 def _on_gpu(logits_TE: Tensor) -> bool:
     if logits_TE.device.type != "cuda" or not HAS_TRITON or torch.compiler.is_exporting():
         return False
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None
+    return not in_transform()
 
 
 @custom_op("routerzoo::softmax_losses", mutates_args=())

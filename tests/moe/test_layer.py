@@ -337,3 +337,32 @@ def test_a_loss_that_lacks_sequences_is_named():
     message = "the loss 'sequence_balance' of LinearRouter cannot be computed: a loss in the scope of a sequence needs"
     with pytest.raises(ValueError, match=message):
         auxiliary_loss(layer, context, {"sequence_balance": 1.0})
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # jacfwd compiles its rules so
+@pytest.mark.parametrize("experts", ["MLPExperts", "SwiGLUExperts"])
+def test_functions_of_a_layer_are_transformed(experts):
+    layer = MoE(d_model=4, num_experts=3, num_shared_experts=1, experts=experts)
+    x_BTD, parameters = torch.randn(2, 3, 4), dict(layer.named_parameters())
+
+    def loss(parameters, x_TD):
+        return torch.func.functional_call(layer, parameters, (x_TD,)).square().sum()
+
+    expected = [torch.autograd.grad(loss(parameters, x_TD), list(parameters.values())) for x_TD in x_BTD]
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x_BTD)
+    for value, *right in zip(found.values(), *expected, strict=True):
+        assert_close(value, torch.stack(right))
+    by_rows = torch.autograd.functional.jacobian(layer, x_BTD[0])
+    assert_close(torch.func.jacrev(layer)(x_BTD[0]), by_rows)
+    assert_close(torch.func.jacfwd(layer)(x_BTD[0]), by_rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_layer_takes_no_tokens(dtype, low_memory):
+    layer = MoE(d_model=8, num_experts=3, num_shared_experts=1, low_memory=low_memory).to(dtype)
+    x = torch.randn(0, 5, 8, dtype=dtype, requires_grad=True)
+    y = layer(x)
+    assert y.shape == x.shape
+    y.sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in layer.parameters())
