@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 
 class Of(NamedTuple):
@@ -30,7 +30,7 @@ class Architecture:
         transposed: experts' weights are stored `[num_experts, in, out]`, where the experts do not say so themselves.
         takes_scores: the block calls `scores, _ = gate(hidden)` and multiplies a copy of the hidden states for each
             expert with them.
-        takes_ids: the block hands token ids to the gate.
+        reports: what `output_router_logits` collects of the gate.
     """
 
     models: str
@@ -41,7 +41,7 @@ class Architecture:
     weights_on_input: bool = False
     transposed: bool = False
     takes_scores: bool = False
-    takes_ids: bool = False
+    reports: Literal["logits", "probabilities", "nothing"] = "logits"
 
 
 _BY_CONFIG = {"top_k": Of("top_k"), "renormalize": Of("norm_topk_prob")}
@@ -82,7 +82,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         arguments={**_V4, "hash_layers": Of("num_hidden_layers")},
         tensors={"router.weight": "weight", "table": "tid2eid"},
         renamed=_V4_SCORES,
-        takes_ids=True,
+        reports="nothing",
     ),
     # Selects by logits, as LinearRouter does: sigmoids that saturate would tie.
     "Llama4Router": Architecture(
@@ -98,6 +98,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         router="Gemma4Router",
         arguments={"top_k": Of("top_k_experts"), "eps": Of("eps")},
         tensors={"weight": "proj.weight", "input_scale": "scale", "expert_scale": "per_expert_scale"},
+        reports="probabilities",
     ),
     "PhimoeTopKRouter": Architecture(
         "Phi-3.5-MoE",

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import output_capturing
 
-from routerzoo.hf.architectures import Architecture
+from routerzoo.hf.architectures import ARCHITECTURES
 from routerzoo.moe.layer import MoE, inner_router
 from routerzoo.router import Router
 from routerzoo.routing import Routing
@@ -47,7 +48,11 @@ class RoutedExperts(nn.Module):
     def __init__(self, moe: MoE, gate: str, top_k: int) -> None:
         super().__init__()
         self.moe, self.gate, self.top_k = moe, gate, top_k
-        inner_router(moe).register_forward_hook(report_logits)
+        self.watch_router()
+
+    def watch_router(self) -> None:
+        """Report the logits of the router of now to transformers, as the gate would."""
+        inner_router(self.moe).register_forward_hook(partial(_report, ARCHITECTURES[self.gate].reports))
 
     def forward(self, hidden: Tensor, indices: Tensor | None = None, router_input: Tensor | None = None) -> Tensor:
         """Compute the layer on what the experts see, routed by what the gate saw."""
@@ -55,22 +60,20 @@ class RoutedExperts(nn.Module):
         return y_TD
 
 
-def report_logits(router: Router, args: Any, routing: Routing) -> None:
-    """Give transformers the logits of a routing, where it was asked for `output_router_logits`.
-
-    Raises:
-        ValueError: the router has none.
-    """
-    collected = None if torch.compiler.is_compiling() else output_capturing._active_collector.get()
-    if collected is None or "router_logits" not in collected:
+def _report(what: str, router: Router, args: Any, routing: Routing) -> None:
+    """Give transformers the logits of a routing, where it was asked for `output_router_logits`."""
+    collector: Any = output_capturing._active_collector
+    collected = None if torch.compiler.is_compiling() else collector.get()
+    if collected is None or "router_logits" not in collected or what == "nothing":
         return
     if routing.logits_TE is None:
         raise ValueError(f"{type(router).__name__} has no logits: leave output_router_logits out")
-    collected["router_logits"].append(routing.logits_TE)
+    logits_TE = routing.logits_TE
+    collected["router_logits"].append(logits_TE.softmax(-1) if what == "probabilities" else logits_TE)
 
 
-def place_of_gate(block: nn.Module, known: dict[str, Architecture]) -> str | None:
-    """Return what a block calls its gate, None for any other module."""
+def place_of_gate(block: nn.Module) -> str | None:
+    """Return what a block calls its gate, where that is a known one; None for any other module."""
     if not hasattr(block, "experts"):
         return None
-    return next((n for n in ("gate", "router") if type(getattr(block, n, None)).__name__ in known), None)
+    return next((n for n in ("gate", "router") if type(getattr(block, n, None)).__name__ in ARCHITECTURES), None)

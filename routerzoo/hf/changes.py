@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from routerzoo.errors import UserError
 from routerzoo.hf.architectures import ARCHITECTURES, Architecture, Of
-from routerzoo.hf.blocks import HandOn, RoutedExperts, place_of_gate, report_logits
+from routerzoo.hf.blocks import HandOn, RoutedExperts, place_of_gate
 from routerzoo.hf.experts import experts_of
 from routerzoo.hf.recipe import factory_of, with_top_k
 from routerzoo.models.blocks import MoEBlocks
 from routerzoo.models.missing_weights import initialize_missing_weights
 from routerzoo.models.sparsify import sparsify
+from routerzoo.moe.experts import Experts
 from routerzoo.moe.layer import MoE, RouterFactory, inner_router, moe_layers
 from routerzoo.registry import UnknownRouterError, router_class
 from routerzoo.router import Router
@@ -92,9 +93,7 @@ def replace_change(model: nn.Module, *, router: Mapping[str, Any]) -> None:
         named = getattr(site.gate, "num_experts", num_experts)
         if named != num_experts:
             raise UserError(f"the gate of {site.name} names {named} experts, its bank has {num_experts}")
-        spec = LayerSpec(
-            d_model, num_experts, layer=layer, num_layers=len(sites), hidden_dim=hidden_dim, **provided
-        )
+        spec = LayerSpec(d_model, num_experts, layer=layer, num_layers=len(sites), hidden_dim=hidden_dim, **provided)
         with torch.device(weights.down_proj.device):
             moe = MoE(
                 spec,
@@ -119,7 +118,7 @@ CHANGES: dict[str, Callable[..., None]] = {"sparsify": sparsify_change, "replace
 def released_sites(model: nn.Module) -> Iterator[Site]:
     """Yield the blocks of a released model whose gates are known, in its order."""
     for name, block in model.named_modules():
-        place = place_of_gate(block, ARCHITECTURES)
+        place = place_of_gate(block)
         if place is not None:
             gate = block.get_submodule(place)
             yield Site(name, block, place, gate, ARCHITECTURES[type(gate).__name__])
@@ -165,7 +164,9 @@ def _read(site: Site, model: Any, argument: Of) -> Any:
     for holder in (site.gate, getattr(site.gate, "config", None), model.config.get_text_config()):
         if hasattr(holder, argument.name):
             return getattr(holder, argument.name)
-    raise UserError(f"neither the gate of {site.name} nor the config has {argument.name}: another transformers version?")
+    raise UserError(
+        f"neither the gate of {site.name} nor the config has {argument.name}: another transformers version?"
+    )
 
 
 @torch.no_grad()
@@ -186,19 +187,27 @@ def _swap(model: nn.Module, router: Mapping[str, Any]) -> None:
     if not layers:
         raise UserError(_nothing_known(model))
     if router["name"] == KEEP:
-        raise UserError(f"{type(model).__name__} has our routers already: 'keep' is for a model of transformers as it is")
-    released = {module.moe: module.top_k for module in model.modules() if isinstance(module, RoutedExperts)}
+        raise UserError(
+            f"{type(model).__name__} has our routers already: 'keep' is for a model of transformers as it is"
+        )
+    released = {module.moe: module for module in model.modules() if isinstance(module, RoutedExperts)}
     built = []
     for layer in layers:
         experts = layer.experts
-        factory = with_top_k(factory_of(router), released.get(layer) or inner_router(layer).top_k)
+        top_k = released[layer].top_k if layer in released else inner_router(layer).top_k
+        factory = with_top_k(factory_of(router), top_k)
         with torch.device(next(experts.parameters()).device):
-            twin = MoE(layer.spec, factory, lambda spec, experts=experts: experts, backend=experts.backend)
+            twin = MoE(layer.spec, factory, partial(_kept, experts), backend=experts.backend)
         built.append(twin.router.train(layer.training))
     for layer, new in zip(layers, built, strict=True):
         layer.router = new
-    for layer in released:
-        inner_router(layer).register_forward_hook(report_logits)
+    for routed in released.values():
+        routed.watch_router()
+    initialize_missing_weights(model)
+
+
+def _kept(experts: Experts, spec: LayerSpec) -> Experts:
+    return experts
 
 
 def _nothing_known(model: nn.Module) -> str:

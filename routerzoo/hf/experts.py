@@ -19,7 +19,7 @@ from routerzoo.routing import LayerSpec
 
 @final
 class ReleasedExperts(Experts):
-    """Experts of a released model that compute something else than `SwiGLUExperts`, such as clamped or interleaved ones.
+    """Experts of a released model that compute something else than `SwiGLUExperts`: clamped or interleaved ones.
 
     Weights have the names and the layout of transformers, and are the model's own. So is the function between the two
     products.
@@ -75,9 +75,10 @@ def experts_of(bank: nn.Module, spec: LayerSpec, architecture: Architecture) -> 
 
 def put_back(experts: Experts, bank: nn.Module) -> None:
     """Give a bank of transformers the weights of what `experts_of` made of one like it."""
-    names = dict(gate_up_proj="gate_up", down_proj="down", gate_up_proj_bias="gate_up_bias", down_proj_bias="down_bias")
     for name, _ in list(bank.named_parameters(recurse=False)):
-        setattr(bank, name, getattr(experts, name if isinstance(experts, ReleasedExperts) else names[name]))
+        setattr(
+            bank, name, getattr(experts, name if isinstance(experts, ReleasedExperts) else name.replace("_proj", ""))
+        )
 
 
 def _gated(bank: Any, z_NZ: Tensor) -> Tensor:
@@ -85,7 +86,8 @@ def _gated(bank: Any, z_NZ: Tensor) -> Tensor:
         hidden_NH: Tensor = bank._apply_gate(z_NZ)
         return hidden_NH
     gate_NH, up_NH = z_NZ.chunk(2, dim=-1)  # Llama 4
-    return up_NH * bank.act_fn(gate_NH)
+    activated_NH: Tensor = bank.act_fn(gate_NH)
+    return up_NH * activated_NH
 
 
 def _activation(bank: Any) -> Activation | None:

@@ -182,16 +182,20 @@ def _counterpart(model: Any) -> Any:
 def _common_sizes(model: Any, counterpart: Counterpart) -> dict[str, Any]:
     """Return what the config of the counterpart says of all MoE layers."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MoE)}
-    found = {(_checked_layer(name, layer), layer.num_experts, layer.experts.hidden_dim) for name, layer in layers.items()}
+    found = {
+        (_checked_layer(name, layer), layer.num_experts, layer.experts.hidden_dim) for name, layer in layers.items()
+    }
     if len(found) > 1:
         raise UserError(f"{counterpart.model} has equal layers, those of the model differ: {sorted(found)}")
-    ((top_k, renormalize), num_experts, hidden_dim), = found
+    (((top_k, renormalize), num_experts, hidden_dim),) = found
     if not renormalize and counterpart.renormalize is None:
         raise UserError(f"the weights of {counterpart.model} sum to 1: build the router with renormalize=True")
-    dense = [index for index in range(model.config.num_hidden_layers) if not any(f".{index}." in name for name in layers)]
+    dense = [
+        index for index in range(model.config.num_hidden_layers) if not any(f".{index}." in name for name in layers)
+    ]
     if dense and counterpart.dense_layers is None:
         raise UserError(f"all layers of {counterpart.model} have experts, the model's {dense} have none: blocks='all'")
-    sizes = dict(zip(counterpart.sizes, (num_experts, top_k, hidden_dim), strict=True))
+    sizes: dict[str, Any] = dict(zip(counterpart.sizes, (num_experts, top_k, hidden_dim), strict=True))
     if counterpart.renormalize is not None:
         sizes[counterpart.renormalize] = renormalize
     if counterpart.dense_layers is not None:

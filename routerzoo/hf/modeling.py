@@ -1,14 +1,13 @@
 """Models of transformers that route with routerzoo: classes and configs, saved and loaded as all others are.
 
 A model that was changed is of a subclass of its class, made when it is first needed: `LlamaForCausalLM` becomes
-`RoutedLlamaForCausalLM`. Its config is the model's with the model type `routerzoo`, and keeps in `routing` the type that
-it was and the changes. Importing `routerzoo.hf` makes `AutoConfig`, and with it all Auto classes, read that type.
+`RoutedLlamaForCausalLM`. Its config is the model's with the model type `routerzoo`, and keeps in `routing` the type
+that it was and the changes. Importing `routerzoo.hf` makes `AutoConfig`, and with it all Auto classes, read that type.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 import transformers
@@ -27,7 +26,7 @@ MODEL_TYPE = "routerzoo"
 PREFIX = "Routed"
 
 
-class RoutedConfig(PreTrainedConfig):
+class RoutedConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     """What `AutoConfig` finds for the model type `routerzoo`; reads a config of the type that the model was."""
 
     model_type = MODEL_TYPE
@@ -45,10 +44,14 @@ class RoutedConfig(PreTrainedConfig):
         return config_class(CONFIG_MAPPING[base]).from_dict(config_dict, **kwargs)
 
 
-@cache
-def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+_CLASSES: dict[Any, Any] = {}
+
+
+def config_class(base: Any) -> Any:
     """Return the class of configs of changed models of a type, and let the Auto classes know it."""
-    routed = type(PREFIX + base.__name__, (base,), {"model_type": MODEL_TYPE, "__module__": __name__})
+    if base in _CLASSES:
+        return _CLASSES[base]
+    _CLASSES[base] = routed = type(PREFIX + base.__name__, (base,), {"model_type": MODEL_TYPE, "__module__": __name__})
     for name in modeling_auto.__all__:
         auto: Any = getattr(modeling_auto, name)
         mapping = getattr(auto, "_model_mapping", None)
@@ -59,18 +62,20 @@ def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     return routed
 
 
-@cache
-def model_class(base: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+def model_class(base: Any, config: Any) -> Any:
     """Return the class of changed models of a class of transformers."""
+    if base in _CLASSES:
+        return _CLASSES[base]
 
     def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        super(routed, self).__init__(config, *args, **kwargs)
+        base.__init__(self, config, *args, **kwargs)
         for change in config.routing["changes"]:
             apply_change(self, change)
         add_context(self)
 
     members = {"__init__": __init__, "config_class": config, "__module__": __name__, "__doc__": base.__doc__}
-    routed = type(PREFIX + base.__name__, (base,), members)
+    routed: type = type(PREFIX + base.__name__, (base,), members)
+    _CLASSES[base] = routed
     return routed
 
 

@@ -1,4 +1,4 @@
-"""The two ways into routerzoo for a language model: `upcycle` a dense one, `replace_routers` of a Mixture of Experts."""
+"""The two ways in: `upcycle` a dense model of transformers, `replace_routers` of a Mixture of Experts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from routerzoo.hf.changes import KEEP, replace_change, sparsify_change
 from routerzoo.hf.modeling import record_change
 from routerzoo.hf.recipe import described
 from routerzoo.models.blocks import MoEBlocks
-from routerzoo.moe.layer import ExpertsFactory, RouterFactory
+from routerzoo.moe.layer import ExpertsFactory, RouterFactory, moe_layers
 
 Source = str | os.PathLike[str] | PreTrainedConfig | PreTrainedModel
 """A name or path for `from_pretrained`, a config to build a model from, or a model."""
@@ -98,8 +98,6 @@ def replace_routers(
 
 def train_routers_only(model: nn.Module) -> None:
     """Freeze all but the routers of a model's MoE layers."""
-    from routerzoo.moe.layer import moe_layers
-
     model.requires_grad_(False)
     for layer in moe_layers(model):
         layer.router.requires_grad_(True)
@@ -107,8 +105,6 @@ def train_routers_only(model: nn.Module) -> None:
 
 def freeze_experts(model: nn.Module) -> None:
     """Freeze the experts of a model's MoE layers, shared ones too."""
-    from routerzoo.moe.layer import moe_layers
-
     for layer in moe_layers(model):
         for part in (layer.experts, layer.shared_experts):
             if part is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -22,10 +24,20 @@ def initialize_missing_weights(model: nn.Module) -> None:
         model: where it is one of transformers', or holds some, their `_init_weights` is extended, in place.
     """
     for module in model.modules():
-        if hasattr(module, "_initialize_missing_keys") and not isinstance(module._init_weights, _InitWeights):
-            module._init_weights = _InitWeights(module)  # type: ignore[assignment]
+        if hasattr(module, "_initialize_missing_keys"):
+            if not isinstance(module._init_weights, _InitWeights):
+                module._init_weights = _InitWeights(module)  # type: ignore[assignment]
             strict: Any = getattr(module, "_keep_in_fp32_modules_strict", None)
-            module._keep_in_fp32_modules_strict = {*(strict or ()), "router"}  # type: ignore[assignment]
+            module._keep_in_fp32_modules_strict = {*(strict or ()), *_router_tensors(module)}  # type: ignore[assignment]
+
+
+def _router_tensors(model: nn.Module) -> Iterator[str]:
+    """Yield the names of all tensors of routers that are of floating point; transformers would convert integers too."""
+    for name, router in model.named_modules():
+        if isinstance(router, Router):
+            for key, tensor in itertools.chain(router.named_parameters(), router.named_buffers()):
+                if tensor.is_floating_point():
+                    yield f"{name}.{key}"
 
 
 class _InitWeights:
