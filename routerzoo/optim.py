@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from routerzoo.moe.layer import inner_router, moe_layers
 
 PLATEAU = "follows a metric, while tasks set the learning rate at every step"
 """Why no task takes `ReduceLROnPlateau`."""
@@ -88,12 +91,24 @@ def _bump_versions(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             torch.autograd.graph.increment_version([p for p in group["params"] if p.grad is not None])
 
 
-def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, *, routers: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
     """Return the trainable parameters in two groups; norms, biases and embeddings have no weight decay.
 
     An embedding is a parameter of `torch.nn.Embedding`, or one whose name says so (`pos_embed`, `expert_embedding`);
     class and register tokens count as well.
+
+    Args:
+        model: any module.
+        routers: options of the routers' parameters alone, such as `{"lr": 1e-4}`, which are then two groups of their
+            own.
     """
+    if routers is not None:
+        own = {parameter for layer in moe_layers(model) for parameter in inner_router(layer).parameters()}
+        groups = []
+        for group in parameter_groups(model):
+            split = [p for p in group["params"] if p in own], [p for p in group["params"] if p not in own]
+            groups += [{**group, "params": split[1]}, {**group, "params": split[0], **routers}]
+        return [group for group in groups if group["params"]]
     exempt: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     seen: set[nn.Parameter] = set()

@@ -23,6 +23,7 @@ LAYERS = [
     "costs",
     "tune_cpu",
     "models",
+    "hf",
     "distributed.fsdp",
     "runs.atomic",
     "checkpoints",
