@@ -48,7 +48,7 @@ else:
         def __call__(self, optimizer: Optimizer, /, *, total_steps: int) -> LRScheduler:
             """Return the schedule; `total_steps` is given to what has such a parameter alone."""
 
-    # jsonargparse parses this file whenever it asks for an annotation that is a string: 0.4 s of a command.
+    # Of annotations that are strings jsonargparse parses the whole file again, 200 times a command: 1.6 s.
     SchedulerFactory.__call__.__annotations__ = get_type_hints(SchedulerFactory.__call__)
 
 

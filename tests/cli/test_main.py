@@ -1,5 +1,6 @@
 """The command line, and every trap that it closes."""
 
+import ast
 import copy
 import csv
 import json
@@ -298,6 +299,14 @@ def test_a_schedule_of_torch_takes_its_own_options(config, options, rates):
         optimizer.step()
         schedule.step()
     assert seen == pytest.approx(rates)
+
+
+def test_a_command_parses_no_source_again_and_again(config, monkeypatch):
+    """jsonargparse does for each annotation that is a string, of which the options of a function can be many."""
+    parsed, parse = [], ast.parse
+    monkeypatch.setattr("ast.parse", lambda source, *args, **kwargs: parsed.append(source) or parse(source))
+    cli.RouterZooCLI(["--config", config], run=False)
+    assert len(parsed) < 60
 
 
 def test_an_option_of_a_router_not_chosen_yet_says_what_to_do(tmp_path, capsys):
