@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
+import csv
+import io
 import itertools
 import json
 import os
@@ -27,14 +28,16 @@ from routerzoo.runs.atomic import atomic_write
 from routerzoo.sweep import work
 from routerzoo.sweep.code import code_version
 from routerzoo.sweep.engine import Engine, LocalEngine
+from routerzoo.sweep.entries import Entries
 from routerzoo.sweep.ledger import Ledger, Run
-from routerzoo.sweep.plan import Cell, Plan, read_plan
+from routerzoo.sweep.plan import Plan, read_plan
+from routerzoo.sweep.processes import gpus_needed, num_processes
 from routerzoo.sweep.progress import Progress
 from routerzoo.sweep.room import KEEP, Room, shown_size, size_of
-from routerzoo.sweep.tested_k import KEY, with_possible_k
+from routerzoo.sweep.tuning import Tuning
 
-RUNS = "runs"
 PLAN = "plan.json"
+TUNING = "tuning.csv"
 POLL_SECONDS = 0.2
 BEAT_SECONDS = 10.0
 TAKEN_SECONDS = 5.0
@@ -52,9 +55,9 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--folder", type=Path, help="where everything goes; by default sweeps/ and the file's name")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument("--workers", type=int, help="runs at a time; by default as many as there are cores, or GPUs")
-    parser.add_argument("--threads", type=int, default=1, help="threads of each run; by default 1")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each process of a run; by default 1")
     parser.add_argument("--engine", choices=["local", "ray"], default="local", help="processes here, or a Ray cluster")
-    parser.add_argument("--gpus", type=float, default=0.0, help="GPUs of each run, for Ray; a fraction shares one")
+    parser.add_argument("--gpus", type=float, default=0.0, help="GPUs of each run; for Ray a fraction shares one")
     parser.add_argument("--keep", choices=KEEP, default="all", help="checkpoints of finished runs that stay")
     parser.add_argument("--print", action="store_true", dest="show", help="print the runs as commands, and stop")
     parser.add_argument("--retry-failed", action="store_true", help="do failed runs again")
@@ -65,45 +68,51 @@ def main(args: Sequence[str]) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.exit(2, f"error: --{name} must be at least 1, got {value}\n")
-    if options.gpus > 1:
-        parser.exit(2, f"error: --gpus must be at most 1, got {options.gpus:g}: a run of a sweep is one process\n")
+    if options.gpus < 0 or (options.gpus > 1 and options.gpus % 1):
+        parser.exit(2, f"error: --gpus must be a whole number, or a fraction below 1, got {options.gpus:g}\n")
     if options.trust:
         os.environ[TRUST_VARIABLE] = "1"  # of the processes that are started from here
     try:
         plan = read_plan(find_config(str(options.config)))
         folder = options.folder or Path("sweeps") / options.config.stem
-        gpus = torch.cuda.device_count() if options.engine == "local" else 0
-        workers = options.workers or gpus or max(cores // options.threads, 1)
-        missing = _sweep(plan, folder, workers, gpus, options)
+        missing = _sweep(plan, folder, cores, options)
     except (UserError, OSError) as error:  # the latter names a file, and what the system has against it
         raise SystemExit(f"error: {error}") from None
     if missing:
         raise SystemExit(1)
 
 
-def _sweep(plan: Plan, folder: Path, workers: int, gpus: int, options: argparse.Namespace) -> int:
+def _sweep(plan: Plan, folder: Path, cores: int, options: argparse.Namespace) -> int:
     """Return how many points of the grid have no result: their runs failed, or their configs were refused."""
     console = Console(highlight=False, soft_wrap=True)
-    local = LocalEngine(workers, options.threads, gpus)
+    gpus = torch.cuda.device_count() if options.engine == "local" else 0
+    local = LocalEngine(1, options.threads, gpus, max(options.gpus, 1.0))
     ledger = Ledger(folder)
     code = code_version()
+    entries = Entries(plan, folder, ledger, local, code, console)
+    rows = _enter(entries, folder, ledger)
     told = {"config": str(plan.path), "baseline": plan.baseline, "margins": dict(plan.margins)}
+    told |= {"budget": plan.budget, "unequal": entries.unequal}
     atomic_write(folder / PLAN, json.dumps(told, indent=2) + "\n")
-    refused = _enter(plan, folder, ledger, local, code, console)
     if options.show:
         _print_commands(folder, ledger.runs(), options.threads, console)
+        if not entries.is_complete:
+            console.print("# further trials, and the final runs at what is best, follow from the results of these")
         return 0
+    local.slots = options.workers or _fitting(rows, cores, gpus, options)
     if options.retry_failed:
         ledger.retry_failed()
     if options.redo_old:
         for run in ledger.redo(code, lambda run: _set_aside(folder / run.folder, run.code)):
             _write_config(folder / run.folder, run.config)
+    if options.retry_failed or options.redo_old:
+        rows = _enter(entries, folder, ledger)  # other trials may be the best then
     planned = [run for run in ledger.runs() if run.planned]
-    _say_what_is_known(planned, refused, code, console)
+    _say_what_is_known(planned, entries.refused, code, console)
     room = Room(folder, options.keep)
     for run in planned:
         if run.status in ("finished", "failed"):
-            room.ended(folder / run.folder, run.status)
+            room.ended(folder / run.folder, run.status, run.stage)
     engine: Engine = local
     if options.engine == "ray":
         from routerzoo.sweep.ray_engine import RayEngine
@@ -111,75 +120,73 @@ def _sweep(plan: Plan, folder: Path, workers: int, gpus: int, options: argparse.
         engine = RayEngine(options.workers or 10_000, options.threads, options.gpus)
     try:
         with Progress(folder, min(engine.slots, max(len(planned), 1)), console) as progress:
-            _work_through(folder, ledger, engine, progress, room, code)
+            while True:
+                _work_through(folder, ledger, engine, progress, room, code)
+                before = {row["key"] for row in rows}
+                rows = _enter(entries, folder, ledger)
+                if {row["key"] for row in rows} == before:
+                    break
     finally:
         engine.close()
+    if entries.tunings:
+        _write_tuning(folder, entries.tunings, console)
     planned = [run for run in ledger.runs() if run.planned]
-    counts = Counter(run.status for run in planned)
-    counts["refused"] = len(refused)
+    counts = Counter(run.status for run in planned if run.stage == "final")
+    counts["refused"] = len(entries.refused)
+    trials = Counter(run.status for run in planned if run.stage == "trial")
+    counts["trials"], counts["failed trials"] = trials["finished"], trials["failed"]
     summary = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()) if count)
     console.print(f"{summary}; {shown_size(size_of(folder))} in {folder}.", markup=False)
+    if not entries.is_complete:
+        console.print("Tuning is not over: another sweep is at its trials. The same command goes on from here.")
     console.print(f"What came of it: python -m routerzoo report {shlex.quote(str(folder))}", markup=False)
     for run in planned:
-        if run.status == "failed":
+        if run.status == "failed" and run.stage == "final":
             console.print(f"failed: {run.label}: {run.reason} ({folder / run.folder / work.LOG})", markup=False)
-    return counts["failed"] + counts["refused"]
+    return int(counts["failed"] + counts["refused"] + (not entries.is_complete))
 
 
-def _enter(
-    plan: Plan, folder: Path, ledger: Ledger, engine: LocalEngine, code: str, console: Console
-) -> dict[str, str]:
-    """Resolve the plan's configs and write the runs into the ledger; return those that cannot be, and why."""
-    cells = list(plan.cells())
-    sources, commands, unknown = [], [], []
-    overlays = folder / "overlays"
-    overlays.mkdir(exist_ok=True)
-    for cell in cells:
-        text = yaml.safe_dump(dict(cell.overlay), sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-        overlay = overlays / f"{digest}.yaml"
-        if not overlay.is_file():
-            atomic_write(overlay, text)
-        arguments = cell.arguments(overlay)
-        # What a config resolves to follows from the files and from the code, whose defaults it takes.
-        content = "\0".join([code, text, *(path.read_text(encoding="utf-8") for path in cell.configs)])
-        sources.append(hashlib.sha256(content.encode()).hexdigest())
-        if ledger.resolved(sources[-1]) is None:
-            unknown.append(sources[-1])
-            commands.append(arguments)
-    if commands:
-        with console.status(f"reading {len(commands)} configs"):
-            answers = dict(zip(unknown, engine.resolve(commands), strict=True))
-        ledger.remember({source: text for source, (text, reason) in answers.items() if not reason})
-    rows: dict[str, dict[str, Any]] = {}
-    refused: dict[str, str] = {}
-    tested_as_trained: set[str] = set()
-    for cell, source in zip(cells, sources, strict=True):
-        config = ledger.resolved(source)
-        if config is None:
-            refused[cell.label] = answers[source][1]
-            continue
-        try:
-            possible = with_possible_k(cell, config)
-        except UserError as error:
-            refused[cell.label] = str(error)
-            continue
-        if possible is not cell:
-            tested_as_trained.add(cell.router)
-        cell = possible
-        key = hashlib.sha256(json.dumps([config, cell.test_arguments]).encode()).hexdigest()[:12]
-        if key in rows:
-            raise UserError(f"{rows[key]['label']} and {cell.label} are the same run: their configs do not differ")
-        rows[key] = _row(cell, key, config)
-        _write_config(folder / rows[key]["folder"], config)
-    for router in sorted(tested_as_trained):
-        console.print(f"{router} has one k, or chooses its own: it is tested without {KEY}", markup=False)
-    ledger.plan(rows.values())
-    atomic_write(folder / "refused.json", json.dumps(refused, indent=2) + "\n")
-    if refused and not rows:
-        label, reason = next(iter(refused.items()))
-        raise UserError(f"no run of the sweep can be made; {label}: {reason}")
-    return refused
+def _enter(entries: Entries, folder: Path, ledger: Ledger) -> list[dict[str, Any]]:
+    """Write the runs that are known by now into the ledger, and their configs into their folders."""
+    rows = entries.rows()
+    for row in rows:
+        _write_config(folder / row["folder"], row["config"])
+    ledger.plan(rows)
+    atomic_write(folder / "refused.json", json.dumps(entries.refused, indent=2) + "\n")
+    return rows
+
+
+def _fitting(rows: Sequence[dict[str, Any]], cores: int, gpus: int, options: argparse.Namespace) -> int:
+    """Return how many runs to do at a time.
+
+    Raises:
+        UserError: a run needs more GPUs than there are.
+    """
+    trainers: list[dict[str, Any]] = [yaml.safe_load(text)["trainer"] for text in {row["config"] for row in rows}]
+    if gpus and (each := max(map(gpus_needed, trainers), default=0)):
+        each = max(each, int(options.gpus), 1)
+        if each > gpus:
+            raise UserError(
+                f"a run needs {each} GPUs, and this machine has {gpus}: set trainer.devices, or --engine ray"
+            )
+        return gpus // each
+    processes = max((num_processes(trainer) for trainer in trainers), default=1)
+    return max(cores // (options.threads * processes), 1)
+
+
+def _write_tuning(folder: Path, tunings: Sequence[Tuning], console: Console) -> None:
+    """Write the trials as a table, and say what was chosen."""
+    rows = [row for tuning in tunings for row in tuning.history]
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    atomic_write(folder / TUNING, text.getvalue())
+    for tuning in tunings:
+        if tuning.best is not None:
+            values = ", ".join(f"{key} {value}" for key, value in tuning.best.items())
+            console.print(f"tuned {tuning.base.task} {tuning.base.variant}: {values}", markup=False)
 
 
 def _write_config(place: Path, config: str) -> None:
@@ -199,21 +206,6 @@ def _set_aside(place: Path, code: str) -> None:
         place.rename(target)
 
 
-def _row(cell: Cell, key: str, config: str) -> dict[str, Any]:
-    name = re.sub(r"[^A-Za-z0-9._=-]+", "-", f"{cell.task}-{cell.variant}-{cell.seed}").strip("-")
-    return {
-        "key": key,
-        "task": cell.task,
-        "router": cell.router,
-        "variant": cell.variant,
-        "seed": cell.seed,
-        "folder": f"{RUNS}/{name}-{key}",
-        "config": config,
-        "test": cell.test_arguments,
-        "label": cell.label,
-    }
-
-
 def _print_commands(folder: Path, runs: Sequence[Run], threads: int, console: Console) -> None:
     for run in runs:
         if not run.planned:
@@ -225,7 +217,8 @@ def _print_commands(folder: Path, runs: Sequence[Run], threads: int, console: Co
         console.print(f"# {run.label}", markup=False)
         by_hand = shlex.quote(str(Path("by-hand") / place.name))
         fit = f"{python} fit --config {shlex.quote(str(place / work.CELL))} --run_dir {by_hand}"
-        console.print(f"{fit} && {python} test --run_dir {by_hand} --ckpt_path best {test}".rstrip(), markup=False)
+        tests = f" && {python} test --run_dir {by_hand} --ckpt_path best {test}" if run.stage == "final" else ""
+        console.print(f"{fit}{tests}".rstrip(), markup=False)
 
 
 def _say_what_is_known(planned: Sequence[Run], refused: dict[str, str], code: str, console: Console) -> None:
@@ -258,10 +251,10 @@ def _work_through(folder: Path, ledger: Ledger, engine: Engine, progress: Progre
                     taken[run.key] = time.time()
                     continue
                 measured = work.results(place) if status == "finished" else {}
-                if status == "finished" and "test" not in measured:
+                if status == "finished" and ("test" if run.stage == "final" else "fit") not in measured:
                     status, reason = "failed", f"finished without results; see {place / work.LOG}"
                 ledger.finish(run.key, status, reason, measured)
-                room.ended(place, status)
+                room.ended(place, status, run.stage)
                 seconds = time.time() - started.pop(run.key)[0]
                 progress.ended(run, status, reason, seconds, [r for r in ledger.runs() if r.planned])
             taken = {key: seen for key, seen in taken.items() if time.time() - seen < TAKEN_SECONDS}

@@ -139,7 +139,7 @@ def read_sweep(folder: Path) -> Sweep:
             f"{folder} is not the folder of a sweep: it has no {FILE}. Run: python -m routerzoo sweep --config ..."
         )
     runs = Ledger(folder).runs()
-    planned = [run for run in runs if run.planned]
+    planned = [run for run in runs if run.planned and run.stage == "final"]
     finished: dict[str, dict[str, dict[int, Run]]] = defaultdict(lambda: defaultdict(dict))
     for run in planned:
         if run.status == "finished":
@@ -178,7 +178,7 @@ def read_sweep(folder: Path) -> Sweep:
         refused = json.loads((folder / "refused.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         refused = {}
-    earlier = [run for run in runs if not run.planned and run.status == "finished"]
+    earlier = [run for run in runs if not run.planned and run.status == "finished" and run.stage == "final"]
     return Sweep(folder, config, baseline, margins, tasks, planned, earlier, refused)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from routerzoo.errors import UserError
+from routerzoo.sweep.plan import Stage
 
 FILE = "sweep.db"
 LEASE_SECONDS = 120.0
@@ -36,6 +37,7 @@ CREATE TABLE IF NOT EXISTS runs (
     place INTEGER NOT NULL,      -- in the grid
     planned INTEGER NOT NULL,    -- 1 while the plan has it
     task TEXT NOT NULL, router TEXT NOT NULL, variant TEXT NOT NULL, seed INTEGER NOT NULL,
+    stage TEXT NOT NULL,         -- final, or a trial of the tuning
     folder TEXT NOT NULL, config TEXT NOT NULL, test TEXT NOT NULL,
     status TEXT NOT NULL DEFAULT 'waiting',
     reason TEXT NOT NULL DEFAULT '',
@@ -64,6 +66,7 @@ class Run:
     router: str
     variant: str
     seed: int
+    stage: Stage
     folder: str
     config: str
     test: list[str]
@@ -156,8 +159,8 @@ class Ledger:
             database.execute("UPDATE runs SET planned = 0")
             for place, row in enumerate(rows):
                 database.execute(
-                    "INSERT INTO runs (key, place, planned, task, router, variant, seed, folder, config, test) "
-                    "VALUES (:key, :place, 1, :task, :router, :variant, :seed, :folder, :config, :test) "
+                    "INSERT INTO runs (key, place, planned, task, router, variant, seed, stage, folder, config, test) "
+                    "VALUES (:key, :place, 1, :task, :router, :variant, :seed, :stage, :folder, :config, :test) "
                     "ON CONFLICT (key) DO UPDATE SET place = :place, planned = 1, task = :task, router = :router, "
                     "variant = :variant",
                     {**row, "place": place, "test": json.dumps(row["test"])},

@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import yaml
 
 from routerzoo.cli.configs import find_config, read_config
 from routerzoo.errors import UserError
 
-KEYS = ("tasks", "routers", "seeds", "grid", "set", "test", "baseline", "margin")
+KEYS = (
+    "tasks",
+    "routers",
+    "seeds",
+    "grid",
+    "set",
+    "test",
+    "baseline",
+    "margin",
+    "budget",
+    "allow_unequal",
+    "tune",
+)
 ROUTER_KEYS = ("label", "config", "class_path", "init_args", "set", "tasks")
+TUNE_KEYS = ("space", "trials", "seeds", "rungs", "factor", "set", "untuned")
 ROUTER = "model.init_args.router"
+STEPS = "trainer.max_steps"
+TUNED = "tuned"
+Stage = Literal["final", "trial"]
+Budget = Literal["steps", "flops"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +49,8 @@ class Cell:
         configs: base configs, in their order.
         overlay: what the grid changes in them.
         test: what differs when it is tested.
+        stage: a trial of the tuning, which is not tested, or a run to report.
+        note: what tells it from other runs at its place: that it is tuned, or a trial's values.
     """
 
     task: str
@@ -40,6 +60,8 @@ class Cell:
     configs: tuple[Path, ...]
     overlay: Mapping[str, Any]
     test: Mapping[str, Any]
+    stage: Stage = "final"
+    note: str = ""
 
     @property
     def label(self) -> str:
@@ -49,7 +71,17 @@ class Cell:
     @property
     def variant(self) -> str:
         """The router and its place on the axes of the grid: all that seeds have in common within a task."""
-        return " ".join([self.router, *(f"{key.rpartition('.')[2]}={shown(v)}" for key, v in self.settings.items())])
+        note = [self.note] if self.note else []
+        return " ".join([self.router, *shown_values(self.settings), *note])
+
+    @property
+    def place(self) -> tuple[str, str, tuple[str, ...]]:
+        """Task, router and place on the other axes: what is tuned together."""
+        return (self.task, self.router, tuple(shown_values(self.settings)))
+
+    def having(self, values: Mapping[str, Any], **changes: Any) -> Cell:
+        """Return the point with further config values, by key, and other fields."""
+        return replace(self, overlay=_merged(self.overlay, nested(values)), **changes)
 
     def arguments(self, overlay: Path) -> list[str]:
         """Return the `fit` command, with the overlay in a file."""
@@ -71,6 +103,37 @@ class Axis(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Tune:
+    """How each router is tuned: the same trials for all, successive halving, seeds of their own.
+
+    Args:
+        space: lists of values by config key.
+        trials: so many points of the space, drawn without replacement and the same for all; by default all.
+        seeds: of the trials.
+        rungs: the trials run at so many budgets; the better part goes on to the next, and starts anew there.
+        factor: one of so many trials goes on, to so many times the steps; the last rung has those of the final runs.
+        common: config values of the trials alone, by key.
+        untuned: make final runs at the config's own values too.
+    """
+
+    space: Mapping[str, tuple[Any, ...]]
+    trials: int | None = None
+    seeds: tuple[int, ...] = (1000,)
+    rungs: int = 2
+    factor: int = 2
+    common: Mapping[str, Any] = field(default_factory=dict)
+    untuned: bool = True
+
+    def points(self) -> list[dict[str, Any]]:
+        """Return the points of the space to try."""
+        points = [dict(zip(self.space, values, strict=True)) for values in itertools.product(*self.space.values())]
+        if self.trials is None:
+            return points
+        chosen = sorted(random.Random(0).sample(range(len(points)), self.trials))
+        return [points[place] for place in chosen]
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a sweep runs.
 
@@ -83,6 +146,9 @@ class Plan:
         common: config values of all runs, by key.
         test: config values of the tests alone, such as several k.
         baseline: label of the router that the others are compared with.
+        budget: `flops` gives each router as many steps as take the baseline's training FLOPs; `steps` as configured.
+        allow_unequal: compare routers that train at different k all the same.
+        tune: how each router is tuned; None for not at all.
         margins: by metric, the difference that is negligible, where it is not the report's default.
     """
 
@@ -95,6 +161,9 @@ class Plan:
     test: Mapping[str, Any] = field(default_factory=dict)
     baseline: str = "LinearRouter"
     margins: Mapping[str, float] = field(default_factory=dict)
+    budget: Budget = "steps"
+    allow_unequal: bool = False
+    tune: Tune | None = None
 
     def cells(self) -> Iterator[Cell]:
         """Yield the points, all first seeds before the second ones, so that a sweep that is stopped has covered all."""
@@ -154,6 +223,11 @@ def read_plan(path: Path) -> Plan:
     for name, margin in margins.items():
         if not isinstance(margin, (int, float)) or not margin > 0:
             raise UserError(f"{path}: margin.{name} must be a positive number, got {margin!r}")
+    budget, unequal = content.get("budget", "steps"), content.get("allow_unequal", False)
+    if budget not in get_args(Budget):
+        raise UserError(f"{path}: budget must be steps or flops, got {budget!r}")
+    if not isinstance(unequal, bool):
+        raise UserError(f"{path}: allow_unequal must be true or false, got {unequal!r}")
     return Plan(
         path,
         bases,
@@ -164,7 +238,40 @@ def read_plan(path: Path) -> Plan:
         _mapping(path, content, "test"),
         baseline,
         {str(name): float(margin) for name, margin in margins.items()},
+        budget,
+        unequal,
+        _tune(path, _mapping(path, content, "tune"), tuple(seeds), grid) if "tune" in content else None,
     )
+
+
+def _tune(path: Path, content: dict[str, Any], seeds: tuple[int, ...], grid: Mapping[str, Any]) -> Tune:
+    if unknown := [key for key in content if key not in TUNE_KEYS]:
+        raise UserError(f"{path}: tune has no {unknown[0]!r}; it has {', '.join(TUNE_KEYS)}")
+    space = content.get("space")
+    if not isinstance(space, dict) or not space:
+        raise UserError(f"{path}: tune needs a space, lists of values by config key")
+    for key, values in space.items():
+        if not isinstance(values, list) or not values:
+            raise UserError(f"{path}: tune.space.{key} must be a list of values, got {values!r}")
+        if key in grid:
+            raise UserError(f"{path}: {key} is an axis of the grid, so that it cannot be tuned too")
+    known = Tune({str(key): tuple(values) for key, values in space.items()})
+    size = len(known.points())
+    numbers: dict[str, Any] = {}
+    for name, least, most in (("trials", 1, size), ("rungs", 1, 10), ("factor", 2, 10)):
+        value = content.get(name, getattr(known, name))
+        if value is not None and not (type(value) is int and least <= value <= most):
+            raise UserError(f"{path}: tune.{name} must be a whole number from {least} to {most}, got {value!r}")
+        numbers[name] = value
+    own = content.get("seeds", list(known.seeds))
+    if not isinstance(own, list) or not own or not all(type(seed) is int for seed in own) or len(set(own)) < len(own):
+        raise UserError(f"{path}: tune.seeds must be a list of different whole numbers, got {own!r}")
+    if shared := set(own) & set(seeds):
+        raise UserError(f"{path}: the seed {min(shared)} is among seeds too, but tuning needs seeds of its own")
+    untuned = content.get("untuned", True)
+    if not isinstance(untuned, bool):
+        raise UserError(f"{path}: tune.untuned must be true or false, got {untuned!r}")
+    return replace(known, **numbers, seeds=tuple(own), common=_mapping(path, content, "set"), untuned=untuned)
 
 
 def _router(path: Path, entry: Any, tasks: tuple[str, ...]) -> Axis:
@@ -230,6 +337,11 @@ def _merged(one: Any, other: Any) -> Any:
     if not (isinstance(one, dict) and isinstance(other, dict)):
         return other
     return {**one, **{key: _merged(one[key], value) if key in one else value for key, value in other.items()}}
+
+
+def shown_values(values: Mapping[str, Any]) -> list[str]:
+    """Show values by config key, short."""
+    return [f"{key.rpartition('.')[2]}={shown(value)}" for key, value in values.items()]
 
 
 def shown(value: Any) -> str:

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from routerzoo.errors import UserError
 from routerzoo.sweep import work
+from routerzoo.sweep.engine import tests_of
 from routerzoo.sweep.ledger import Run
+from routerzoo.sweep.processes import num_processes
 
 
 class RayEngine:
-    """Runs as Ray tasks, each a process of its own, on whatever nodes the cluster has.
+    """Runs as Ray tasks, each with a process or several of its own on one node, on whatever nodes the cluster has.
 
     The sweep's folder must be one that all nodes see, under the same path. Only the sweep itself writes the ledger.
 
     Args:
         slots: runs to hand to Ray at a time; Ray lets those wait that there is no room for.
-        threads: of each run, which are its CPUs for Ray.
+        threads: of each process of a run; those of all are its CPUs for Ray.
         gpus: of each run; a fraction shares one.
 
     Raises:
@@ -40,13 +47,16 @@ class RayEngine:
             except ConnectionError:
                 ray.init(log_to_driver=False)
         self.slots, self.threads = slots, threads
-        self._task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0)(_in_process)
+        self.gpus = gpus
+        self._task = ray.remote(num_gpus=gpus, max_retries=0)(_in_process)
         self._running: dict[Any, tuple[Run, Path]] = {}
 
     def start(self, run: Run, folder: Path) -> None:
         """Hand a run to Ray."""
         (folder / work.OUTCOME).unlink(missing_ok=True)
-        reference = self._task.remote(str(folder.resolve()), run.test, self.threads)
+        trainer = (yaml.safe_load(run.config) or {}).get("trainer", {})
+        task = self._task.options(num_cpus=self.threads * num_processes(trainer, int(self.gpus)))
+        reference = task.remote(str(folder.resolve()), tests_of(run), self.threads)
         self._running[reference] = (run, folder)
 
     def ended(self) -> list[tuple[Run, str, str]]:
@@ -77,15 +87,16 @@ class RayEngine:
             self._ray.shutdown()
 
 
-def _in_process(folder: str, test: list[str], threads: int) -> int:
+def _in_process(folder: str, test: list[str] | None, threads: int) -> int:
     """Do a run in a process of its own, which neither a crash nor what it leaves in memory can carry into the next."""
-    import os
-
     # Ray sets it to the task's CPUs; a run by hand has what the sweep says.
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "routerzoo.sweep.work", folder, json.dumps(test), str(threads)]
-    process = subprocess.Popen(command, env=environment)
-    try:
-        return process.wait()
-    finally:
-        process.kill()
+    # It reads its input, where nothing comes: that ends when this process does, even by SIGKILL, and the run too.
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE) as process:
+        try:
+            return process.wait()
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)  # what is left of its group
+            process.kill()

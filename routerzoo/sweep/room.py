@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from routerzoo.runs.atomic import remove
+from routerzoo.sweep.plan import Stage
 from routerzoo.sweep.work import BEST, LAST
 
 Keep = Literal["all", "best", "none"]
@@ -32,12 +33,12 @@ class Room:
         self.root, self.keep = root, keep
         self.largest = 0
 
-    def ended(self, folder: Path, status: str) -> None:
-        """Learn what a run has taken; if it has finished, remove the checkpoints that are not to stay."""
+    def ended(self, folder: Path, status: str, stage: Stage = "final") -> None:
+        """Learn what a run has taken; once it has finished, remove the checkpoints that need not stay, all of a trial."""
         self.largest = max(self.largest, size_of(folder))
         if status != "finished":
             return
-        if self.keep == "none":
+        if self.keep == "none" or stage == "trial":
             remove((folder / LAST).parent)
         elif self.keep == "best" and (folder / BEST).exists():
             remove(folder / LAST)

@@ -1,4 +1,4 @@
-"""One run, in a process of its own: train, test, and record the exit status.
+"""One run, in a process or several of its own: train, test, and record the exit status.
 
 It is ours because it resumes and tests through the command line, in the run folders that `report` reads.
 """
@@ -10,9 +10,11 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import traceback
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from routerzoo.runs.atomic import BACKUP, atomic_write, recover
+from routerzoo.sweep.processes import num_processes
 
 OUTCOME = "outcome.json"
 LOG = "log.txt"
@@ -42,7 +45,7 @@ def resolve(arguments: list[str]) -> tuple[str, str]:
             cli.main([*arguments, "--print_config"])
     except SystemExit as ended:
         if ended.code in (0, None):
-            reason = needs_more_processes(out.getvalue())
+            reason = needs_more_machines(out.getvalue())
             return ("", reason) if reason else (out.getvalue(), "")
         return "", _reason(str(ended.code) if isinstance(ended.code, str) else err.getvalue())
     except Exception as error:
@@ -50,43 +53,50 @@ def resolve(arguments: list[str]) -> tuple[str, str]:
     return "", "the command printed no config"
 
 
-def needs_more_processes(config: str) -> str:
-    """Say why a sweep cannot do a run that is more than one process; empty where it is one.
-
-    Lightning starts the others with the command of the first, which here is the sweep's.
-    """
-    trainer = yaml.safe_load(config)["trainer"]
-    for name, alone in (("devices", ("auto", 1, "1", [0])), ("num_nodes", (1,))):
-        if (value := trainer.get(name, 1)) not in alone:
-            return f"trainer.{name} is {value!r}, but a run of a sweep is one process: set it to 1, or run it by hand"
-    return ""
+def needs_more_machines(config: str) -> str:
+    """Say why a sweep cannot do a run that is on several machines; empty where it is on one."""
+    nodes = yaml.safe_load(config)["trainer"].get("num_nodes", 1)
+    if nodes == 1:
+        return ""
+    return f"trainer.num_nodes is {nodes}, but a run of a sweep is on one machine: set it to 1, or run it by hand"
 
 
-def resolve_all(commands: list[list[str]], channel: Any) -> None:
-    """Resolve commands one after the other, and send each answer."""
-    for arguments in commands:
-        channel.send(resolve(arguments))
+def answer_all(function: Callable[[Any], Any], questions: list[Any], channel: Any) -> None:
+    """Send what a function answers, one after the other; None where it raises."""
+    for question in questions:
+        try:
+            answer = function(question)
+        except Exception:
+            answer = None
+        channel.send(answer)
     channel.close()
 
 
-def run(folder: str, test: list[str], threads: int, sweep: Connection | None = None, gpu: int | None = None) -> None:
+def run(
+    folder: str,
+    test: list[str] | None,
+    threads: int,
+    sweep: Connection | int | None = None,
+    gpus: list[int] | None = None,
+) -> None:
     """Train and test what `cell.yaml` in a folder describes, from the last checkpoint if there is one.
 
     Everything that is printed goes into `log.txt`, and how it ended into `outcome.json`.
 
     Args:
         folder: of the run.
-        test: further arguments of the test.
-        threads: of torch.
+        test: further arguments of the test; None for no test.
+        threads: of torch, in each process.
         sweep: reading end of a pipe that the sweep alone can write to; when that ends, so does the run.
-        gpu: the only one that the run may see.
+        gpus: the only ones that the run may see.
     """
-    if gpu is not None:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible[gpu] if gpu < len(visible) and visible[0] else str(gpu)
-    _die_with(sweep)
+    if gpus is not None:
+        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[gpu] if visible else str(gpu) for gpu in gpus)
     with contextlib.suppress(OSError):
-        os.setsid()  # an interrupt of the terminal is the sweep's to handle
+        # A group of its own: an interrupt of the terminal is the sweep's to handle, and all processes can be ended.
+        os.setsid()
+    _die_with(sweep)
     place = Path(folder)
     try:
         with FileLock(place / LOCK, timeout=0):  # a second process would overwrite checkpoints
@@ -96,7 +106,7 @@ def run(folder: str, test: list[str], threads: int, sweep: Connection | None = N
         atomic_write(place / OUTCOME, json.dumps({"status": "waiting", "reason": TAKEN}))
 
 
-def _outcome(folder: Path, test: list[str], threads: int) -> dict[str, Any]:
+def _outcome(folder: Path, test: list[str] | None, threads: int) -> dict[str, Any]:
     try:
         import torch
 
@@ -109,16 +119,10 @@ def _outcome(folder: Path, test: list[str], threads: int) -> dict[str, Any]:
         torch.set_num_threads(threads)
         if os.environ.get("ROUTERZOO_TUNE_CPU", "1") != "0":
             tune_cpu()  # as the command line does, so that a run by hand gives the same numbers
-        # Progress goes through the file; a bar would only fill the log.
-        quiet = ["--trainer.enable_progress_bar=false", "--run_dir", str(folder)]
-        last = folder / LAST
-        if "fit" not in results(folder):
-            # What was not saved starts again, with nothing of the first attempt in its logs.
-            resume = ["--ckpt_path", str(last)] if recover(last) else ["--overwrite"]
-            cli.main(["fit", "--config", str(folder / CELL), *quiet, *resume])
-        best = folder / BEST
-        checkpoint = best if recover(best) else last
-        cli.main(["test", "--config", str(folder / CELL), *quiet, "--ckpt_path", str(checkpoint), *test])
+        trainer = yaml.safe_load((folder / CELL).read_text(encoding="utf-8")).get("trainer", {})
+        alone = num_processes(trainer, torch.cuda.device_count()) == 1
+        for command in _commands(folder, test):
+            (cli.main if alone else _in_group)(command)
     except SystemExit as ended:
         if ended.code == TERMINATED:
             return {"status": "failed", "reason": "ended by SIGTERM, and saved; --retry-failed goes on from there"}
@@ -133,6 +137,32 @@ def _outcome(folder: Path, test: list[str], threads: int) -> dict[str, Any]:
         first = str(error).strip().split("\n")[0]
         return {"status": "failed", "reason": f"{type(error).__name__}: {first}"}
     return {"status": "finished", "reason": ""}
+
+
+def _commands(folder: Path, test: list[str] | None) -> Iterator[list[str]]:
+    """Yield the commands that are left, each when the one before has ended."""
+    # Progress goes through the file; a bar would only fill the log.
+    rest = ["--config", str(folder / CELL), "--trainer.enable_progress_bar=false", "--run_dir", str(folder)]
+    last, best = folder / LAST, folder / BEST
+    if "fit" not in results(folder):
+        # What was not saved starts again, with nothing of the first attempt in its logs.
+        yield ["fit", *rest, *(["--ckpt_path", str(last)] if recover(last) else ["--overwrite"])]
+    if test is not None:
+        yield ["test", *rest, "--ckpt_path", str(best if recover(best) else last), *test]
+
+
+def _in_group(command: list[str]) -> None:
+    """Run a command whose process starts the others of its group: Lightning does so with the command of the first.
+
+    Raises:
+        SystemExit: it did not end well.
+    """
+    ended = subprocess.run([sys.executable, "-m", "routerzoo", *command], check=False).returncode
+    if ended < 0:
+        raise SystemExit(f"a process of the run was killed by {signal.Signals(-ended).name}")
+    if ended:
+        log = Path(command[command.index("--run_dir") + 1]) / LOG
+        raise SystemExit(ended if ended == 143 else _reason(log.read_text(encoding="utf-8", errors="replace")[-4000:]))
 
 
 def goes_on(folder: Path) -> bool:
@@ -178,18 +208,24 @@ def _log_into(path: Path) -> None:
     os.close(log)
 
 
-def _die_with(sweep: Connection | None) -> None:
-    """End this process when the sweep's end of a pipe closes, as it does however the sweep ends."""
+def _die_with(sweep: Connection | int | None) -> None:
+    """End all processes of the run when the sweep's end of a pipe closes, as it does however the sweep ends."""
     if sweep is None:
         return
+    alone = os.getpgrp() != os.getpid()
 
     def wait() -> None:
         with contextlib.suppress(EOFError, OSError):
-            sweep.recv()
+            if isinstance(sweep, int):
+                os.read(sweep, 1)
+            else:
+                sweep.recv()
+        if not alone:
+            os.killpg(os.getpgrp(), signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=wait, daemon=True).start()
 
 
 if __name__ == "__main__":  # as the Ray engine starts it
-    run(sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]))
+    run(sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), sweep=0)
