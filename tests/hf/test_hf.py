@@ -1,0 +1,206 @@
+"""What holds for any model of transformers: other routers, contexts, configs, refusals."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from routerzoo import HashRouter, HyperRouter, LayerSpec, LinearRouter, MLPExperts, MoE, SwiGLUExperts, moe_layers
+from routerzoo.moe.dispatch import apply_experts
+from routerzoo.optim import parameter_groups
+from tests.hf.models import build, inputs_of
+
+transformers = pytest.importorskip("transformers")
+hf = pytest.importorskip("routerzoo.hf")
+
+
+def loaded(path):
+    return transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+
+
+@pytest.mark.full
+def test_importing_routerzoo_imports_no_transformers():
+    code = "import routerzoo, sys; routerzoo.list_routers(); sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_layer_weights_inputs_and_gates_shared_experts():
+    layer = MoE(
+        LayerSpec(4, 3),
+        partial(LinearRouter, top_k=2, score="sigmoid", renormalize=False),
+        partial(SwiGLUExperts, hidden_dim=5),
+        num_shared_experts=1,
+        gate_shared_experts=True,
+        weights_on_input=True,
+    )
+    x_TD, router_TD = torch.randn(6, 4), torch.randn(6, 4)
+    logits_TE = router_TD @ layer.router.weight.T
+    expected_TD = torch.sigmoid(x_TD @ layer.shared_gate.weight.T) * layer.shared_experts.one(0, x_TD)
+    for token in range(6):
+        for expert in logits_TE[token].topk(2).indices:
+            weighted = x_TD[token] * logits_TE[token, expert].sigmoid()
+            expected_TD[token] += layer.experts.one(int(expert), weighted.unsqueeze(0))[0]
+    assert_close(layer(x_TD, router_input=router_TD), expected_TD)
+    with pytest.raises(ValueError, match="gate_shared_experts needs num_shared_experts"):
+        MoE(LayerSpec(4, 3), gate_shared_experts=True)
+    with pytest.raises(ValueError, match="weights outputs, not inputs"):
+        MoE(LayerSpec(4, 3), low_memory=True, weights_on_input=True)
+
+
+def test_inputs_are_weighted_where_choices_are_dropped():
+    layer = MoE(LayerSpec(4, 3), experts=partial(MLPExperts, hidden_dim=5, bias=False, activation="relu"))
+    x_TD = torch.randn(5, 4)
+    routing = layer.router(x_TD)
+    experts_TK = routing.experts_TK.clone()
+    experts_TK[::2, 1] = -1
+    routing = replace(routing, experts_TK=experts_TK, may_drop=True)
+    weighted = apply_experts(x_TD, routing, layer.experts, 3, weights_on_input=True)
+    # Without biases, relu networks are homogeneous: a weight on the input is one on the output.
+    assert_close(weighted, apply_experts(x_TD, routing, layer.experts, 3))
+
+
+def test_a_hash_router_gets_the_token_ids_of_a_generation():
+    model = hf.replace_routers(build("Mixtral"), partial(HashRouter, top_k=1, seed=0))
+    ids = torch.randint(3, 40, (2, 5))
+    seen = []
+    for layer in moe_layers(model):
+        layer.register_routing_hook(lambda published, context: seen.append((context.token_ids, published)))
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert [len(ids_T) for ids_T, _ in seen] == [10, 10, 2, 2, 2, 2]
+    assert torch.equal(seen[2][0], out[:, 5])
+    for ids_T, published in seen:
+        table = published.layer.router.table
+        assert torch.equal(published.routing.experts_TK[:, 0], table[ids_T, 0])
+
+
+def test_padding_is_sent_to_no_expert_and_positions_begin_behind_it():
+    model = hf.replace_routers(build("Mixtral"))
+    ids, mask = torch.randint(3, 40, (2, 4)), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    model(input_ids=ids, attention_mask=mask)
+    context = model.routing.context
+    assert context.positions.tolist() == [0, 1, 2, 3, 0, 0, 0, 1]
+    assert context.sequence_ids.tolist() == [0] * 4 + [1] * 4
+    assert all(published.routing.expert_load(8).sum() == 6 * 2 for published in context.routings)
+
+
+def test_a_router_that_looks_back_refuses_a_cache():
+    pytest.importorskip("routerzoo_context")
+    model = hf.replace_routers(build("Mixtral"), "SimilarityRouter")
+    ids = torch.randint(3, 40, (1, 4))
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 2, "do_sample": False}
+    with pytest.raises(ValueError, match=r"SimilarityRouter looks at other tokens .* use_cache=False"):
+        model.generate(ids, **options)
+    assert model.generate(ids, use_cache=False, **options).shape == (1, 6)
+
+
+def test_the_config_names_router_and_arguments(tmp_path):
+    capacity = pytest.importorskip("routerzoo_policies").CapacityRouter
+    model = hf.upcycle(
+        build("Llama").config,
+        num_experts=4,
+        router=partial(capacity, router=partial(HyperRouter, top_k=1, hidden_dim=8)),
+        blocks="every-other",
+        num_shared_experts=1,
+    )
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == "routerzoo"
+    assert config["routing"]["model_type"] == "llama"
+    (change,) = config["routing"]["changes"]
+    inner = {"name": "HyperRouter", "arguments": {"top_k": 1, "hidden_dim": 8}}
+    assert change["router"] == {"name": "CapacityRouter", "arguments": {"router": inner}}
+    (layer,) = moe_layers(loaded(tmp_path))
+    assert (layer.router.router.top_k, layer.num_shared_experts) == (1, 1)
+
+
+def test_routers_are_replaced_again_and_saved(tmp_path):
+    model = hf.upcycle(build("Llama"), num_experts=4, router=partial(LinearRouter, top_k=3))
+    hf.replace_routers(model, "XMoERouter")
+    assert {layer.router.top_k for layer in moe_layers(model)} == {3}
+    hf.replace_routers(model, partial(HyperRouter, top_k=2))
+    model.save_pretrained(tmp_path)
+    again = loaded(tmp_path)
+    assert {type(layer.router) for layer in moe_layers(again)} == {HyperRouter}
+    assert_close(again(**inputs_of(model)).logits, model(**inputs_of(model)).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_released_model_keeps_its_experts_and_its_number_of_choices():
+    model = build("Mixtral")
+    bank = model.model.layers[0].mlp.experts
+    weights = bank.gate_up_proj
+    hf.replace_routers(model, "HyperRouter")
+    layer = next(moe_layers(model))
+    assert layer.experts.gate_up is weights
+    assert layer.router.top_k == 2
+
+
+def test_a_checkpoint_of_another_model_class_is_read(tmp_path):
+    hf.replace_routers(build("Mixtral")).save_pretrained(tmp_path)
+    base = transformers.AutoModel.from_pretrained(tmp_path)
+    assert type(base).__name__ == "RoutedMixtralModel"
+    wanted = loaded(tmp_path).model.state_dict()
+    assert all(torch.equal(value, wanted[key]) for key, value in base.state_dict().items())
+
+
+def test_routers_have_options_of_their_own():
+    model = hf.replace_routers(build("Mixtral"))
+    routers = {layer.router.weight for layer in moe_layers(model)}
+    groups = parameter_groups(model, routers={"lr": 1e-4})
+    own = [group for group in groups if group.get("lr") == 1e-4]
+    assert {p for group in own for p in group["params"]} == routers
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    hf.train_routers_only(model)
+    assert {p for p in model.parameters() if p.requires_grad} == routers
+    model.requires_grad_(True)
+    hf.freeze_experts(model)
+    assert sum(not p.requires_grad for p in model.parameters()) == 4
+
+
+@pytest.mark.parametrize(
+    ("build_it", "message"),
+    [
+        (lambda: hf.replace_routers(build("Llama")), r"no gate of LlamaForCausalLM is known.*upcycle"),
+        (lambda: hf.upcycle(build("Llama"), num_experts=4, router=lambda spec: LinearRouter(spec)), "no registered"),
+        (lambda: hf.upcycle(build("Llama"), num_experts=4, router="Linear"), "unknown router"),
+        (lambda: hf.replace_routers(build("Mixtral"), partial(LinearRouter, top_k=9)), "between 1 and num_experts = 8"),
+        (lambda: hf.replace_routers(build("Mixtral"), partial(LinearRouter, k=2)), "no argument 'k'"),
+        (lambda: hf.replace_routers(hf.replace_routers(build("Mixtral"))), "has our routers already"),
+        (lambda: hf.to_transformers(build("Mixtral")), "a plain model of transformers"),
+        (lambda: hf.to_transformers(hf.replace_routers(build("Mixtral"), "HyperRouter")), "no class for that"),
+        (lambda: hf.to_transformers(hf.replace_routers(build("Mixtral"), "TopKRouter")), None),
+        (lambda: hf.to_transformers(hf.upcycle(build("Phi"), num_experts=4)), "no Mixture of Experts of transformers"),
+        (
+            lambda: hf.to_transformers(hf.upcycle(build("Llama"), num_experts=4, blocks=[0])),
+            r"all layers of MixtralForCausalLM have experts, the model's \[1\] have none",
+        ),
+        (
+            lambda: hf.to_transformers(hf.upcycle(build("Llama"), num_experts=4, router="XMoERouter")),
+            "transformers knows the linear gate",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_sentence(build_it, message):
+    if message is None:
+        build_it()
+        return
+    with pytest.raises((ValueError, KeyError), match=message):
+        build_it()
+
+
+def test_a_gate_of_other_sizes_is_refused():
+    model = build("Mixtral")
+    model.model.layers[1].mlp.gate.num_experts = 7
+    with pytest.raises(ValueError, match=r"the gate of model.layers.1.mlp names 7 experts, its bank has 8"):
+        hf.replace_routers(model)
+    assert not list(moe_layers(model))
+
+
+def test_a_config_of_nothing_known_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "routerzoo"}))
+    with pytest.raises(ValueError, match="names no model type that transformers knows"):
+        transformers.AutoConfig.from_pretrained(tmp_path)
