@@ -14,10 +14,10 @@ import yaml
 from routerzoo.bench.controls import CONTROLS
 from routerzoo.errors import UserError
 from routerzoo.registry import UnknownRouterError, did_you_mean, list_routers, router_arguments, router_class
-from routerzoo.router import Router
+from routerzoo.router import LossWeight, Router
 from routerzoo.routing import LayerSpec
 
-KEYS = ("class_path", "init_args", "label")
+KEYS = ("class_path", "init_args", "label", "loss_weights")
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,13 @@ class RouterChoice:
         class_path: name of a router or a control, or the path of a class.
         init_args: its arguments beside the spec; the task's k is added where it takes one.
         label: what tables call it; by default the class's name.
+        loss_weights: coefficients of auxiliary losses by name; by default those that its source publishes.
     """
 
     class_path: str
     init_args: Mapping[str, Any] = field(default_factory=dict)
     label: str = ""
+    loss_weights: Mapping[str, float | LossWeight] | None = None
 
     def __post_init__(self) -> None:
         if not self.label:
@@ -78,7 +80,10 @@ class RouterChoice:
 
     def text(self) -> str:
         """Return what tells it from other routers of its label."""
-        return json.dumps([self.class_path, dict(self.init_args)], sort_keys=True)
+        told = [self.class_path, dict(self.init_args)]
+        return json.dumps(
+            told if self.loss_weights is None else [*told, dict(self.loss_weights)], sort_keys=True, default=str
+        )
 
 
 def read_choice(text: str) -> RouterChoice:
@@ -98,9 +103,10 @@ def read_choice(text: str) -> RouterChoice:
     else:
         if unknown := [key for key in content if key not in KEYS]:
             raise UserError(f"a router has no {unknown[0]!r}; it has {', '.join(KEYS)}")
-        if not isinstance(content.get("class_path"), str) or not isinstance(content.get("init_args", {}), dict):
-            raise UserError(f"a router has a class_path, and init_args by name, got {text!r}")
-        choice = RouterChoice(content["class_path"], content.get("init_args") or {}, str(content.get("label") or ""))
+        given, weights = content.get("init_args") or {}, content.get("loss_weights")
+        if not (isinstance(content.get("class_path"), str) and isinstance(given, dict) and _are_weights(weights)):
+            raise UserError(f"a router has a class_path, init_args by name and loss_weights by name, got {text!r}")
+        choice = RouterChoice(content["class_path"], given, str(content.get("label") or ""), weights)
     known = router_arguments(choice.cls)
     for key in choice.init_args:
         if key not in known:
@@ -108,6 +114,10 @@ def read_choice(text: str) -> RouterChoice:
                 f"{choice.class_path} has no argument {key!r}{did_you_mean(key, known)} It takes: {', '.join(known)}."
             )
     return choice
+
+
+def _are_weights(weights: Any) -> bool:
+    return weights is None or (isinstance(weights, dict) and all(isinstance(w, int | float) for w in weights.values()))
 
 
 def read_choices(texts: list[str]) -> list[RouterChoice]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -42,14 +43,14 @@ def register_task(cls: C) -> C:
     return cls
 
 
-def list_tasks() -> list[str]:
-    """Return the names of all tasks, those of installed packages included."""
+def list_tasks(tier: str = "exact") -> list[str]:
+    """Return the names of a tier's tasks, those of installed packages included."""
     _load()
-    return sorted(_tasks)
+    return sorted(name for name, cls in _tasks.items() if cls.tier == tier)
 
 
 def task_class(name: str) -> type[BenchTask]:
-    """Return the task of a name, or of a file's path.
+    """Return the task of a name, of a file's path, or of a name and options (`bytes:play,mine=text.txt`).
 
     Raises:
         UserError: there is none; the message lists the names.
@@ -57,6 +58,9 @@ def task_class(name: str) -> type[BenchTask]:
     if name.endswith(".py"):
         return _task_of_file(Path(name))
     _load()
+    plain, with_options, options = name.partition(":")
+    if with_options and plain in _tasks:
+        return _with_options(plain, options)
     if name not in _tasks:
         raise UserError(
             f"unknown task {name!r}{did_you_mean(name, _tasks)} There are {', '.join(sorted(_tasks))}; the path of a "
@@ -65,10 +69,16 @@ def task_class(name: str) -> type[BenchTask]:
     return _tasks[name]
 
 
+@functools.cache
+def _with_options(name: str, options: str) -> type[BenchTask]:
+    return _tasks[name].with_options(options)
+
+
 def _load() -> None:
     folder = importlib.import_module("routerzoo.bench.tasks")
     for module in pkgutil.iter_modules(folder.__path__):
         importlib.import_module(f"{folder.__name__}.{module.name}")
+    importlib.import_module("routerzoo.bench.realistic.byte_model")
     for cls in load_group(ENTRY_POINT_GROUP, BenchTask):
         assert issubclass(cls, BenchTask)
         register_task(cls)

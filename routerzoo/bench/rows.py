@@ -40,6 +40,9 @@ class Row:
             A token's first choice is the expert with its largest weight.
         dead_experts: experts with less than a tenth of an equal share of the load.
         max_load: largest load of an expert, over an equal share.
+        load_entropy: entropy of the load over its largest value: the utilization of the experts, 1 where all are equal.
+        nmi_by_layer: `nmi` of each layer, separated by blanks.
+        loss_by_domain: mean loss of each domain's tokens, in the order of the domains, separated by blanks.
         k: experts per token as the router declares them; empty where it chooses their number itself.
         mean_k: experts per token in the final evaluation.
         train_k: mean of that over the evaluations along training.
@@ -69,6 +72,9 @@ class Row:
     nmi: float | None = None
     dead_experts: float | None = None
     max_load: float | None = None
+    load_entropy: float | None = None
+    nmi_by_layer: str = ""
+    loss_by_domain: str = ""
     k: int | None = None
     mean_k: float | None = None
     train_k: float | None = None

@@ -29,6 +29,8 @@ FINAL_LR = 0.1
 """The learning rate falls by a cosine to this share of its peak."""
 EVALUATIONS = 10
 """Along training, the last one at its end."""
+OF_MICRO_BATCHES = frozenset({"local_balance", "global_balance"})
+"""Losses for which each micro-batch is a pass of its own; to all others they are parts of one batch."""
 CURVE_TOKENS = 1024
 """Of each evaluation but the last, in whole sequences."""
 
@@ -45,6 +47,9 @@ class Outcome:
     nmi: float | None
     dead_experts: float | None
     max_load: float | None
+    load_entropy: float | None
+    nmi_by_layer: str
+    loss_by_domain: str
     mean_k: float
     train_k: float
     need_correlation: float | None
@@ -100,7 +105,9 @@ class Run:
         for layer in self.layers:
             layer.warns_of_batch_dependence = False  # nobody is served
         routers = [inner_router(layer) for layer in self.layers]
-        self.aux_weights: dict[str, LossWeight] = scaled(routers[0].default_loss_weights, aux_scale) if routers else {}
+        weights = routers[0].default_loss_weights if choice.loss_weights is None and routers else choice.loss_weights
+        self.aux_weights: dict[str, LossWeight] = scaled(weights or {}, aux_scale)
+        self._passes = task.micro_batches if self.aux_weights.keys() & OF_MICRO_BATCHES else 1
         self._oracle = any(isinstance(router, OracleRouter) for router in routers)
         self._dense = any(isinstance(router, DenseRouter) for router in routers)
         self._attention = any("attention" in router.requires for router in routers)
@@ -108,7 +115,7 @@ class Run:
         self._token_counts = self._counted_ids() if any(router.wants_token_counts for router in routers) else None
         places: dict[int, tuple[Tensor, Tensor]] = {}
         self._curve_tokens = max(CURVE_TOKENS // task.sequence_length, 1) * task.sequence_length
-        for tokens in (task.tokens, task.evaluation_tokens, self._curve_tokens):
+        for tokens in (task.tokens, task.tokens // self._passes, task.evaluation_tokens, self._curve_tokens):
             place_T = torch.arange(tokens)
             places[tokens] = place_T % task.sequence_length, place_T // task.sequence_length
         self._places = places
@@ -155,6 +162,7 @@ class Run:
         return Outcome(
             loss=loss,
             **self._routing_metrics(batch, context),
+            loss_by_domain=self._loss_by_domain(batch),
             mean_k=self._mean_k(context),
             train_k=train_k,
             parameters=costs.trainable,
@@ -171,21 +179,29 @@ class Run:
         updates = attach(self.layers, optimizer, steps, token_counts=self._token_counts)
         generator = task.generator("training")
         for step in range(steps):
-            batch = task.batch(task.tokens, generator, step / steps)
-            context = self.context(batch, step, bool(self.aux_weights))
-            losses_T = task.token_losses(model(batch.x, context), batch)
-            loss = losses_T.mean()
-            if self.aux_weights:
-                told = losses_T if self._wants_feedback else None
-                loss = loss + auxiliary_loss(self.layers, context, self.aux_weights, token_losses=told)
-            if not math.isfinite(loss.item()):
-                raise DivergedError(f"the training loss is {loss.item()} at step {step}")
+            for batch in task.batch(task.tokens, generator, step / steps).split(self._passes):
+                torch.autograd.backward(self._loss(batch, step) / self._passes)
             optimizer.param_groups[0]["lr"] = self.lr * learning_rate_share(step, steps)
-            torch.autograd.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
             yield step + 1
         updates.remove()
+
+    def _loss(self, batch: Batch, step: int) -> Tensor:
+        """Return the loss of a micro-batch, with its auxiliary losses.
+
+        Raises:
+            DivergedError: it is NaN or inf.
+        """
+        context = self.context(batch, step, bool(self.aux_weights))
+        losses_T = self.task.token_losses(self.model(batch.x, context), batch)
+        loss = losses_T.mean()
+        if self.aux_weights:
+            told = losses_T if self._wants_feedback else None
+            loss = loss + auxiliary_loss(self.layers, context, self.aux_weights, token_losses=told)
+        if not math.isfinite(loss.item()):
+            raise DivergedError(f"the training loss is {loss.item()} at step {step}")
+        return loss
 
     def evaluate(self, step: int) -> tuple[float, Batch, RoutingContext, Costs]:
         """Return the loss on fresh tokens, which are the same for all routers, and what it was measured on."""
@@ -193,16 +209,26 @@ class Run:
         tokens = task.evaluation_tokens if last else self._curve_tokens
         batch = task.batch(tokens, task.generator("evaluation" if last else "curve"), step / task.num_steps)
         context = self.context(batch, step, False)
-        losses: list[float] = []
+        losses: list[Tensor] = []
 
         def run() -> int:
-            losses.append(float(task.token_losses(self.model(batch.x, context), batch).mean()))
+            losses.append(task.token_losses(self.model(batch.x, context), batch))
             return tokens
 
         costs = count_costs(self.model, run)
-        if not math.isfinite(losses[0]):
-            raise DivergedError(f"the evaluation loss is {losses[0]} after {step} steps")
-        return losses[0], batch, context, costs
+        loss = float(losses[0].mean())
+        if not math.isfinite(loss):
+            raise DivergedError(f"the evaluation loss is {loss} after {step} steps")
+        self._losses_T = losses[0]
+        return loss, batch, context, costs
+
+    def _loss_by_domain(self, batch: Batch) -> str:
+        """Return the mean of the last evaluation's losses in each domain."""
+        known_T, domains = batch.domain_T >= 0, self.task.num_domains
+        domain_N, losses_N = batch.domain_T[known_T], self._losses_T[known_T].double()
+        total_C = torch.zeros(domains, dtype=torch.float64).index_add_(0, domain_N, losses_N)
+        mean_C = total_C / torch.bincount(domain_N, minlength=domains)
+        return " ".join(f"{mean:.6g}" for mean in mean_C.tolist())
 
     def _mean_k(self, context: RoutingContext) -> float:
         """Return experts per token, the mean over layers."""
@@ -212,9 +238,10 @@ class Run:
 
     def _routing_metrics(self, batch: Batch, context: RoutingContext) -> dict[str, Any]:
         """Return metrics of the final routing, means over layers; nothing for a dense network."""
-        found: dict[str, Any] = dict.fromkeys(("nmi", "dead_experts", "max_load", "need_correlation"))
+        names = ("nmi", "dead_experts", "max_load", "load_entropy", "need_correlation")
+        found: dict[str, Any] = dict.fromkeys(names)
         if self._dense:
-            return found
+            return {**found, "nmi_by_layer": ""}
         num_experts = self.task.num_experts
         values: dict[str, list[float]] = {name: [] for name in found}
         for entry in context.routings:
@@ -223,6 +250,8 @@ class Run:
             share_E = load_E / load_E.sum() * num_experts
             values["dead_experts"].append(float((share_E < 0.1).sum()))
             values["max_load"].append(float(share_E.max()))
+            part_E = share_E / num_experts
+            values["load_entropy"].append(-float(torch.xlogy(part_E, part_E).sum()) / math.log(num_experts))
             first_T = first_choices(routing, len(batch.domain_T))
             values["nmi"].append(normalized_mutual_information(batch.domain_T, first_T, num_experts))
             if batch.need_T is not None and not routing.dense:
@@ -230,7 +259,7 @@ class Run:
         for name, of_layers in values.items():
             finite = [value for value in of_layers if math.isfinite(value)]
             found[name] = sum(finite) / len(finite) if finite else None
-        return found
+        return {**found, "nmi_by_layer": " ".join(f"{value:.4g}" for value in values["nmi"])}
 
 
 def learning_rate_share(step: int, steps: int) -> float:

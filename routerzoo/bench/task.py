@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -34,6 +34,14 @@ class Batch:
     domain_T: Tensor
     token_ids_T: Tensor
     need_T: Tensor | None = None
+
+    def split(self, parts: int) -> list[Batch]:
+        """Cut it into micro-batches of whole sequences."""
+        if parts == 1:
+            return [self]
+        fields = {name: (None,) * parts if v is None else v.chunk(parts) for name, v in vars(self).items()}
+        cut = zip(*fields.values(), strict=True)
+        return [replace(self, **dict(zip(fields, values, strict=True))) for values in cut]
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,8 @@ class BenchTask(ABC):
     """How commands and rows name the task: lower case, with dashes."""
     title: ClassVar[str] = ""
     """What tells the domain, in a few words, for tables."""
+    tier: ClassVar[str] = "exact"
+    """`bench --tier` takes the tasks of one tier: `exact` or `realistic`."""
     predictions: ClassVar[tuple[Prediction, ...]] = ()
     """Orders of regret that theory or papers predict. The record tests them."""
 
@@ -82,6 +92,8 @@ class BenchTask(ABC):
     vocab_size: ClassVar[int] = 64
     tokens: ClassVar[int] = 512
     """Of a training step; a multiple of `sequence_length`."""
+    micro_batches: ClassVar[int] = 1
+    """Parts of a training step, which losses of a micro-batch, or accumulated over micro-batches, distinguish."""
     sequence_length: ClassVar[int] = 32
     """Tokens of a sequence, for routers that mix tokens or choose within a sequence."""
     steps: ClassVar[int] = 200
@@ -107,6 +119,20 @@ class BenchTask(ABC):
             generator: where all random numbers come from.
             progress: share of training that is over, from 0 to 1; the final evaluation has 1.
         """
+
+    @classmethod
+    def with_options(cls, options: str) -> type[BenchTask]:
+        """Return the task with what follows its name and a colon.
+
+        Raises:
+            UserError: it has no options, or these are none.
+        """
+        raise UserError(f"the task {cls.name} has no options, got {options!r}")
+
+    @classmethod
+    def data(cls) -> str:
+        """Name what the task reads beside what it draws, with versions: runs on other data are not comparable."""
+        return ""
 
     @property
     def spec(self) -> LayerSpec:

@@ -8,6 +8,7 @@ import math
 import os
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich import box
@@ -20,6 +21,9 @@ from routerzoo.bench.controls import CONTROLS
 from routerzoo.bench.engine import Engine, LocalEngine, RayEngine
 from routerzoo.bench.loop import work_through
 from routerzoo.bench.protocol import Cell, Protocol, make_cell
+from routerzoo.bench.realistic.byte_model import ByteLanguageModel
+from routerzoo.bench.realistic.excess import domain_table, excess_table
+from routerzoo.bench.realistic.scopes import SCOPES
 from routerzoo.bench.registry import list_tasks, task_class
 from routerzoo.bench.rows import Row, RowFile
 from routerzoo.bench.scores import Summary, regret_difference, summaries
@@ -32,6 +36,16 @@ from routerzoo.sweep.code import code_version
 CORE = ["LinearRouter", "HyperRouter", "StableMoERouter", "XMoERouter", "HashRouter", "RandomFrozenRouter"]
 QUICK_TASKS = ["clusters", "skew", "ids", "xor"]
 QUICK = Protocol(seeds=5, tuning_seeds=0)
+REALISTIC = Protocol(seeds=10, lrs=(0.002, 0.001, 0.004))
+PRESETS = {
+    ("exact", False): ("exact", Protocol()),
+    ("exact", True): ("quick", QUICK),
+    ("realistic", False): ("realistic", REALISTIC),
+    ("realistic", True): ("realistic-quick", replace(REALISTIC, seeds=2, tuning_seeds=0, steps=100)),
+}
+"""Folder and protocol by tier, and whether it is to be quick."""
+REALISTIC_ROUTERS = ["scopes", *(name for name in CORE if name != "LinearRouter")]
+"""The linear gate is there as its scopes: with the one of all processes it has the losses of its sources."""
 PROTOCOL = "protocol.json"
 NARROW = 100
 """In a terminal of fewer columns tables leave some out."""
@@ -49,6 +63,9 @@ examples:
   python -m routerzoo bench --routers my_package.MyRouter --tasks clusters my_task.py
   python -m routerzoo bench --routers LinearRouter '{class_path: LinearRouter, init_args: {noisy: true}, label: noisy}'
   python -m routerzoo bench --routers all                   the whole registry: a night on two cores
+  python -m routerzoo bench --tier realistic                a byte-level language model, six scopes of balancing, six
+                                                            routers: an hour on two cores
+  python -m routerzoo bench --tier realistic --domains play python mine=notes/ --routers scopes
 The same command resumes where it was stopped. docs/bench.md explains tasks, protocol and rows.
 """
 
@@ -65,8 +82,15 @@ def main(args: Sequence[str]) -> None:
         "--routers",
         nargs="+",
         metavar="ROUTER",
-        default=CORE,
-        help="names, class paths, {class_path: ..., init_args: ..., label: ...}, or all; by default the built-in ones",
+        help="names, class paths, {class_path: ..., init_args: ..., label: ..., loss_weights: ...}, all, or scopes (a "
+        "linear gate balanced over each scope); by default the built-in ones",
+    )
+    parser.add_argument("--tier", choices=["exact", "realistic"], help="whose tasks; by default that of --tasks, exact")
+    parser.add_argument(
+        "--domains",
+        nargs="+",
+        metavar="DOMAIN",
+        help="of the realistic tier: names of its own, or NAME=PATH of a text file or a folder",
     )
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="names, or paths of task files; by default all")
     parser.add_argument("--quick", action="store_true", help="by default four tasks, 5 seeds and no tuning")
@@ -89,20 +113,38 @@ def main(args: Sequence[str]) -> None:
     if not console.is_terminal:
         console = Console(highlight=False, soft_wrap=True, width=NARROW)  # a pipe has no width of its own
     if options.list:
-        _list(options.tasks or list_tasks(), console)
+        _list(options.tasks or list_tasks(options.tier or "exact"), console)
         return
-    usual = QUICK if options.quick else Protocol()
-    protocol = Protocol(
-        seeds=usual.seeds if options.seeds is None else options.seeds,
-        tuning_seeds=usual.tuning_seeds if options.tuning_seeds is None else options.tuning_seeds,
-        steps=options.steps,
-    )
-    tasks = options.tasks or (QUICK_TASKS if options.quick else list_tasks())
-    tasks = [str(Path(task).resolve()) if task.endswith(".py") else task for task in tasks]  # workers look there, too
-    choices = [*map(RouterChoice, CONTROLS), *read_choices(options.routers)]
-    folder = options.folder or Path("bench") / ("quick" if options.quick else "exact")
+    tasks = _tasks(options)
+    tier = task_class(tasks[0]).tier
+    name, usual = PRESETS[tier, options.quick]
+    given = {name: getattr(options, name) for name in ("seeds", "tuning_seeds", "steps")}
+    protocol = replace(usual, **{name: value for name, value in given.items() if value is not None})
+    texts = options.routers or (REALISTIC_ROUTERS if tier == "realistic" else CORE)
+    choices = [*map(RouterChoice, CONTROLS), *(SCOPES if "scopes" in texts else ())]
+    choices += read_choices([text for text in texts if text != "scopes"])
+    folder = options.folder or Path("bench") / name
     if _bench(tasks, choices, protocol, folder, options, console):
         raise SystemExit(1)
+
+
+def _tasks(options: argparse.Namespace) -> list[str]:
+    """Return the tasks to do.
+
+    Raises:
+        UserError: they are of two tiers, or are not of the one that was asked for.
+    """
+    realistic = options.tier == "realistic" or options.domains is not None
+    tasks = options.tasks or ([ByteLanguageModel.name] if realistic else QUICK_TASKS if options.quick else list_tasks())
+    tasks = [str(Path(task).resolve()) if task.endswith(".py") else task for task in tasks]  # workers look there, too
+    if options.domains is not None:
+        paths = (domain.partition("=") for domain in options.domains)
+        domains = ",".join(f"{name}={Path(path).resolve()}" if given else name for name, given, path in paths)
+        tasks = [f"{task}:{domains}" for task in tasks]
+    tiers = {task_class(task).tier for task in tasks} | ({options.tier} if options.tier else set())
+    if len(tiers) > 1:
+        raise UserError(f"the tiers {' and '.join(sorted(tiers))} have protocols of their own: bench them one by one")
+    return tasks
 
 
 def _bench(
@@ -244,6 +286,10 @@ def _show(task: str, found: Sequence[Summary], console: Console) -> None:
         style = "dim" if summary.router in CONTROLS else ""
         table.add_row(summary.router, *(columns[name][place] for name in shown), style=style)
     console.print(table)
+    if issubclass(cls, ByteLanguageModel):
+        for table in (excess_table(found), domain_table(cls, found)):
+            console.print(table)
+        console.print(f"read: {cls.data()}", markup=False)
     by_name = {summary.router: summary for summary in found}
     for prediction in cls.predictions:
         if prediction.better not in by_name or prediction.worse not in by_name:

@@ -279,6 +279,7 @@ class Decoder(nn.Module):
         step: int | None = None,
         total_steps: int | None = None,
         process_group: ProcessGroup | None = None,
+        context: RoutingContext | None = None,
     ) -> tuple[Tensor, RoutingContext]:
         """Return next-token logits `[B, S, V]`, and the context with the routing of every MoE layer.
 
@@ -289,9 +290,11 @@ class Decoder(nn.Module):
             step: optimizer steps taken, where known.
             total_steps: optimizer steps that the run will take, where known.
             process_group: processes that train on parts of this batch; see `RoutingContext`.
+            context: what routers may look at, one entry for each token, instead of what follows from the other
+                arguments: for sequences packed from several tasks, say.
         """
         progress = (step, total_steps, process_group)
-        x_BSD, context, _ = self._run(ids_BS, None, padding_mask_BS, task_ids_B, progress)
+        x_BSD, context, _ = self._run(ids_BS, None, padding_mask_BS, task_ids_B, progress, context=context)
         return self.head(x_BSD), context
 
     def hidden(
@@ -317,12 +320,13 @@ class Decoder(nn.Module):
         progress: tuple[int | None, int | None, ProcessGroup | None] = (None, None, None),
         seen: int = 0,
         cache: dict[Any, Any] | None = None,
+        context: RoutingContext | None = None,
     ) -> tuple[Tensor, RoutingContext, list[KeyValues]]:
         batch, length = ids_BS.shape
         positions_S = torch.arange(seen, seen + length, device=ids_BS.device)
         if self.num_tasks is not None and task_ids_B is None:
             task_ids_B = ids_BS.new_zeros(batch)
-        context = RoutingContext(
+        context = context or RoutingContext(
             token_ids=ids_BS.reshape(-1),
             # Attention only uses differences of positions; a router may have a table of them.
             positions=positions_S.clamp_max(self.max_length - 1).repeat(batch),
