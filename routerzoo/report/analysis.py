@@ -117,7 +117,7 @@ class Analysis:
 
 def analyze(sweep: Sweep) -> Analysis:
     """Compare the routers of a sweep."""
-    is_provisional = any(run.status in ("waiting", "running") for run in sweep.runs)
+    is_provisional = bool(sweep.pending_trials) or any(run.status in ("waiting", "running") for run in sweep.runs)
     alpha = INTERIM_ALPHA if is_provisional else ALPHA
     results = {task.name: results_of(sweep, task) for task in sweep.tasks}
     compared = compare_all(results, alpha)

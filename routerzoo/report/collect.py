@@ -104,6 +104,7 @@ class Sweep:
         runs: all planned runs.
         earlier: finished runs that are no longer in the plan.
         refused: why configs cannot be run, by label.
+        pending_trials: trials of the tuning that are still to come.
     """
 
     folder: Path
@@ -114,6 +115,7 @@ class Sweep:
     runs: Sequence[Run]
     earlier: Sequence[Run]
     refused: Mapping[str, str] = field(default_factory=dict)
+    pending_trials: int = 0
 
     def variants(self, router: str) -> set[str]:
         """Return the variants of a router."""
@@ -179,7 +181,8 @@ def read_sweep(folder: Path) -> Sweep:
     except (OSError, ValueError):
         refused = {}
     earlier = [run for run in runs if not run.planned and run.status == "finished" and run.stage == "final"]
-    return Sweep(folder, config, baseline, margins, tasks, planned, earlier, refused)
+    trials = sum(run.planned and run.stage == "trial" and run.status in ("waiting", "running") for run in runs)
+    return Sweep(folder, config, baseline, margins, tasks, planned, earlier, refused, trials)
 
 
 def _finite(value: Any) -> float:

@@ -22,10 +22,11 @@ def findings(sweep: Sweep, analysis: Analysis) -> list[str]:
 def _conditions(sweep: Sweep, analysis: Analysis) -> Iterable[str]:
     failed = sum(run.status == "failed" for run in sweep.runs)
     pending = sum(run.status in ("waiting", "running") for run in sweep.runs)
+    trials = f" and {sweep.pending_trials} trials" if sweep.pending_trials else ""
     if analysis.is_provisional:
         yield (
-            f"Provisional: {pending} of {len(sweep.runs)} runs are pending. Until they are done, a verdict needs a "
-            f"corrected p below {analysis.alpha:g}, so that looking early finds nothing false."
+            f"Provisional: {pending} of {len(sweep.runs)} runs{trials} are pending. Until they are done, a verdict "
+            f"needs a corrected p below {analysis.alpha:g}, so that looking early finds nothing false."
         )
     if failed:
         yield f"{failed} of {len(sweep.runs)} runs failed; they count as the worst of their task."
@@ -105,7 +106,8 @@ def _budgets(found: TaskAnalysis) -> Iterable[str]:
         baselines = list(dict.fromkeys(found.results.baselines[name] for name in names))
         budgets = {name: found.task.budget(name) for name in [*baselines, *names]}
         shown = [f"{n} {b.k:g}" if what == "k" else f"{n} {short(b.flops)}" for n, b in budgets.items()]
-        yield f"Not trained with equal {what}: {_list(shown)}; the comparison is one of budgets, too."
+        consequence = ": differences between them are those of budgets, too" if what == "FLOPs" else ""
+        yield f"Not trained with equal {what} ({_list(shown)}){consequence}."
 
 
 def _ranking(analysis: Analysis) -> str:

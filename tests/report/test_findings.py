@@ -104,10 +104,10 @@ def test_a_mean_over_fewer_seeds_is_not_called_the_best():
     [
         ({"trained k": 2, "training FLOPs": 1e9}, None),
         ({"trained k": 2.01, "training FLOPs": 1.04e9}, None),
-        ({"trained k": 1, "training FLOPs": 1e9}, "Not trained with equal k: LinearRouter 2, HashRouter 1;"),
+        ({"trained k": 1, "training FLOPs": 1e9}, "Not trained with equal k (LinearRouter 2, HashRouter 1)."),
         (
             {"trained k": 2, "training FLOPs": 4e9},
-            "Not trained with equal FLOPs: LinearRouter 1.0 G, HashRouter 4.0 G;",
+            "Not trained with equal FLOPs (LinearRouter 1.0 G, HashRouter 4.0 G): differences",
         ),
     ],
 )
