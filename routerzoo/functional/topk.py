@@ -12,10 +12,19 @@ from torch import Tensor
 
 ScoreFunction = Literal["softmax", "sigmoid", "sqrt_softplus"]
 
+_SMALLEST_LOGIT = -80.0
+"""From it downward the softplus is `exp`; where that underflows, the gradient of its root would be infinite times 0."""
+
+
+def _sqrt_softplus(logits_TE: Tensor) -> Tensor:
+    root_TE = F.softplus(logits_TE.clamp_min(_SMALLEST_LOGIT)).sqrt()
+    return torch.where(logits_TE <= _SMALLEST_LOGIT, (0.5 * logits_TE).exp(), root_TE)
+
+
 SCORE_FUNCTIONS: dict[ScoreFunction, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits_TE: logits_TE.softmax(-1),
     "sigmoid": torch.sigmoid,
-    "sqrt_softplus": lambda logits_TE: F.softplus(logits_TE).sqrt(),
+    "sqrt_softplus": _sqrt_softplus,
 }
 """Each keeps the order of the logits."""
 

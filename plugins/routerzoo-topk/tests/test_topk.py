@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from routerzoo_topk import TopKRouter
 from torch.testing import assert_close
 
 from routerzoo import LayerSpec, LossWeight, MoE, RoutingContext, SwiGLUExperts, attach, auxiliary_loss
+from routerzoo.functional import apply_score_fn
 from routerzoo.functional.losses import balance_loss, scope_of
+from routerzoo.functional.topk import ScoreFunction
 from routerzoo.moe.auxiliary_loss import loss_of
 from routerzoo.moe.dispatch import dense_forward
 
@@ -66,6 +69,20 @@ def test_deepseek_v3_block():
     close(output, golden["output"])
     shared_output = dense_forward(layer.shared_experts, golden["hidden"].flatten(0, 1), 1)
     close(shared_output.view_as(output), golden["shared_output"])
+
+
+@pytest.mark.parametrize("score", get_args(ScoreFunction))
+def test_scores_have_finite_gradients_where_they_underflow(score):
+    """As in a hash layer, whose experts may have any score."""
+    logits_TE = torch.tensor([[100.0, 0.0, -79.0, -80.0, -90.0, -200.0, -1e4, -torch.inf]], requires_grad=True)
+    scores_TE = apply_score_fn(logits_TE, score)
+    (gradient_TE,) = torch.autograd.grad(scores_TE[0, 1:].sum(), logits_TE)
+    assert gradient_TE.isfinite().all()
+    if score == "sqrt_softplus":
+        # Of the root of exp(z).
+        small = torch.tensor([-79.0, -80.0, -90.0])
+        assert_close(scores_TE[0, 2:5], (small / 2).exp(), rtol=1e-5, atol=0)
+        assert_close(gradient_TE[0, 2:5], (small / 2).exp() / 2, rtol=1e-5, atol=0)
 
 
 def test_bias_selects_and_does_not_weight():
