@@ -162,7 +162,9 @@ def _fitting(rows: Sequence[dict[str, Any]], cores: int, gpus: int, options: arg
     Raises:
         UserError: a run needs more GPUs than there are.
     """
-    trainers: list[dict[str, Any]] = [yaml.safe_load(text)["trainer"] for text in {row["config"] for row in rows}]
+    # Seeds differ in nothing else.
+    configs = {(row["task"], row["variant"]): row["config"] for row in rows}
+    trainers: list[dict[str, Any]] = [yaml.safe_load(config)["trainer"] for config in configs.values()]
     if gpus and (each := max(map(gpus_needed, trainers), default=0)):
         each = max(each, int(options.gpus), 1)
         if each > gpus:
@@ -171,7 +173,7 @@ def _fitting(rows: Sequence[dict[str, Any]], cores: int, gpus: int, options: arg
             )
         return gpus // each
     processes = max((num_processes(trainer) for trainer in trainers), default=1)
-    return max(cores // (options.threads * processes), 1)
+    return max(cores // (int(options.threads) * processes), 1)
 
 
 def _write_tuning(folder: Path, tunings: Sequence[Tuning], console: Console) -> None:

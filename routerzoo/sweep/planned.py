@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -48,6 +49,7 @@ def planned_training(config: str) -> str:
     """
     from routerzoo.cli import main as cli
 
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     built: list[Any] = []
 
     class Reader(cli.RouterZooCLI):

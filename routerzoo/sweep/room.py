@@ -34,7 +34,7 @@ class Room:
         self.largest = 0
 
     def ended(self, folder: Path, status: str, stage: Stage = "final") -> None:
-        """Learn what a run has taken; once it has finished, remove the checkpoints that need not stay, all of a trial."""
+        """Learn what a run has taken; once it has finished, remove checkpoints that need not stay, all of a trial."""
         self.largest = max(self.largest, size_of(folder))
         if status != "finished":
             return

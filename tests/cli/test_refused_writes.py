@@ -119,7 +119,14 @@ def test_commands_that_write_nothing_run_where_nothing_can_be_written(capsys, tm
 def sweep(tmp_path):
     """Make a sweep of two finished runs, in the folder `shared`."""
     ledger = Ledger(Path("shared"))
-    row = {"task": "text", "router": "LinearRouter", "variant": "LinearRouter", "config": "{}", "test": []}
+    row = {
+        "stage": "final",
+        "task": "text",
+        "router": "LinearRouter",
+        "variant": "LinearRouter",
+        "config": "{}",
+        "test": [],
+    }
     ledger.plan([{**row, "key": f"{seed}", "seed": seed, "folder": f"runs/{seed}"} for seed in range(2)])
     results = {"headline_metric": "bpb", "higher_is_better": False, "seconds": 1.0, "peak memory, bytes": 1}
     for value in (1.0, 2.0):

@@ -179,7 +179,16 @@ def test_images(tmp_path):
 
 def test_sweep_stores(tmp_path):
     ledger = Ledger(tmp_path)
-    row = {"task": "t", "router": "r", "variant": "v", "seed": 0, "folder": "runs/x", "config": "c" * 500, "test": []}
+    row = {
+        "stage": "final",
+        "task": "t",
+        "router": "r",
+        "variant": "v",
+        "seed": 0,
+        "folder": "runs/x",
+        "config": "c" * 500,
+        "test": [],
+    }
     ledger.plan([{**row, "key": f"key{number}"} for number in range(3)])
     for number in range(3):
         run = ledger.claim("code")

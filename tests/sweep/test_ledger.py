@@ -15,8 +15,8 @@ from routerzoo.sweep.ledger import FILE, LEASE_SECONDS, Ledger
 
 
 def row(key, **changes):
-    known = {"task": "t", "router": "R", "variant": "R", "seed": 0, "folder": f"runs/{key}", "config": "", "test": []}
-    return {"key": key, **known, **changes}
+    known = {"task": "t", "router": "R", "variant": "R", "seed": 0, "stage": "final", "config": "", "test": []}
+    return {"key": key, "folder": f"runs/{key}", **known, **changes}
 
 
 def test_runs_are_claimed_in_order_and_once(tmp_path):

@@ -14,7 +14,7 @@ from routerzoo.sweep.progress import Progress, headline, progress_of
 
 @pytest.fixture
 def runs(tmp_path):
-    row = {"task": "text", "config": "", "test": []}
+    row = {"stage": "final", "task": "text", "config": "", "test": []}
     ledger = Ledger(tmp_path)
     grid = [(router, seed) for router in ("Linear", "Hyper") for seed in (0, 1)]
     ledger.plan([{**row, "key": f"{r}{s}", "router": r, "variant": r, "seed": s, "folder": f"{r}{s}"} for r, s in grid])

@@ -55,7 +55,7 @@ def test_a_run_that_finds_no_room_waits_and_is_stopped(cluster, tmp_path):
     engine = RayEngine(slots=1, threads=64, gpus=0.0)  # no node has so many
     ledger = Ledger(tmp_path)
     row = {"task": "t", "router": "R", "variant": "R", "seed": 0, "folder": ".", "config": "", "test": []}
-    ledger.plan([{**row, "key": "a"}])
+    ledger.plan([{**row, "key": "a", "stage": "final"}])
     run = ledger.claim("code")
     engine.start(run, tmp_path)
     time.sleep(1)

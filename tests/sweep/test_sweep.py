@@ -19,6 +19,7 @@ from routerzoo.report.collect import read_sweep
 from routerzoo.sweep import work
 from routerzoo.sweep.engine import LocalEngine
 from routerzoo.sweep.ledger import Ledger
+from routerzoo.sweep.processes import gpus_needed, num_processes
 
 BASE = {
     "model": {
@@ -288,32 +289,38 @@ def test_a_process_that_left_no_word_is_judged_by_how_it_ended(tmp_path, code, e
 
 
 @pytest.mark.parametrize(
-    ("trainer", "refused"),
+    ("trainer", "expected"),
     [
-        ({"devices": "auto", "num_nodes": 1}, ""),
-        ({"devices": 1}, ""),
-        ({"devices": 2}, "trainer.devices is 2"),
-        ({"devices": -1}, "trainer.devices is -1"),
-        ({"devices": [0, 1]}, r"trainer.devices is [0, 1]"),
-        ({"devices": 1, "num_nodes": 2}, "trainer.num_nodes is 2"),
+        ({"devices": "auto"}, 4),
+        ({"devices": -1, "accelerator": "cpu"}, 1),
+        ({"devices": 2, "accelerator": "cpu"}, 2),
+        ({"devices": "3"}, 3),
+        ({"devices": [0, 1]}, 2),
+        ({}, 4),
     ],
 )
-def test_a_run_of_several_processes_is_refused(trainer, refused):
-    reason = work.needs_more_processes(yaml.safe_dump({"trainer": trainer}))
-    assert bool(reason) == bool(refused)
-    assert refused in reason
+def test_the_processes_of_a_run_are_those_of_its_devices(trainer, expected):
+    assert num_processes(trainer, gpus=4) == expected
+    assert gpus_needed(trainer) == (0 if trainer.get("accelerator") == "cpu" else expected if expected != 4 else 1)
 
 
-def _tell_gpu(folder, test, threads, sweep, gpu):
-    (Path(folder) / "gpu").write_text(str(gpu))
+def test_a_run_on_several_machines_is_refused():
+    assert work.needs_more_machines("trainer: {devices: 2, num_nodes: 1}") == ""
+    assert "trainer.num_nodes is 2" in work.needs_more_machines("trainer: {num_nodes: 2}")
+
+
+def _tell_gpu(folder, test, threads, sweep, gpus):
+    (Path(folder) / "gpu").write_text(str(gpus))
     time.sleep(1.0)
 
 
 @pytest.mark.full
-def test_runs_take_turns_on_gpus(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("each", "expected"), [(1, ["[0]", "[0]", "[1]", "[1]"]), (2, ["[0, 1]"] * 4)])
+def test_runs_take_turns_on_gpus(tmp_path, monkeypatch, each, expected):
     monkeypatch.setattr(work, "run", _tell_gpu)
     engine, ledger = LocalEngine(4, 1, gpus=2), Ledger(tmp_path)
-    row = {"task": "t", "router": "R", "variant": "R", "seed": 0, "config": "", "test": []}
+    config = f"trainer: {{devices: {each}}}"
+    row = {"task": "t", "router": "R", "variant": "R", "seed": 0, "stage": "final", "config": config, "test": []}
     ledger.plan([{**row, "key": key, "folder": key} for key in "abcd"])
     for key in "abcd":
         (tmp_path / key).mkdir()
@@ -322,13 +329,14 @@ def test_runs_take_turns_on_gpus(tmp_path, monkeypatch):
     while len(ended) < 4 and time.monotonic() < deadline:
         ended += engine.ended()
         time.sleep(0.05)
-    assert sorted((tmp_path / key / "gpu").read_text() for key in "abcd") == ["0", "0", "1", "1"]
+    assert sorted((tmp_path / key / "gpu").read_text() for key in "abcd") == expected
 
 
 def test_a_run_that_was_asked_to_end_says_how_it_goes_on(tmp_path, monkeypatch):
     def asked_to_end(arguments):
         raise SystemExit(143)
 
+    (tmp_path / work.CELL).write_text("{}")
     monkeypatch.setattr("routerzoo.cli.main.main", asked_to_end)
     monkeypatch.setenv("ROUTERZOO_TUNE_CPU", "0")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -339,7 +347,7 @@ def test_a_run_that_was_asked_to_end_says_how_it_goes_on(tmp_path, monkeypatch):
     assert "--retry-failed" in ended["reason"]
 
 
-def _die(folder, test, threads, sweep, gpu):
+def _die(folder, test, threads, sweep, gpus):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -349,10 +357,112 @@ def test_a_run_that_is_killed_takes_nobody_with_it(tmp_path, monkeypatch):
     engine = LocalEngine(1, 1)
     ledger = Ledger(tmp_path)
     row = {"task": "t", "router": "R", "variant": "R", "seed": 0, "folder": ".", "config": "", "test": []}
-    ledger.plan([{**row, "key": "a"}])
+    ledger.plan([{**row, "key": "a", "stage": "final"}])
     engine.start(ledger.claim("code"), tmp_path)
     deadline = time.monotonic() + 60
     while not (ended := engine.ended()) and time.monotonic() < deadline:
         time.sleep(0.05)
     ((_, status, reason),) = ended
     assert (status, reason.split(",")[0]) == ("failed", "killed by SIGKILL")
+
+
+TUNED = {
+    "tune": {"space": {"model.init_args.optimizer.init_args.lr": [0.001, 0.01]}, "seeds": [100], "untuned": False},
+    "seeds": [0],
+}
+
+
+@pytest.mark.full
+def test_a_tuned_sweep_that_is_killed_again_and_again_gives_the_same_numbers(write, tmp_path):
+    command = write(**TUNED)
+    (tmp_path / "whole").mkdir()
+    for name in ("base.yaml", "sweep.yaml"):
+        (tmp_path / "whole" / name).write_text((tmp_path / name).read_text())
+    out = run(tmp_path / "whole", command)
+    assert "2 finished, 6 trials" in out
+    expected = {label: measured(found.results) for label, found in runs(tmp_path / "whole").items()}
+    assert {"text LinearRouter tuned seed 0", "text LinearRouter lr=0.01 max_steps=20 trial seed 100"} < set(expected)
+    assert "test" not in expected["text LinearRouter lr=0.01 max_steps=20 trial seed 100"]
+
+    kills = 0
+    for ended in (1, 3, 5, 7):  # in the first rung, between, in the second, in the final runs
+        process = start(tmp_path, command)
+        while process.poll() is None:
+            found = Ledger(tmp_path / "out").runs() if (tmp_path / "out" / "sweep.db").exists() else []
+            if sum(r.status == "finished" for r in found) >= ended and any(_under_way(tmp_path)):
+                process.send_signal(signal.SIGKILL)
+                kills += process.wait() == -signal.SIGKILL
+            time.sleep(0.05)
+        process.communicate()
+    assert kills >= 2
+    run(tmp_path, command)
+    assert {label: measured(found.results) for label, found in runs(tmp_path).items()} == expected
+    table = (tmp_path / "out" / "tuning.csv").read_text()
+    assert table == (tmp_path / "whole" / "out" / "tuning.csv").read_text()
+    rows = list(csv.DictReader(table.splitlines()))
+    assert [(row["rung"], row["steps"]) for row in rows if row["router"] == "LinearRouter"] == [
+        ("1", "20"),
+        ("1", "20"),
+        ("2", "40"),
+    ]
+    # What was kept is what the final runs have, and what they are compared with is tuned too.
+    lr = next(row["model.init_args.optimizer.init_args.lr"] for row in rows if row["rung"] == "2")
+    final = runs(tmp_path)["text LinearRouter tuned seed 0"]
+    assert str(yaml.safe_load(final.config)["model"]["init_args"]["optimizer"]["init_args"]["lr"]) == lr
+    assert read_sweep(tmp_path / "out").baseline_of("HyperRouter tuned") == "LinearRouter tuned"
+
+
+@pytest.mark.full
+def test_a_run_of_two_processes_is_killed_as_a_whole_and_resumes(write, tmp_path):
+    steps = {"trainer.max_steps": 300, "trainer.devices": 2, "trainer.val_check_interval": 300}
+    command = write(routers=["LinearRouter"], seeds=[0], set=steps)
+    process = start(tmp_path, command)
+    while not any(_under_way(tmp_path)) and process.poll() is None:
+        time.sleep(0.05)
+    group = _ranks(tmp_path)
+    assert len(group) == 2
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+    deadline = time.monotonic() + 30
+    while _ranks(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _ranks(tmp_path), "a killed sweep left processes behind"
+    run(tmp_path, command)
+    (found,) = runs(tmp_path).values()
+    assert found.results["fit"]["training tokens"] == 300 * 2 * 2 * 16
+    assert "resuming" in (tmp_path / "out" / found.folder / work.LOG).read_text()
+    by_hand = [*command, "--print"]
+    fit = _commands(run(tmp_path, by_hand))[0]
+    run(tmp_path, fit)
+    (results,) = (tmp_path / "by-hand").glob("*/results.json")
+    assert measured(json.loads(results.read_text()))["fit"] == measured(found.results)["fit"]
+
+
+def _ranks(folder):
+    """Return the processes that train in a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            command, where = (path / "cmdline").read_bytes().split(b"\0"), (path / "cwd").readlink()
+        except OSError:
+            continue
+        if where == folder and b"fit" in command:
+            found.append(int(path.name))
+    return found
+
+
+@pytest.mark.full
+def test_unequal_k_is_refused_and_equal_flops_are_made(write, tmp_path):
+    routers = ["LinearRouter", "HashRouter"]
+    out = run(tmp_path, write(routers=routers, seeds=[0]), code=1)
+    assert "in text, HashRouter trains at k = 1 and LinearRouter at 2: give all one k" in out
+    settings = {"routers": routers, "seeds": [0], "set": {"trainer.max_steps": 40}}
+    out = run(tmp_path, [*write(**settings, allow_unequal=True), "--print"])
+    assert "Budgets differ: in text, HashRouter trains at k = 1 and LinearRouter at 2; and 1 more." in out
+    run(tmp_path, write(**settings, budget="flops"))
+    found = {run.router: run.results["fit"] for run in Ledger(tmp_path / "out").runs() if run.planned}
+    linear, hashed = found["LinearRouter"], found["HashRouter"]
+    assert (linear["step"], linear["trained k"], hashed["trained k"]) == (40, 2, 1)
+    assert hashed["step"] == round(40 * linear["FLOPs per token"] / hashed["FLOPs per token"]) > 40
+    assert hashed["training FLOPs"] == pytest.approx(linear["training FLOPs"], rel=0.02)
