@@ -101,6 +101,7 @@ def replace_change(model: nn.Module, *, router: Mapping[str, Any]) -> None:
                 partial(experts_of, weights, architecture=site.architecture),
                 weights_on_input=site.architecture.weights_on_input,
             )
+        inner_router(moe).to(torch.promote_types(weights.down_proj.dtype, torch.float32))
         if router["name"] == KEEP:
             _copy_gate(site, inner_router(moe))
         top_k = released_arguments(site, model)["top_k"]

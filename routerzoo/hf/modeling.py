@@ -21,6 +21,7 @@ from routerzoo.errors import UserError
 from routerzoo.hf.changes import CHANGES
 from routerzoo.hf.context import ContextOfInputs
 from routerzoo.moe.context import ContextHook
+from routerzoo.moe.layer import moe_layers
 
 MODEL_TYPE = "routerzoo"
 PREFIX = "Routed"
@@ -69,8 +70,9 @@ def model_class(base: Any, config: Any) -> Any:
 
     def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
-        for change in config.routing["changes"]:
-            apply_change(self, change)
+        if not any(moe_layers(self)):  # else its base model was built by an Auto class, and is changed already
+            for change in config.routing["changes"]:
+                apply_change(self, change)
         add_context(self)
 
     members = {"__init__": __init__, "config_class": config, "__module__": __name__, "__doc__": base.__doc__}
@@ -87,6 +89,10 @@ def apply_change(model: nn.Module, change: Mapping[str, Any]) -> None:
 
 def add_context(model: Any) -> None:
     """Give routers the context of each forward pass; the last one is `model.routing.context`."""
+    for module in model.modules():
+        if module is not model and isinstance(getattr(module, "routing", None), ContextHook):
+            module.routing.remove()  # the outermost model's counts
+            del module.routing
     if not isinstance(getattr(model, "routing", None), ContextHook):
         model.routing = ContextHook(model, ContextOfInputs(model))
 

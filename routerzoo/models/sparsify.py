@@ -18,7 +18,7 @@ from routerzoo.models.missing_weights import initialize_missing_weights
 from routerzoo.models.weight_decay import spare_biases
 from routerzoo.moe.experts import FeedForwardWeights, MLPExperts, SwiGLUExperts
 from routerzoo.moe.grouped_linear import Backend
-from routerzoo.moe.layer import ExpertsFactory, MoE, RouterFactory, moe_layers
+from routerzoo.moe.layer import ExpertsFactory, MoE, RouterFactory, inner_router, moe_layers
 from routerzoo.routing import LayerSpec
 
 M = TypeVar("M", bound=nn.Module)
@@ -175,6 +175,7 @@ def sparsify(
         if upcycle:
             moe.experts.upcycle_from(weights)
             _freeze_alike(network, moe.experts)
+        inner_router(moe).to(torch.promote_types(weight.dtype, torch.float32))  # where the default dtype is of 16 bits
         built.append(moe.to(device=weight.device, dtype=weight.dtype).train(network.holder.training))
     for network, moe in zip(chosen, built, strict=True):
         _put(model, network, moe)
