@@ -250,7 +250,7 @@ class Run:
             share_E = load_E / load_E.sum() * num_experts
             values["dead_experts"].append(float((share_E < 0.1).sum()))
             values["max_load"].append(float(share_E.max()))
-            part_E = share_E / num_experts
+            part_E = share_E.double() / num_experts
             values["load_entropy"].append(-float(torch.xlogy(part_E, part_E).sum()) / math.log(num_experts))
             first_T = first_choices(routing, len(batch.domain_T))
             values["nmi"].append(normalized_mutual_information(batch.domain_T, first_T, num_experts))
