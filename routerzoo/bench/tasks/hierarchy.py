@@ -24,7 +24,7 @@ class Hierarchy(BenchTask):
     sub-domain's map is its super-domain's and half as much of its own. So the coarse split is easy to see and worth
     most, and the fine one gets a gradient only once an expert serves both sub-domains of one super-domain: gates learn
     the tree from the root (hierarchical mixtures of experts, Jordan and Jacobs 1994; for gradient descent in general,
-    Saxe et al. 2019, arXiv:1810.10531). With 4.2 % of tokens nearer to the other sub-domain's center no gate on the
+    Saxe et al. 2019, arXiv:1810.10531). With 4.3 % of tokens nearer to the other sub-domain's center no gate on the
     hidden state reaches the oracle. What a router that stops at the coarse split has left is its regret; its mutual
     information with the domain is then 2/3, the share of the super-domain's entropy in the domain's.
     """
