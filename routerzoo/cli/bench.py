@@ -138,6 +138,8 @@ def _tasks(options: argparse.Namespace) -> list[str]:
     tasks = options.tasks or ([ByteLanguageModel.name] if realistic else QUICK_TASKS if options.quick else list_tasks())
     tasks = [str(Path(task).resolve()) if task.endswith(".py") else task for task in tasks]  # workers look there, too
     if options.domains is not None:
+        if separated := next((domain for domain in options.domains if "," in domain), None):
+            raise UserError(f"a domain's name and path have no comma, got {separated}: separate domains by blanks")
         paths = (domain.partition("=") for domain in options.domains)
         domains = ",".join(f"{name}={Path(path).resolve()}" if given else name for name, given, path in paths)
         tasks = [f"{task}:{domains}" for task in tasks]

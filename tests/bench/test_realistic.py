@@ -151,6 +151,7 @@ def test_tiers_are_kept_apart(tmp_path):
     for args, message in (
         (["--tasks", "bytes", "clusters"], "the tiers exact and realistic have protocols of their own"),
         (["--tasks", "clusters:play"], "the task clusters has no options, got 'play'"),
+        (["--domains", "play,logs"], "a domain's name and path have no comma, got play,logs"),
         (["--domains", "play"], "a mix has at least two domains"),
     ):
         with pytest.raises(SystemExit, match=message):

@@ -57,11 +57,13 @@ def test_real_text_is_real_and_split():
 def test_every_tenth_file_is_held_out(tmp_path):
     for number in range(20):
         (tmp_path / f"{number:02}.txt").write_text(f"<{number}>")
-    text = of_files(sorted(tmp_path.iterdir()), "numbers")
+    text = of_files(sorted(tmp_path.iterdir()), "numbers", "mine")
     assert text.test == b"<0><10>"
     assert text.train.startswith(b"<1><2>")
-    few = of_files(sorted(tmp_path.iterdir())[:2], "numbers")
+    few = of_files(sorted(tmp_path.iterdir())[:2], "numbers", "mine")
     assert few.train + few.test == b"<0><1>"  # cut by position
+    with pytest.raises(UserError, match=r"the domain mine has no file \(numbers\): name other domains"):
+        of_files([], "numbers", "mine")
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ class ByteLanguageModel(BenchTask):
     title = "domain of the text"
     tier = "realistic"
     predictions = (
-        Prediction("LinearRouter", "blind", "a router that sees the text tells more than chance"),
+        Prediction("all processes", "blind", "a router that sees the text tells more than chance"),
         Prediction("oracle", "dense", "experts of its own hold what one network must share among all domains"),
         Prediction("accumulated batch", "micro-batch", "balance over few sequences forbids domains (Qiu et al. 2025)"),
         Prediction("all processes", "sequence", "balance over few sequences forbids domains (Qiu et al. 2025)"),

@@ -40,13 +40,14 @@ def play() -> Text:
 def python() -> Text:
     """The modules that lie at the top of Python's standard library; names with an underscore may be generated."""
     folder = Path(sysconfig.get_path("stdlib"))
-    return of_files(sorted(folder.glob("[a-z]*.py")), f"standard library of Python {platform.python_version()}")
+    source = f"standard library of Python {platform.python_version()}"
+    return of_files(sorted(folder.glob("[a-z]*.py")), source, "python")
 
 
 def cpp() -> Text:
     """The headers of PyTorch's core library, c10."""
     folder = Path(torch.__file__).parent / "include" / "c10"
-    return of_files(sorted(folder.rglob("*.h")), f"C++ headers of PyTorch {torch.__version__}")
+    return of_files(sorted(folder.rglob("*.h")), f"C++ headers of PyTorch {torch.__version__}", "cpp")
 
 
 REAL: dict[str, Callable[[], Text]] = {"play": play, "python": python, "cpp": cpp}
@@ -61,7 +62,7 @@ def own(name: str, path: str) -> Text:
     """
     place = Path(path).expanduser()
     if place.is_dir():
-        return of_files(sorted(file for file in place.rglob("*") if file.is_file()), f"folder {place.name}", name)
+        return of_files(sorted(file for file in place.rglob("*") if file.is_file()), f"folder {path}", name)
     try:
         return of_one(place.read_bytes(), f"file {place.name}")
     except OSError as error:
@@ -74,14 +75,14 @@ def of_one(text: bytes, source: str) -> Text:
     return Text(text[:cut], text[cut:], source)
 
 
-def of_files(paths: Sequence[Path], source: str, name: str = "") -> Text:
+def of_files(paths: Sequence[Path], source: str, name: str) -> Text:
     """Put every tenth file into the test split; a single one is cut.
 
     Raises:
         UserError: there is no file.
     """
     if not paths:
-        raise UserError(f"there is no text of the {source}: leave the domain {name or source} out with --domains")
+        raise UserError(f"the domain {name} has no file ({source}): name other domains with --domains")
     texts = [path.read_bytes() for path in paths]
     if len(texts) < 10:
         return of_one(b"".join(texts), source)
