@@ -6,13 +6,15 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from routerzoo.report.collect import Sweep, Task
 from routerzoo.report.statistics.best import Best, find_best
 from routerzoo.report.statistics.comparisons import ALPHA, INTERIM_ALPHA, Comparison, Pairs, Results, compare_all
 from routerzoo.report.statistics.intervals import Interval, interval
 from routerzoo.report.statistics.margins import metric
 from routerzoo.report.statistics.power import can_show_equivalence, detectable_difference, seeds_to_settle
-from routerzoo.report.statistics.ranks import mean_ranks
+from routerzoo.report.statistics.ranks import improvement, mean_ranks
 
 UNEQUAL = 0.05
 """Relative difference of k, or of training FLOPs, above which two budgets are not equal."""
@@ -79,6 +81,15 @@ class TaskAnalysis:
             seeds_to_settle(comparison.difference.mean, sd, comparison.margin, level, paired=paired),
         )
 
+    def correlation(self, one: str, other: str) -> float:
+        """Return the correlation of two routers over seeds: what pairing by seed is worth; NaN where unknown."""
+        x, y = self.results.losses(one), self.results.losses(other)
+        seeds = [seed for seed in x if seed in y and math.isfinite(x[seed] + y[seed])]
+        values = np.array([[x[seed], y[seed]] for seed in seeds])
+        if len(seeds) < 3 or not np.ptp(values, axis=0).all():
+            return math.nan
+        return float(np.corrcoef(values.T)[0, 1])
+
     def open_pairs(self) -> Iterator[tuple[str, Comparison]]:
         """Yield the routers that may be as good as the best, with their comparisons with it."""
         for name in self.best.open:
@@ -105,12 +116,14 @@ class Analysis:
     Args:
         tasks: by name.
         ranks: mean rank over tasks by router, of those that all tasks have; empty for a single task.
+        improvements: by router, how probable it is that a run is better than one of the baseline, on an average task.
         is_provisional: runs are pending: verdicts are held against a stricter level, since the report is not the last.
         alpha: the level.
     """
 
     tasks: Mapping[str, TaskAnalysis]
     ranks: Mapping[str, Interval]
+    improvements: Mapping[str, Interval]
     is_provisional: bool
     alpha: float
 
@@ -131,7 +144,10 @@ def analyze(sweep: Sweep) -> Analysis:
         )
         for task in sweep.tasks
     }
-    return Analysis(tasks, mean_ranks(results) if len(results) > 1 else {}, is_provisional, alpha)
+    baselines = {name: baseline for known in results.values() for name, baseline in known.baselines.items()}
+    improvements = {name: improvement(results, name, baseline) for name, baseline in baselines.items()}
+    ranks = mean_ranks(results) if len(results) > 1 else {}
+    return Analysis(tasks, ranks, improvements, is_provisional, alpha)
 
 
 def results_of(sweep: Sweep, task: Task) -> Results:

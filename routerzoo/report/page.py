@@ -153,10 +153,10 @@ def _rows(found: TaskAnalysis, names: Sequence[str]) -> list[Row]:
         difference, p, bounds, verdict = "", "", "", "baseline"
         if comparison is not None:
             difference, verdict = _shown(comparison.difference, signed=True), comparison.verdict
-            p = "" if math.isnan(comparison.p_adjusted) else f"{comparison.p_adjusted:.3f}"
+            p = _p(comparison.p_adjusted)
             if not math.isnan(comparison.bounds.low):
                 low, high = comparison.bounds.low, comparison.bounds.high
-                bounds = f"{low:+.4f} to {high:+.4f} ({100 * comparison.bounds_level:.3g} %)"
+                bounds = f"{low:+.4f} to {high:+.4f} ({100 * comparison.bounds_level:.4g} %)"
         rows.append(
             Row(
                 name,
@@ -285,6 +285,7 @@ def _comparison_rows(analysis: Analysis) -> list[dict[str, Any]]:
                     "difference low": comparison.difference.low,
                     "difference high": comparison.difference.high,
                     "test": comparison.test,
+                    "correlation": found.correlation(name, other),
                     "p": comparison.p,
                     "p adjusted": comparison.p_adjusted,
                     "margin": comparison.margin,
@@ -303,7 +304,7 @@ def _comparison_rows(analysis: Analysis) -> list[dict[str, Any]]:
 
 
 def _mean_rows(analysis: Analysis) -> list[dict[str, Any]]:
-    rows = []
+    rows, empty = [], Interval(math.nan, math.nan, math.nan)
     for task, found in analysis.tasks.items():
         for name, values in found.task.values.items():
             budget, middle = found.task.budget(name), found.mean(name)
@@ -311,6 +312,7 @@ def _mean_rows(analysis: Analysis) -> list[dict[str, Any]]:
                 {"task": task, "variant": name, "metric": found.task.metric, "seeds": len(values)}
                 | {"failed": found.task.failures(name), **middle._asdict()}
                 | {"trained k": budget.k, "training FLOPs": budget.flops}
+                | {f"improves {key}": value for key, value in analysis.improvements.get(name, empty)._asdict().items()}
             )
     return rows
 
@@ -376,6 +378,10 @@ def _shown(middle: Interval, signed: bool = False, digits: int = 4) -> str:
     if math.isnan(middle.low):
         return mean
     return f"{mean} ({middle.low:.{digits}f} to {middle.high:.{digits}f})"
+
+
+def _p(p: float) -> str:
+    return "" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _template(name: str, *, escape: bool) -> Any:

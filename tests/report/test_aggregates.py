@@ -10,11 +10,12 @@ from routerzoo.report.statistics.aggregates import (
     optimality_gap,
     performance_profile,
     probability_of_improvement,
+    resampled,
     stratified_bootstrap,
 )
 from routerzoo.report.statistics.comparisons import Results
 from routerzoo.report.statistics.margins import Metric
-from routerzoo.report.statistics.ranks import mean_ranks
+from routerzoo.report.statistics.ranks import improvement, mean_ranks
 
 LOSSES_TS = np.array([[1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 10.0, 2.0]])
 
@@ -44,7 +45,9 @@ def test_the_probability_of_improvement_is_mann_whitneys():
 
 def test_the_bootstrap_draws_within_tasks():
     tasks_TS = np.repeat([[0.0], [1.0]], 5, axis=1)
-    assert stratified_bootstrap(interquartile_mean, tasks_TS) == (0.5, 0.5, 0.5)
+    drawn = resampled(tasks_TS, 50, np.random.default_rng(0))
+    assert (drawn == tasks_TS).all()
+    assert math.isnan(stratified_bootstrap(interquartile_mean, tasks_TS).low)  # no spread
 
 
 def test_the_bootstrap_of_a_share_is_binomial():
@@ -97,3 +100,16 @@ def test_seeds_that_are_pending_are_left_out():
     values = {"a": {0: 1.0, 1: 1.0}, "b": {0: 2.0}}
     found = mean_ranks({"text": Results(values, True, Metric(0.1, ""))})
     assert {name: middle.mean for name, middle in found.items()} == {"a": 1.0, "b": 2.0}
+
+
+def test_improvement_is_over_the_tasks_and_seeds_that_both_have():
+    text = {"baseline": {0: 2.0, 1: 5.0, 7: 0.0}, "ours": {0: 1.0, 1: 2.0}}
+    images = {"baseline": {0: 0.5, 1: 0.6}, "ours": {0: 0.7, 1: math.nan}}
+    tasks = {
+        "text": Results(text, True, Metric(0.1, "")),
+        "images": Results(images, False, Metric(0.1, "")),
+        "text only": Results({"ours": {0: 1.0}}, True, Metric(0.1, "")),
+    }
+    # In text 3 of 4 pairs and a tie are won; in images 2, by the seed that did not fail.
+    assert improvement(tasks, "ours", "baseline").mean == (3.5 / 4 + 2 / 4) / 2
+    assert math.isnan(improvement(tasks, "ours", "nobody").mean)

@@ -223,7 +223,7 @@ def test_margins_are_absolute_and_by_metric():
     assert metric("accuracy", {"accuracy": 0.1}).width(0.83) == pytest.approx(0.017)
     assert math.isnan(metric("recall").width(0.5))
     assert metric("recall", {"recall": 0.01}).width(0.5) == 0.01
-    assert metric("accuracy").stated == "2 % of the errors, or of the hits where these are fewer"
+    assert metric("accuracy").stated == "2 % of the errors (of the hits, if fewer)"
 
 
 def test_perplexities_are_compared_in_bits():

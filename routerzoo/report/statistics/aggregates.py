@@ -56,7 +56,7 @@ def stratified_bootstrap(
 ) -> Interval:
     """Return a statistic with its interval, from seeds drawn with replacement within each task.
 
-    Seeds of different routers are drawn independently. The interval is NaN below five seeds.
+    Seeds of different routers are drawn independently. For bounds that are NaN see `percentiles`.
 
     Args:
         statistic: of one array a router, each `[..., T, S]`, such as those above.
@@ -72,7 +72,9 @@ def stratified_bootstrap(
 
 
 def percentiles(drawn: Array, seeds: Sequence[int], level: float) -> Array:
-    """Return the bounds of a bootstrap interval along the first axis; NaN where a task has fewer than five seeds.
+    """Return the bounds of a bootstrap interval along the first axis.
+
+    They are NaN where a task has fewer than five seeds, and where all draws agree: there is no spread to judge by.
 
     Percentiles of few seeds are too narrow: those of mean ranks over five seeds cover the truth 84 % of the time.
     They are expanded as Student's interval of a mean is against the normal one (Hesterberg 2015, arXiv:1411.5279).
@@ -86,7 +88,7 @@ def percentiles(drawn: Array, seeds: Sequence[int], level: float) -> Array:
         return np.full((2, *drawn.shape[1:]), np.nan)
     freedom = sum(seeds) - len(seeds)
     tail = special.ndtr(-np.sqrt(sum(seeds) / freedom) * special.stdtrit(freedom, (1 + level) / 2))
-    return np.asarray(np.quantile(drawn, [tail, 1 - tail], axis=0))
+    return np.where(np.ptp(drawn, axis=0) > 0, np.quantile(drawn, [tail, 1 - tail], axis=0), np.nan)
 
 
 def resampled(losses_TS: Array, draws: int, generator: np.random.Generator) -> Array:

@@ -39,7 +39,7 @@ class Metric:
         if self.margin is None:
             return "no margin"
         if self.kind == "share":
-            return f"{100 * self.margin:g} % of the errors, or of the hits where these are fewer"
+            return f"{100 * self.margin:g} % of the errors (of the hits, if fewer)"
         return f"{self.margin:g} {self.unit}"
 
 

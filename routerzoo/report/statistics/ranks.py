@@ -1,14 +1,15 @@
-"""Mean ranks of routers over seeds and tasks, with a stratified bootstrap over seeds."""
+"""Mean ranks of routers over seeds and tasks, and how probable an improvement is, with a bootstrap over seeds."""
 # Shape suffixes: R routers, S seeds, D draws of the bootstrap.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
 from scipy import stats
 
-from routerzoo.report.statistics.aggregates import DRAWS, percentiles
+from routerzoo.report.statistics.aggregates import DRAWS, percentiles, probability_of_improvement, stratified_bootstrap
 from routerzoo.report.statistics.comparisons import Results
 from routerzoo.report.statistics.intervals import LEVEL, Interval
 
@@ -42,6 +43,20 @@ def mean_ranks(tasks: Mapping[str, Results], draws: int = DRAWS, seed: int = 0) 
         total_DR += counts_DS @ ranks_RS.T / seeds
     low_R, high_R = percentiles(total_DR / len(ranks), [ranks_RS.shape[1] for ranks_RS in ranks], LEVEL)
     return {name: Interval(*map(float, found)) for name, *found in zip(names, center_R, low_R, high_R, strict=True)}
+
+
+def improvement(tasks: Mapping[str, Results], router: str, baseline: str) -> Interval:
+    """Return the probability that a run of a router is better than one of its baseline, on an average task.
+
+    Over the tasks and seeds that both have; NaN without any.
+    """
+    both = [results for results in tasks.values() if {router, baseline} <= set(results.values)]
+    pair = [[results.losses(name) for results in both] for name in (router, baseline)]
+    found = [set(losses) for of_tasks in pair for losses in of_tasks]
+    if not found or not (seeds := sorted(set.intersection(*found))):
+        return Interval(math.nan, math.nan, math.nan)
+    one, other = (np.array([[losses[seed] for seed in seeds] for losses in of_tasks]) for of_tasks in pair)
+    return stratified_bootstrap(probability_of_improvement, one, other)
 
 
 def _in_order(tasks: Mapping[str, Results]) -> list[str]:
