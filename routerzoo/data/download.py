@@ -32,6 +32,8 @@ def download(urls: Sequence[str], path: Path, known_hash: str | None) -> Path:
     Raises:
         UserError: no address gave the file.
     """
+    if path.exists():  # with no lock: a shared folder may be read-only
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if path.exists():

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import bisect
+import errno
 import hashlib
 import itertools
 import json
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from routerzoo.data.download import default_root
 from routerzoo.errors import UserError
 
 CHECKSUMS = "checksums.json"
@@ -209,7 +211,8 @@ def encode_words(splits: dict[str, Sequence[Span]], folder: Path, max_words: int
 
     Args:
         splits: file parts of `train`, `val` and `test`.
-        folder: where to keep encoded corpora.
+        folder: where to keep encoded corpora; one that cannot be written to, and lacks this one, is replaced by that of
+            `default_root`.
         max_words: keep only the most frequent words.
     """
     key = [
@@ -219,11 +222,22 @@ def encode_words(splits: dict[str, Sequence[Span]], folder: Path, max_words: int
     ]
     digest = hashlib.sha256(json.dumps([key, max_words]).encode()).hexdigest()[:16]
     target = folder / f"words-{digest}"
-    folder.mkdir(parents=True, exist_ok=True)
+    if not target.exists():
+        try:
+            _encode(splits, target, max_words)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or folder == default_root() / "encoded":
+                raise
+            return encode_words(splits, default_root() / "encoded", max_words)
+    return WordCorpus(target)
+
+
+def _encode(splits: dict[str, Sequence[Span]], target: Path, max_words: int | None) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not target.exists():
             # Renamed into place whole, so that an interrupted run leaves nothing that looks finished.
-            working = folder / f"words-{digest}.part"
+            working = target.with_name(f"{target.name}.part")
             shutil.rmtree(working, ignore_errors=True)
             working.mkdir()
             counts = Counter(word for word in _words(splits["train"], "counting words"))
@@ -239,7 +253,6 @@ def encode_words(splits: dict[str, Sequence[Span]], folder: Path, max_words: int
             checksums = {path.name: zlib.crc32(path.read_bytes()) for path in files}
             (working / CHECKSUMS).write_text(json.dumps(checksums), encoding="utf-8")
             os.replace(working, target)
-    return WordCorpus(target)
 
 
 def _words(spans: Sequence[Span], progress: str) -> Iterator[str]:

@@ -9,9 +9,10 @@ import pytest
 from torchvision.datasets import cifar
 
 from routerzoo.cli import main as cli
-from routerzoo.data import labelled_text, text
+from routerzoo.data import ImageData, LabelledText, TextData, labelled_text, text
 from routerzoo.data.images import IMAGE_SETS
 from routerzoo.runs.folder import CONFIG
+from tests.faults.refusals import read_only
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "1", "--trainer.enable_progress_bar", "false"]
@@ -102,3 +103,17 @@ def stand_ins(monkeypatch):
 def test_every_named_data_set_trains_by_its_name_alone(domain, name, write, tmp_path, stand_ins):
     write(name, tmp_path)
     fit(domain, name, tmp_path)
+
+
+@pytest.mark.parametrize(("domain", "name", "write"), CASES, ids=[case[1] for case in CASES])
+def test_a_shared_folder_may_be_read_only(domain, name, write, tmp_path, stand_ins, monkeypatch):
+    monkeypatch.setenv("ROUTERZOO_DATA", str(tmp_path / "own"))
+    shared = tmp_path / "shared"
+    write(name, shared)
+    data_class = {"vision": ImageData, "language": TextData, "sst-2": LabelledText}[domain]
+    with read_only(shared):
+        data = data_class(name, root=str(shared), batch_size=2)
+        data.prepare_data()
+        assert len(next(iter(data.train_dataloader()))[0]) == 2
+    # What is made of the files once is the user's own.
+    assert (tmp_path / "own").exists() == (name in ("wikitext-2", "wikitext-103", "ptb"))
