@@ -1,7 +1,10 @@
 """Everything to measure on one GPU, in one call of at most nine minutes.
 
-    pip wheel -q --no-deps -w wheels . plugins/*      # of the commit to measure, and wheels of what the machine lacks
+    pip wheel -q --no-deps -w wheels . plugins/*/   # of the commit to measure
+    pip download -q --no-deps --python-version 3.12 --only-binary :all: -d wheels 'jsonargparse<5' docstring-parser \
+        typeshed-client pooch platformdirs liger-kernel   # what the machine lacks, for its Python
     python benchmarks/gpu.py --out gpu --wheels wheels --text text8.txt
+    python benchmarks/gpu.py --out gpu --wheels wheels --text text8.txt --parts scaling   # a call of its own
     python benchmarks/gpu.py --out gpu --device cpu   # a dry run on a CPU: small sizes, the same path
 
 In this order, so that the most important figures come first and each is written when it is there:
@@ -11,12 +14,13 @@ In this order, so that the most important figures come first and each is written
    coarse experts; forward and backward of every contender, one at a time in memory;
 3. profiles of our layer and of the best peer at the first point;
 4. the tests that are marked `gpu`;
-5. six routers on text, 2,000 steps each, three at a time.
+5. six routers on text, 2,000 steps each, three at a time;
+6. only with `--parts scaling`: the same for 2.5, 10 and 40 million tokens, and power laws of one exponent.
 
 "Share of the dense rate" is the time of the same products by cuBLAS alone, one after another, divided by a contender's
-time; "of the active floor" likewise with a dense network of the active size. If a process
-crashes, its contender is skipped. liger-kernel is not autotuned. Results: `layer.csv`, `profile.txt`,
-`tests.txt`, `fits.txt` and `summary.md`.
+time; "of the active floor" likewise with a dense network of the active size. A contender that fails has a note instead
+of figures; one whose process crashes or takes too long is skipped. liger-kernel is not autotuned. Results: `layer.csv`,
+`profile.txt`, `tests.txt`, `fits.csv`, `scaling.csv`, what these runs printed, and `summary.md`.
 """
 # Shape suffixes: N rows of all assignments, D model width, H hidden width, Z 2 H, E experts.
 
@@ -26,13 +30,15 @@ import argparse
 import csv
 import gc
 import json
+import math
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -49,7 +55,11 @@ ROUTERS = ("LinearRouter", "HyperRouter", "XMoERouter", "StableMoERouter", "Hash
 STARTED = "started.json"
 LONGEST = 120
 """Seconds that a process may take for a point."""
-SECONDS = {"layer": 230, "tests": 110, "fits": 190}
+SECONDS = {"layer": 230, "tests": 110, "fits": 190, "scaling": 510}
+STEPS = {"cuda": 2000, "cpu": 4}
+SCALED_STEPS = {"cuda": (152, 608, 2440), "cpu": (1, 2, 4)}
+"""Steps of 16,384 tokens: 2.5, 10 and 40 million tokens."""
+TOKENS = {"cuda": 32 * 512, "cpu": 4 * 32}
 COLUMNS = (
     "point",
     "contender",
@@ -74,7 +84,7 @@ def main() -> None:
         "--text", default="tiny-shakespeare", help="text to train on: a file, or the name of a data set"
     )
     parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--steps", type=int, default=None, help="of each fit; by default 2000, and 4 on a CPU")
+    parser.add_argument("--steps", type=int, nargs="*", default=None, help="of fits; by default 2000, and 4 on a CPU")
     parser.add_argument("--parts", nargs="*", default=["layer", "tests", "fits"], choices=list(SECONDS))
     parser.add_argument("--point", default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -87,7 +97,7 @@ def main() -> None:
     own = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "4", "LIGER_FUSED_MOE_AUTOTUNE": "0"}
     environment = {**os.environ, **own}
     parts: dict[str, Callable[[argparse.Namespace, dict[str, str], float], list[str]]]
-    parts = {"layer": _layer, "tests": _tests, "fits": _fits}
+    parts = {"layer": _layer, "tests": _tests, "fits": _fits, "scaling": _scaling}
     with tempfile.TemporaryDirectory() as packages:
         if options.wheels is not None:
             install = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", packages]
@@ -95,7 +105,7 @@ def main() -> None:
             environment["PYTHONPATH"] = os.pathsep.join([packages, environment.get("PYTHONPATH", "")])
         told = [_machine(environment)]
         for part in options.parts:
-            limit = min(ends, time.monotonic() + SECONDS[part])
+            limit = min(ends, time.monotonic() + SECONDS[part]) if options.device == "cuda" else ends
             told += ["", f"## {part}", "", *parts[part](options, environment, limit)]
             (options.out / "summary.md").write_text("\n".join(told) + "\n", encoding="utf-8")
     print("\n".join(told))
@@ -123,8 +133,9 @@ def _layer(options: argparse.Namespace, environment: dict[str, str], limit: floa
     with table.open("w", newline="") as file:
         csv.DictWriter(file, COLUMNS).writeheader()
     for point in POINTS[options.device]:
+        ended = "no time was left"
         for _ in range(4):  # a process that dies takes a contender with it
-            left = limit - time.monotonic()
+            left = min(limit - time.monotonic(), LONGEST)
             if left < 10:
                 break
             command = [
@@ -138,11 +149,15 @@ def _layer(options: argparse.Namespace, environment: dict[str, str], limit: floa
                 point,
             ]
             try:
-                done = subprocess.run(command, env=environment, timeout=left, check=False)
+                code = subprocess.run(command, env=environment, timeout=left, check=False).returncode
             except subprocess.TimeoutExpired:
+                ended = f"stopped after {left:.0f} s"
+                continue
+            ended = "" if code == 0 else f"the process exited with {code}"
+            if not ended:
                 break
-            if done.returncode == 0:
-                break
+        if ended:
+            _write(options, {"point": point, "contender": "all that is missing", "note": ended})
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
     lines = [f"| {' | '.join(COLUMNS)} |", f"| {' | '.join('---' for _ in COLUMNS)} |"]
@@ -188,7 +203,7 @@ def _measure_point(options: argparse.Namespace) -> None:
         row: dict[str, Any] = {"point": options.point, "contender": name}
         started = options.out / STARTED
         if started.exists() and json.loads(started.read_text()) == [options.point, name]:
-            _write(options, {**row, "note": "the process died"})
+            _write(options, {**row, "note": "the process died or took too long"})
             continue
         started.write_text(json.dumps([options.point, name]))
         gc.collect()
@@ -371,7 +386,8 @@ def _profile(options: argparse.Namespace, name: str, step: Callable[[], Any]) ->
 def _tests(options: argparse.Namespace, environment: dict[str, str], limit: float) -> list[str]:
     addopts = "addopts=--import-mode=importlib --strict-markers -ra"
     command = [sys.executable, "-m", "pytest", "-q", "-n", "8", "-m", "gpu", "-W", "default", "-o", addopts]
-    command += ["-v", "--tb=short", "tests/test_gpu.py", "tests"]  # the layer first
+    files = [path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text(encoding="utf-8")]
+    command += ["-v", "--tb=short", "tests/test_gpu.py", *map(str, files)]  # the layer first
     if options.device == "cpu":
         command += ["--collect-only", "-n", "0"]
     with (options.out / "tests.txt").open("w") as log:
@@ -389,13 +405,59 @@ def _tests(options: argparse.Namespace, environment: dict[str, str], limit: floa
 
 def _fits(options: argparse.Namespace, environment: dict[str, str], limit: float) -> list[str]:
     """Train six routers, three at a time, so that the card is not idle between launches."""
-    steps = options.steps or (2000 if options.device == "cuda" else 4)
+    return _table(_trained(options, environment, limit, options.steps or [STEPS[options.device]], "fits"))
+
+
+def _scaling(options: argparse.Namespace, environment: dict[str, str], limit: float) -> list[str]:
+    """Train them for several numbers of tokens, the smallest first, and fit power laws."""
+    rows = _trained(options, environment, limit, options.steps or SCALED_STEPS[options.device], "scaling")
+    losses = {(row["router"], row["tokens"]): row["bits per byte"] for row in rows if not row["note"]}
+    return [*_table(rows), "", *_power_laws(losses)]
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    return [f"| {' | '.join(rows[0])} |", "| --- " * len(rows[0]) + "|"] + [
+        f"| {' | '.join(str(value) for value in row.values())} |" for row in rows
+    ]
+
+
+def _power_laws(losses: dict[tuple[str, int], float]) -> list[str]:
+    """Fit `loss = a tokens^-b` by least squares of logarithms, one b for all routers; and compare a's.
+
+    The multiplier of a router is how many times the tokens the linear gate takes to reach its loss.
+    """
+    means, products, squares = {}, 0.0, 0.0
+    for router in dict.fromkeys(router for router, _ in losses):
+        points = [(math.log(tokens), math.log(loss)) for (name, tokens), loss in losses.items() if name == router]
+        x_mean, y_mean = (statistics.fmean(values) for values in zip(*points, strict=True))
+        means[router] = x_mean, y_mean
+        products += sum((x - x_mean) * (y - y_mean) for x, y in points)
+        squares += sum((x - x_mean) ** 2 for x, _ in points)
+    if squares == 0 or products >= 0 or "LinearRouter" not in means:
+        return ["No power laws: they need losses that fall, and the linear gate's."]
+    exponent = -products / squares
+    scales = {router: y_mean + exponent * x_mean for router, (x_mean, y_mean) in means.items()}
+    multipliers = {router: math.exp((scales["LinearRouter"] - scale) / exponent) for router, scale in scales.items()}
+    return [
+        f"loss = a tokens^-{exponent:.4f}",
+        "",
+        "| router | a | tokens that the linear gate takes |",
+        "| --- | --- | --- |",
+        *(f"| {router} | {math.exp(scales[router]):.3f} | {multipliers[router]:.2f} |" for router in scales),
+    ]
+
+
+def _trained(
+    options: argparse.Namespace, environment: dict[str, str], limit: float, numbers: Sequence[int], name: str
+) -> list[dict[str, Any]]:
+    """Train each router for each number of steps; return a row of each, and write it when it is there."""
+    (options.out / f"{name}.csv").write_text("router,tokens,bits per byte,seconds,note\n")
     small = options.device == "cpu"
     sizes = {"d_model": 32 if small else 384, "num_blocks": 1 if small else 6, "num_heads": 2 if small else 6}
     with tempfile.TemporaryDirectory() as runs:
 
-        def fit(router: str) -> str:
-            folder = Path(runs) / router
+        def fit(router: str, steps: int) -> dict[str, Any]:
+            folder = Path(runs) / f"{router}_{steps}"
             command = [sys.executable, "-m", "routerzoo", "fit"]
             for config in ("tasks/language", f"routers/{router}", "trainer/cpu" if small else "trainer/gpu"):
                 command += ["--config", str(ROOT / f"configs/{config}.yaml")]
@@ -412,34 +474,35 @@ def _fits(options: argparse.Namespace, environment: dict[str, str], limit: float
                 "trainer.enable_progress_bar": "false",
                 "run_dir": folder,
             }
-            for name, value in arguments.items():
-                command += [f"--{name}", str(value)]
-            begun = time.perf_counter()
+            for argument, value in arguments.items():
+                command += [f"--{argument}", str(value)]
+            begun, note = time.perf_counter(), ""
             try:
                 left = max(limit - time.monotonic(), 1)
                 done = subprocess.run(
                     command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=left, check=False
                 )
             except subprocess.TimeoutExpired:
-                losses = list(_validation(folder))
-                return f"| {router} | {f'{losses[-1]:.4f}, ' if losses else ''}unfinished | |"
-            seconds = time.perf_counter() - begun
-            with (options.out / "fits.txt").open("a", encoding="utf-8") as file:
-                file.write(f"## {router}\n{done.stdout}{done.stderr}\n")
-            if done.returncode != 0:
-                return f"| {router} | failed: {(done.stderr or done.stdout).strip().splitlines()[-1][:150]} | |"
+                note = "unfinished"
+            else:
+                with (options.out / f"{name}.txt").open("a", encoding="utf-8") as file:
+                    file.write(f"## {router}, {steps} steps\n{done.stdout}{done.stderr}\n")
+                if done.returncode != 0:
+                    note = f"failed: {(done.stderr or done.stdout).strip().splitlines()[-1][:150]}"
             losses = list(_validation(folder))
-            return f"| {router} | {losses[-1]:.4f} | {seconds:.0f} |"
+            row = {
+                "router": router,
+                "tokens": steps * TOKENS[options.device],
+                "bits per byte": round(losses[-1], 4) if losses else "",
+                "seconds": round(time.perf_counter() - begun),
+                "note": note,
+            }
+            with (options.out / f"{name}.csv").open("a", newline="") as file:
+                csv.writer(file).writerow(row.values())
+            return row
 
         with ThreadPoolExecutor(3) as pool:
-            rows = list(pool.map(fit, ROUTERS))
-    return [
-        f"{steps} steps each, three at a time.",
-        "",
-        "| router | bits per byte | seconds |",
-        "| --- | --- | --- |",
-        *rows,
-    ]
+            return list(pool.map(fit, *zip(*((router, n) for n in numbers for router in ROUTERS), strict=True)))
 
 
 def _validation(folder: Path) -> Iterator[float]:

@@ -54,3 +54,15 @@ def test_the_benchmark_of_models_runs(monkeypatch):
     for build in (model.decoder_step, model.vit_step):
         for num_experts in (model.EXPERTS, 0):
             assert model.timed(build(num_experts, options), "cpu") > 0
+
+
+def test_power_laws_share_an_exponent(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from gpu import _power_laws
+
+    scales = {"LinearRouter": 10.0, "HyperRouter": 10.0 * 2**-0.1}  # as good with half of the tokens
+    told = _power_laws({(router, n): a * n**-0.1 for router, a in scales.items() for n in (10, 40, 160)})
+    assert told[0] == "loss = a tokens^-0.1000"
+    assert told[-2:] == ["| LinearRouter | 10.000 | 1.00 |", "| HyperRouter | 9.330 | 2.00 |"]
+    assert "need losses that fall" in _power_laws({("LinearRouter", 10): 1.0})[0]
+    assert "need losses that fall" in _power_laws({})[0]
