@@ -65,7 +65,8 @@ class LocalEngine:
 
     def start(self, job: Job) -> None:
         """Hand a run to a free worker, a new one where there is none."""
-        worker = next((worker for worker in self._workers if worker.job is None), None) or self._hired()
+        free = [worker for worker in self._workers if worker.job is None and worker.process.is_alive()]
+        worker = free[0] if free else self._hired()
         worker.job, worker.started = job, time.monotonic()
         worker.channel.send(job)
 

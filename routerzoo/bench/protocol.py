@@ -109,11 +109,6 @@ class Cell:
         settings = len(protocol.lrs) * (len(protocol.aux_scales) if self.has_losses else 1)
         return protocol.tuning_seeds * (settings + math.ceil(settings / 2)) + protocol.seeds
 
-    def num_made(self, rows: Rows) -> int:
-        """How many of them have been made."""
-        name = task_class(self.task).name
-        return sum(row.task == name and row.router == self.choice.label for row in rows.values())
-
     def jobs(self, rows: Rows) -> list[Job]:
         """Return the runs that are to be made next, given those that have been; none where all have."""
         best = self.best_setting(rows)

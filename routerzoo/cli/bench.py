@@ -7,6 +7,7 @@ import inspect
 import math
 import os
 import signal
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -184,8 +185,8 @@ def _bench(
     for row in refused:
         console.print(f"not applicable: {row.router} in {row.task}: {row.reason}", markup=False)
     failed = [row for row in rows if row.status == "failed" and row.stage == "final"]
-    for row in failed:
-        console.print(f"failed: {row.router} in {row.task}, seed {row.seed}: {row.reason}", markup=False)
+    for (router, name, reason), count in Counter((row.router, row.task, row.reason) for row in failed).items():
+        console.print(f"failed: {router} in {name}, {count} of its runs: {reason}", markup=False)
     console.print(f"{len(rows)} rows in {file.path}; a failed run counts as regret 1", markup=False)
     return len(failed)
 
@@ -226,6 +227,9 @@ def _cells(
     for row in refused:
         if row.key not in file.rows:
             file.append(row)
+    now = {(task_class(cell.task).name, cell.choice.label) for cell in cells}
+    before = list(file.rows.values())
+    file.forget([row.key for row in before if row.status == "not applicable" and (row.task, row.router) in now])
     return cells, refused
 
 
@@ -250,7 +254,8 @@ def _work(cells: Sequence[Cell], file: RowFile, engine: Engine, console: Console
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         total = sum(cell.num_runs for cell in cells)
         left = len(cells)
-        made = sum(cell.num_made(file.rows) for cell in cells)
+        names = {(task_class(cell.task).name, cell.choice.label) for cell in cells}
+        made = sum((row.task, row.router) in names for row in file.rows.values())
         bar = progress.add_task("runs", total=total, completed=made)
 
         def ended(row: Row, cell: Cell, done: bool) -> None:

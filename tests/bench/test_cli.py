@@ -100,7 +100,7 @@ def test_failed_runs_are_named_count_as_one_and_can_be_made_again(tmp_path, smal
             bench(*args, *again)
         assert error.value.code == 1
         told = capsys.readouterr().out
-        assert "failed: NaNRouter in signs, seed 1: DivergedError: the training loss is nan at step 0" in told
+        assert "failed: NaNRouter in signs, 2 of its runs: DivergedError: the training loss is nan at step 0" in told
         assert "NaNRouter   1.000 ± 0.000" in told
     assert len((tmp_path / "rows.csv").read_text().splitlines()) == 1 + 4 * 2 + 2
 

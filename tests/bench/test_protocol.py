@@ -53,7 +53,7 @@ def test_the_lowest_mean_loss_is_chosen_and_a_failed_run_is_the_highest():
     ]
     rows |= make(final, lambda job: 0.1)
     assert one.jobs(rows) == []
-    assert one.num_runs == one.num_made(rows) == 2 * 3 + 2 * 2 + 2
+    assert one.num_runs == len(rows) == 2 * 3 + 2 * 2 + 2
 
 
 def test_half_made_stages_go_on():
