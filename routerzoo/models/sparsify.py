@@ -10,13 +10,13 @@ from functools import partial
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from routerzoo.models.blocks import MoEBlocks, moe_block_indices
 from routerzoo.models.feed_forward import FeedForward, find_feed_forward, substitute
 from routerzoo.models.missing_weights import initialize_missing_weights
 from routerzoo.models.weight_decay import spare_biases
-from routerzoo.moe.experts import FeedForwardWeights, MLPExperts, SwiGLUExperts
+from routerzoo.moe.experts import Experts, FeedForwardWeights, MLPExperts, SwiGLUExperts
 from routerzoo.moe.grouped_linear import Backend
 from routerzoo.moe.layer import ExpertsFactory, MoE, RouterFactory, inner_router, moe_layers
 from routerzoo.routing import LayerSpec
@@ -163,17 +163,24 @@ def sparsify(
             decoder=decoder,
         )
         weight = weights.up.weight_OI
+        build = experts
+        if build is None:
+            build = _same_experts(network, weights)
+            if upcycle and not weight.is_meta:
+                build = partial(_without_values, build, weight)
         with torch.device("meta") if weight.is_meta else nullcontext():
             moe = MoE(
                 spec,
                 router,
-                experts if experts is not None else _same_experts(network, weights),
+                build,
                 num_shared_experts=num_shared_experts,
                 backend=backend,
             )
         _check_dropout(network, moe)
         if upcycle:
             moe.experts.upcycle_from(weights)
+            if moe.shared_experts is not None:
+                moe.shared_experts.reset_parameters()
             _freeze_alike(network, moe.experts)
         inner_router(moe).to(torch.promote_types(weight.dtype, torch.float32))  # where the default dtype is of 16 bits
         built.append(moe.to(device=weight.device, dtype=weight.dtype).train(network.holder.training))
@@ -213,6 +220,13 @@ def _same_experts(network: FeedForward, weights: FeedForwardWeights) -> ExpertsF
     bias = any(linear is not None and linear.bias_O is not None for linear in maps)
     experts = SwiGLUExperts if reading.layers.gated else MLPExperts
     return partial(experts, activation=weights.activation, dropout=reading.dropout, bias=bias)
+
+
+def _without_values(build: ExpertsFactory, weight: Tensor, spec: LayerSpec) -> Experts:
+    """Build experts that are about to be overwritten, in the dense network's dtype and on its device."""
+    with torch.device("meta"):
+        experts = build(spec)
+    return experts.to(weight.dtype).to_empty(device=weight.device)
 
 
 def _check_dropout(network: FeedForward, moe: MoE) -> None:
