@@ -158,7 +158,9 @@ class RunReport(Callback):
         print_ = self._console.print
         if not self._trained:
             print_(f"Nothing was trained: the run is at step {trainer.global_step}, where it ends.")
-            return
+            if self.folder is None or "fit" in self._known_results(self.folder / RESULTS):
+                return
+            # The run was killed between its last checkpoint, which has all that follows, and its results.
         print_(f"\n[bold]Trained to step {trainer.global_step} in {seconds:.0f} s.[/bold]")
         rows: list[tuple[str, float | None]] = [("step 0", self.metric_at_start)]
         baseline = pl_module.baseline(getattr(trainer, "datamodule", None))

@@ -172,6 +172,13 @@ def test_resuming_says_from_where_and_keeps_the_log(run, capsys):
     assert "It had reached trainer.max_steps: raise that to train on" in shown
     assert "Nothing was trained: the run is at step 6" in shown
     assert "Nothing was validated" not in shown
+    # A run that was killed between its last checkpoint and its results has them when it is resumed.
+    results = json.loads((run / "results.json").read_text())
+    (run / "results.json").unlink()
+    cli.main(["fit", "--ckpt_path", "last", "--trainer.max_steps", "6"])
+    again = json.loads((run / "results.json").read_text())["fit"]
+    told = ("bpb", "best bpb", "step 0 bpb", "step", "training tokens", "trained k", "training FLOPs", "k")
+    assert {name: again[name] for name in told} == {name: results["fit"][name] for name in told}
 
 
 def test_last_that_finds_nothing_is_an_error(config):
