@@ -65,6 +65,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Qwen3NextTopKRouter": Architecture("Qwen3-Next", arguments=_BY_CONFIG),
     "GraniteMoeTopKRouter": Architecture("Granite-MoE"),
     "JambaTopKRouter": Architecture("Jamba", arguments={"top_k": Of("top_k"), "renormalize": False}),
+    "Ernie4_5_MoeTopKRouter": Architecture(
+        "Ernie 4.5",
+        tensors={"weight": "weight", "selection_bias": "moe_statics.e_score_correction_bias"},
+    ),
     "HunYuanMoEV1Gate": Architecture("HunYuan-MoE", tensors={"weight": "wg.weight"}),
     "GptOssTopKRouter": Architecture(
         "gpt-oss",

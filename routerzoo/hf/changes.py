@@ -178,9 +178,9 @@ def _copy_gate(site: Site, router: Router) -> None:
             continue
         if ours == "table":
             value = completed_table(value, router.spec.num_experts)
-        if own.shape != value.shape:
+        if own.numel() != value.numel():
             raise UserError(f"{theirs} of {site.name} is {list(value.shape)}, the router's {ours} {list(own.shape)}")
-        own.copy_(value)
+        own.copy_(value.view_as(own))
 
 
 def _swap(model: nn.Module, router: Mapping[str, Any]) -> None:

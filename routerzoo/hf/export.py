@@ -141,14 +141,15 @@ def _write_gate(site: Site, router: Router, dtype: torch.dtype) -> None:
         if ours == "table":
             value = value[:, : old.shape[1]].contiguous()
         narrow = isinstance(old, nn.Parameter) and value.is_floating_point()
-        _set(site.gate, theirs, value.to(dtype) if narrow else value)
+        _set(site.gate, theirs, (value.to(dtype) if narrow else value).view(old.shape))
 
 
 def _set(module: nn.Module, path: str, value: Tensor) -> None:
     owner, _, name = path.rpartition(".")
     holder = module.get_submodule(owner)
-    if name in holder._parameters:
-        value = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
+    old = holder._parameters.get(name)
+    if old is not None:
+        value = nn.Parameter(value, requires_grad=old.requires_grad)
     setattr(holder, name, value)
 
 

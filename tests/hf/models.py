@@ -93,6 +93,35 @@ RELEASED = {
     ),
     "GLM-4.5": ("Glm4MoeForCausalLM", {**DEEPSEEK, "head_dim": 8}),
     "dots.llm1": ("Dots1ForCausalLM", {**DEEPSEEK, "head_dim": 8}),
+    "Jamba": (
+        "JambaForCausalLM",
+        {
+            **TEXT,
+            "num_key_value_heads": 2,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "expert_layer_period": 1,
+            "expert_layer_offset": 0,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "mamba_d_state": 4,
+            "mamba_dt_rank": 4,
+            "use_mamba_kernels": False,
+        },
+    ),
+    "Ernie 4.5": (
+        "Ernie4_5_MoeForCausalLM",
+        {
+            **TEXT,
+            "num_key_value_heads": 2,
+            "moe_num_experts": 8,
+            "moe_k": 2,
+            "moe_intermediate_size": 12,
+            "moe_layer_start_index": 0,
+            "moe_num_shared_experts": 1,
+            "use_bias": False,
+        },
+    ),
     "HunYuan-MoE": (
         "HunYuanMoEV1ForCausalLM",
         {**GQA, "num_experts": 8, "moe_topk": 2, "num_shared_expert": 1, "use_mixed_mlp_moe": True},
@@ -136,6 +165,9 @@ def build(name, seed=0):
     model = model_class(config).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
+            if key.endswith("e_score_correction_bias"):
+                parameter.copy_(0.1 * torch.randn_like(parameter))
+                continue
             drawn = torch.randn_like(parameter)
             inner = parameter.shape[-1] if "down_proj" not in key else parameter.shape[-1] * 2
             parameter.copy_(1 + 0.3 * drawn if parameter.ndim == 1 else drawn * inner**-0.5)
