@@ -169,8 +169,15 @@ class ImageData(LightningDataModule):
 
     @property
     def patch_size(self) -> int | None:
-        """Height and width of a patch, pixels, that cuts published images into 4 x 4; None for a folder."""
-        return None if self.published is None else self.published.image_size // 4
+        """Height and width of a patch, pixels; None for a folder.
+
+        One that cuts published images into 4 x 4, also where they are brought to a multiple of their size, so that what
+        is learned at one size fits the other; elsewhere into 4 x 4 of the new size.
+        """
+        if self.published is None:
+            return None
+        published = self.published.image_size // 4
+        return self.image_size // 4 if self.image_size % published else published
 
     @property
     def in_channels(self) -> int:

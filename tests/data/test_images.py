@@ -136,3 +136,5 @@ def test_patches_are_as_large_as_the_data_says():
         "cifar10": 8,
         "cifar100": 8,
     }
+    # Of 8 x 8 patches at twice the size, and of 4 x 4 where the set's do not divide another.
+    assert [ImageData(image_size=size).patch_size for size in (56, 32, 64)] == [7, 8, 16]
