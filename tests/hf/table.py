@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.hf.models import DENSE, RELEASED
-
 COLUMNS = {
     "in": "test_the_output_stays_and_routers_decide_it",
     "generate": "test_generation_with_a_cache_and_left_padding_is_that_without",
@@ -48,6 +46,8 @@ class Outcomes:
 
 
 def table(passed):
+    from tests.hf.models import DENSE, RELEASED  # not before pytest has set itself up
+
     rows = [f"| architecture | {' | '.join(COLUMNS)} | |", "| --- |" + " --- |" * (len(COLUMNS) + 1)]
     words = {True: "yes", False: "FAILS", None: "-"}
     for name in (*DENSE, *RELEASED):
