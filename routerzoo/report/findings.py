@@ -115,7 +115,7 @@ def _ranking(analysis: Analysis) -> str:
     first = [name for name, middle in analysis.ranks.items() if math.isclose(middle.mean, lowest)]
     has = "has the best mean rank" if len(first) == 1 else "share the best mean rank"
     sentence = f"Over {len(analysis.tasks)} tasks {' and '.join(first)} {has}, {lowest:.2f}; a description, no test."
-    if any(math.isnan(middle.low) for middle in analysis.ranks.values()):
+    if all(math.isnan(middle.low) for middle in analysis.ranks.values()):
         sentence += " Intervals of ranks need five seeds."
     return sentence
 
