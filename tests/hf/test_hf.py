@@ -139,6 +139,29 @@ def test_a_released_model_keeps_its_experts_and_its_number_of_choices():
     assert layer.router.top_k == 2
 
 
+def test_models_come_by_path_and_in_any_precision(tmp_path):
+    for name in ("Llama", "Mixtral"):
+        build(name).save_pretrained(tmp_path / name)
+    options = {"dtype": torch.bfloat16, "device_map": "cpu"}
+    dense = hf.upcycle(tmp_path / "Llama", num_experts=4, **options)
+    released = hf.replace_routers(str(tmp_path / "Mixtral"), **options)
+    for model in (dense, released):
+        layer = next(moe_layers(model))
+        assert layer.router.weight.dtype == torch.float32
+        assert layer.experts.down.dtype == torch.bfloat16
+        assert model(**inputs_of(model)).logits.isfinite().all()
+    with pytest.raises(TypeError, match="dtype are for from_pretrained"):
+        hf.replace_routers(build("Mixtral"), dtype=torch.bfloat16)
+
+
+def test_heads_on_a_changed_model_are_built_once(tmp_path):
+    hf.upcycle(build("Llama"), num_experts=4).save_pretrained(tmp_path)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=2)
+    assert len(list(moe_layers(model))) == 2
+    model(**inputs_of(model))
+    assert len(model.routing.context.routings) == 2
+
+
 def test_a_checkpoint_of_another_model_class_is_read(tmp_path):
     hf.replace_routers(build("Mixtral")).save_pretrained(tmp_path)
     base = transformers.AutoModel.from_pretrained(tmp_path)
