@@ -15,6 +15,7 @@ from typing import Any, Literal, Self, get_args, get_type_hints
 from filelock import FileLock, Timeout
 
 from routerzoo.errors import UserError
+from routerzoo.runs.atomic import atomic_write
 
 Stage = Literal["tuning", "final"]
 Status = Literal["finished", "failed", "not applicable"]
@@ -126,8 +127,11 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         UserError: a file with other columns, or with a line that is no row.
     """
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
+    content = path.read_bytes()
+    try:
+        whole = content[: content.rfind(b"\n") + 1].decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text: {error}") from None
     reader = csv.DictReader(io.StringIO(whole, newline=""))
     if whole and reader.fieldnames != COLUMNS:
         raise UserError(f"{path} has other columns than this version of routerzoo writes: choose another --folder")
@@ -174,7 +178,7 @@ class RowFile:
         rows: what the file holds, by key.
     """
 
-    NAME = "rows.csv"
+    NAME, REPLACED = "rows.csv", "replaced.csv"
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -210,10 +214,17 @@ class RowFile:
         self.rows[kept.key] = kept
         return kept
 
-    def forget(self, keys: Iterable[tuple[Any, ...]]) -> None:
-        """Let runs be made again; their old rows stay in the file until the new ones replace them."""
-        for key in keys:
-            self.rows.pop(key, None)
+    def set_aside(self, rows: Iterable[Row]) -> None:
+        """Let runs be made again: move their rows to `replaced.csv`."""
+        moved = {row.key: row for row in rows}
+        if not moved:
+            return
+        with (self.path.parent / self.REPLACED).open("a", encoding="utf-8", newline="") as file:
+            file.write("".join([_line(COLUMNS) if file.tell() == 0 else "", *map(row_text, moved.values())]))
+        self.rows = {key: row for key, row in self.rows.items() if key not in moved}
+        self._file.close()
+        atomic_write(self.path, _line(COLUMNS) + "".join(map(row_text, self.rows.values())))
+        self._file = self.path.open("a", encoding="utf-8", newline="")
 
     def _write(self, text: str) -> None:
         self._file.write(text)

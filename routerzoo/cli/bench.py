@@ -167,7 +167,7 @@ def _bench(
     with RowFile(folder) as file:
         _expect_protocol(folder, protocol)
         cells, refused = _cells(tasks, choices, protocol, file)
-        _forget(file, cells, options, console)
+        _renew(file, cells, options, console)
         engine: Engine = RayEngine(options.slots) if options.engine == "ray" else LocalEngine(options.slots)
         previous = signal.signal(signal.SIGTERM, _interrupt)
         try:
@@ -224,29 +224,30 @@ def _cells(
                 f"{file.path} has rows of another {known.router} in {known.task}, with other arguments or sizes: give "
                 "the router a label, or choose another --folder"
             )
+    can = {(task_class(cell.task).name, cell.choice.label) for cell in cells}
+    rows = list(file.rows.values())
+    file.set_aside([row for row in rows if row.status == "not applicable" and (row.task, row.router) in can])
     for row in refused:
         if row.key not in file.rows:
             file.append(row)
-    now = {(task_class(cell.task).name, cell.choice.label) for cell in cells}
-    before = list(file.rows.values())
-    file.forget([row.key for row in before if row.status == "not applicable" and (row.task, row.router) in now])
     return cells, refused
 
 
-def _forget(file: RowFile, cells: Sequence[Cell], options: argparse.Namespace, console: Console) -> None:
-    """Say what has been made before, and let go of what is to be made again."""
+def _renew(file: RowFile, cells: Sequence[Cell], options: argparse.Namespace, console: Console) -> None:
+    """Say what has been made before, and set aside what is to be made again."""
     own = {(task_class(cell.task).name, cell.choice.label): cell for cell in cells}
     known = [row for row in file.rows.values() if (row.task, row.router) in own]
     failed = [row for row in known if row.status == "failed"]
     old = [row for row in known if row.code != own[row.task, row.router].code]
-    if options.retry_failed:
-        file.forget([row.key for row in failed])
-    if options.redo_old:
-        file.forget([row.key for row in old])
+    again = (failed if options.retry_failed else []) + (old if options.redo_old else [])
+    # Final runs may have another setting once runs that chose it are made again.
+    tuned = {(row.task, row.router) for row in again if row.stage == "tuning"}
+    again += [row for row in known if row.stage == "final" and (row.task, row.router) in tuned]
     if known:
         console.print(f"{len(known)} runs made before, {len(failed)} of them failed (--retry-failed makes them again)")
     if old and not options.redo_old:
         console.print(f"{len(old)} runs were made by other code and stay; --redo-old makes them again")
+    file.set_aside(again)
 
 
 def _work(cells: Sequence[Cell], file: RowFile, engine: Engine, console: Console) -> None:

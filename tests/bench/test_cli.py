@@ -6,7 +6,10 @@ import time
 import pytest
 
 from routerzoo.__main__ import main
+from routerzoo.bench.registry import list_tasks
 from routerzoo.bench.rows import read_rows
+from routerzoo.cli.bench import CORE, QUICK_TASKS
+from routerzoo.registry import list_routers
 
 SMALL = ["--seeds", "2", "--tuning-seeds", "0"]
 
@@ -45,7 +48,9 @@ def test_tasks_are_listed_with_what_is_predicted(capsys):
     assert "LinearRouter below RandomFrozenRouter: a learned gate finds the centers (Chen et al. 2022)" in told
 
 
-def test_the_overview_names_the_command(capsys):
+def test_the_overview_names_the_command_and_quick_what_there_is(capsys):
+    assert set(QUICK_TASKS) <= set(list_tasks())
+    assert set(CORE) <= set(list_routers())
     main([])
     assert "python -m routerzoo bench --quick" in capsys.readouterr().out
 
@@ -102,7 +107,8 @@ def test_failed_runs_are_named_count_as_one_and_can_be_made_again(tmp_path, smal
         told = capsys.readouterr().out
         assert "failed: NaNRouter in signs, 2 of its runs: DivergedError: the training loss is nan at step 0" in told
         assert "NaNRouter   1.000 ± 0.000" in told
-    assert len((tmp_path / "rows.csv").read_text().splitlines()) == 1 + 4 * 2 + 2
+    assert len((tmp_path / "rows.csv").read_text().splitlines()) == 1 + 4 * 2
+    assert len((tmp_path / "replaced.csv").read_text().splitlines()) == 1 + 2
 
 
 @pytest.mark.full

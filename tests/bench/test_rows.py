@@ -62,3 +62,20 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
         RowFile(tmp_path)
     with RowFile(tmp_path):
         pass
+
+
+def test_rows_that_are_set_aside_are_kept_elsewhere(tmp_path):
+    other = Row("xor", "Größe", "final", 3, 200, 0.03, 1.0, "finished", loss=0.5)
+    with RowFile(tmp_path) as file:
+        file.append(ROW)
+        file.append(other)
+        file.set_aside([ROW])
+        assert read_rows(tmp_path / "rows.csv") == [other]
+        file.append(ROW)
+        file.set_aside([ROW])
+    assert read_rows(tmp_path / "rows.csv") == [other]
+    assert (tmp_path / "replaced.csv").read_text().count("LinearRouter") == 2
+    torn = (tmp_path / "rows.csv").read_bytes().partition("ö".encode())[0] + "ö".encode()[:1]
+    (tmp_path / "rows.csv").write_bytes(torn)
+    with RowFile(tmp_path) as file:
+        assert file.rows == {}
