@@ -21,8 +21,8 @@ from routerzoo.costs import Costs, count_costs
 from routerzoo.moe.attach import attach
 from routerzoo.moe.auxiliary_loss import auxiliary_loss
 from routerzoo.moe.layer import MoE, inner_router, moe_layers
-from routerzoo.router import LossWeight, Router
-from routerzoo.routing import LayerSpec, RoutingContext
+from routerzoo.router import LossWeight
+from routerzoo.routing import RoutingContext
 
 WARM_UP_STEPS = 20
 FINAL_LR = 0.1
@@ -62,19 +62,11 @@ class Outcome:
 def build(task: BenchTask, choice: RouterChoice) -> nn.Module:
     """Build the task's model around a router.
 
-    The router draws from a generator of its own, so that all other weights are equal bit for bit between the routers of
-    a seed.
+    A MoE layer draws its router's weights from a generator of their own, so that all others are equal bit for bit
+    between the routers of a seed.
     """
-    built = 0
-
-    def router(spec: LayerSpec) -> Router:
-        nonlocal built
-        built += 1
-        with drawn_from(task.seed_of(f"router {built}")):
-            return choice.build(spec, task.top_k)
-
     with drawn_from(task.seed_of("initialization")):
-        return task.model(router)
+        return task.model(lambda spec: choice.build(spec, task.top_k))
 
 
 @contextmanager

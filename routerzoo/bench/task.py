@@ -152,8 +152,8 @@ class BenchTask(ABC):
     def model(self, router: RouterFactory) -> nn.Module:
         """Build the model, called as `model(batch.x, context)`; by default one MoE layer.
 
-        The global generator is seeded before the call, and the router draws from one of its own, so that all other
-        weights are the same for every router.
+        The global generator is seeded before the call, and a layer draws its router from a generator of its own, so
+        that all other weights are the same for every router.
 
         Args:
             router: builds the router of a MoE layer from its spec.
