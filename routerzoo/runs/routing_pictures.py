@@ -21,15 +21,15 @@ class RoutingPictures(Callback):
     """Draws the first validation batch, colored by expert, into TensorBoard. Training is unaffected.
 
     Args:
-        every_n_validations: validations between pictures; the first is drawn.
+        every_n_validations: validations between pictures; the first is drawn. None for no pictures.
         examples: images to draw; of text, the first sequence is drawn.
 
     Raises:
         ValueError: either is below 1.
     """
 
-    def __init__(self, every_n_validations: int = 10, examples: int = 4) -> None:
-        if every_n_validations < 1 or examples < 1:
+    def __init__(self, every_n_validations: int | None = 10, examples: int = 4) -> None:
+        if (every_n_validations is not None and every_n_validations < 1) or examples < 1:
             raise ValueError(
                 f"every_n_validations and examples must be at least 1, got {every_n_validations} and {examples}"
             )
@@ -48,12 +48,13 @@ class RoutingPictures(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw at intervals."""
-        if trainer.sanity_checking or trainer.state.fn != "fit" or not isinstance(pl_module, MoETask):
+        every = self.every_n_validations
+        if every is None or trainer.sanity_checking or trainer.state.fn != "fit" or not isinstance(pl_module, MoETask):
             return
         self.validations += 1
         loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         data: Any = getattr(trainer, "datamodule", None)
-        if (self.validations - 1) % self.every_n_validations or not loggers or data is None:
+        if (self.validations - 1) % every or not loggers or data is None:
             return
         if trainer.fast_dev_run or next(moe_layers(pl_module.net), None) is None:  # type: ignore[attr-defined]
             return

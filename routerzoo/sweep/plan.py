@@ -19,6 +19,7 @@ KEYS = (
     "tasks",
     "routers",
     "seeds",
+    "fewer_seeds",
     "grid",
     "set",
     "test",
@@ -143,6 +144,7 @@ class Plan:
         routers: the routers to compare.
         seeds: of each.
         grid: further axes, lists by config key.
+        fewer_seeds: by key and value of an axis, how many of the seeds a costly point of the grid is run with.
         common: config values of all runs, by key.
         test: config values of the tests alone, such as several k.
         baseline: label of the router that the others are compared with.
@@ -164,16 +166,20 @@ class Plan:
     budget: Budget = "steps"
     allow_unequal: bool = False
     tune: Tune | None = None
+    fewer_seeds: Mapping[str, Mapping[Any, int]] = field(default_factory=dict)
 
     def cells(self) -> Iterator[Cell]:
         """Yield the points, all first seeds before the second ones, so that a sweep that is stopped has covered all."""
-        for seed in self.seeds:
+        for number, seed in enumerate(self.seeds):
             for task, configs in self.tasks.items():
                 for router in self.routers:
                     if router.tasks and task not in router.tasks:
                         continue
                     for values in itertools.product(*self.grid.values()):
                         settings = dict(zip(self.grid, values, strict=True))
+                        limits = [limits.get(settings[key], number + 1) for key, limits in self.fewer_seeds.items()]
+                        if number >= min(limits, default=number + 1):
+                            continue
                         keys = {**self.common, **router.overlay, **settings, "seed_everything": seed}
                         yield Cell(
                             task, router.label, seed, settings, (*configs, *router.configs), nested(keys), self.test
@@ -241,7 +247,24 @@ def read_plan(path: Path) -> Plan:
         budget,
         unequal,
         _tune(path, _mapping(path, content, "tune"), tuple(seeds), grid) if "tune" in content else None,
+        _fewer_seeds(path, _mapping(path, content, "fewer_seeds"), len(seeds), grid),
     )
+
+
+def _fewer_seeds(path: Path, content: dict[str, Any], seeds: int, grid: Mapping[str, Any]) -> dict[str, Any]:
+    for key, limits in content.items():
+        if key not in grid:
+            raise UserError(f"{path}: fewer_seeds names {key}, which is no axis of the grid")
+        if not isinstance(limits, dict):
+            raise UserError(f"{path}: fewer_seeds.{key} must map values to numbers of seeds, got {limits!r}")
+        for value, number in limits.items():
+            if value not in grid[key]:
+                raise UserError(f"{path}: fewer_seeds.{key} names {value}, which the grid does not have")
+            if type(number) is not int or not 1 <= number <= seeds:
+                raise UserError(
+                    f"{path}: fewer_seeds.{key} must give {value} between 1 and {seeds} seeds, got {number!r}"
+                )
+    return content
 
 
 def _tune(path: Path, content: dict[str, Any], seeds: tuple[int, ...], grid: Mapping[str, Any]) -> Tune:

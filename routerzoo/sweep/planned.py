@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from routerzoo.callbacks.k_schedule import KSchedule
 from routerzoo.functional.schedules import k_at
 from routerzoo.moe.layer import inner_router, moe_layers
@@ -88,7 +90,8 @@ def _planned(task: MoETask, data: Any, trainer: Any) -> PlannedTraining | None:
         if k is not None and takes_k:
             each = [k_at(step, steps, schedule.start, schedule.end, schedule.growth) for step in range(steps)]
             k += sum(each) / steps - sum(top_k) / len(top_k)
-    tokens = int(getattr(data, "batch_size", 1)) * task.example()
+    with torch.no_grad():
+        tokens = int(getattr(data, "batch_size", 1)) * task.eval().example()
     tokens *= int(trainer["accumulate_grad_batches"]) * num_processes(trainer)
     return PlannedTraining(k, takes_k, costs.training_flops(tokens, k), steps)
 

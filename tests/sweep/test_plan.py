@@ -91,6 +91,11 @@ def test_little_is_needed(write):
         ({"seeds": 3}, "seeds must be a list of whole numbers, got 3"),
         ({"seeds": [1, 1]}, "a seed is there twice"),
         ({"grid": {"model.x": 3}}, "grid.model.x must be a list of values, got 3"),
+        ({"budget": "time"}, "budget must be steps or flops, got 'time'"),
+        ({"allow_unequal": 1}, "allow_unequal must be true or false, got 1"),
+        ({"fewer_seeds": {"model.y": {4: 1}}}, "fewer_seeds names model.y, which is no axis of the grid"),
+        ({"fewer_seeds": {"model.init_args.num_experts": {5: 1}}}, "names 5, which the grid does not have"),
+        ({"fewer_seeds": {"model.init_args.num_experts": {4: 3}}}, "must give 4 between 1 and 2 seeds, got 3"),
         ({"baseline": "Nobody"}, "the baseline 'Nobody' is none of the routers"),
         ({"margin": 2}, "margin must map names to values, got 2"),
         ({"margin": {"bpb": -1}}, "margin.bpb must be a positive number, got -1"),
@@ -110,6 +115,12 @@ def test_what_is_no_sweep_is_refused(tmp_path):
     (tmp_path / "list.yaml").write_text("[1]")
     with pytest.raises(UserError, match="describes no sweep"):
         read_plan(tmp_path / "list.yaml")
+
+
+def test_costly_points_may_have_fewer_seeds(write):
+    cells = list(write(fewer_seeds={"model.init_args.num_experts": {8: 1}}).cells())
+    assert len(cells) == 7 * (2 + 1)
+    assert {cell.seed for cell in cells if cell.settings == {"model.init_args.num_experts": 8}} == {0}
 
 
 def test_dotted_keys_nest():
