@@ -24,8 +24,8 @@ def test_sweep(path, tmp_path, monkeypatch):
 
 @pytest.mark.full
 def test_the_grid_of_the_docs(tmp_path, monkeypatch):
-    (grid,) = re.findall("```yaml\n(.*?)```", (ROOT / "docs" / "sweeps.md").read_text(), re.DOTALL)
-    (tmp_path / "docs.yaml").write_text(grid)
+    grid, tune = re.findall("```yaml\n(.*?)```", (ROOT / "docs" / "sweeps.md").read_text(), re.DOTALL)
+    (tmp_path / "docs.yaml").write_text(grid + tune)
     each_run_is_a_config_of_its_own(tmp_path / "docs.yaml", tmp_path, monkeypatch)
 
 
