@@ -78,7 +78,8 @@ def _is_one_operator(x_TD: Tensor, experts: TwoLayerExperts, low_memory: bool | 
 
 
 def _are_plain(experts: nn.Module) -> bool:
-    return all(type(weight) in (Tensor, nn.Parameter) for weight in experts.parameters())
+    # What an export works on is plain whatever its type.
+    return torch.compiler.is_exporting() or all(type(w) in (Tensor, nn.Parameter) for w in experts.parameters())
 
 
 def dense_forward(experts: nn.Module, x_TD: Tensor, num_experts: int) -> Tensor:
