@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from routerzoo.errors import UserError
 from routerzoo.hf.blocks import RoutedExperts
@@ -245,3 +246,6 @@ def _undress(model: Any, cls: type, config: Any) -> None:
         if getattr(module, "config", None) is routed:
             module.config = config
     model.__class__ = cls
+    for module in reversed(list(model.modules())):  # a model's plans are made of its submodels'
+        if isinstance(module, PreTrainedModel):
+            module.init_parallel_plans()

@@ -7,6 +7,7 @@ that it was and the changes. Importing `routerzoo.hf` makes `AutoConfig`, and wi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,10 +19,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from routerzoo.errors import UserError
+from routerzoo.hf.blocks import RoutedExperts
 from routerzoo.hf.changes import CHANGES
 from routerzoo.hf.context import ContextOfInputs
 from routerzoo.moe.context import ContextHook
-from routerzoo.moe.layer import moe_layers
+from routerzoo.moe.layer import MoE, moe_layers
 
 MODEL_TYPE = "routerzoo"
 PREFIX = "Routed"
@@ -73,6 +75,7 @@ def model_class(base: Any, config: Any) -> Any:
         if not any(moe_layers(self)):  # else its base model was built by an Auto class, and is changed already
             for change in config.routing["changes"]:
                 apply_change(self, change)
+        drop_plans(self)
         add_context(self)
 
     members = {"__init__": __init__, "config_class": config, "__module__": __name__, "__doc__": base.__doc__}
@@ -97,6 +100,22 @@ def add_context(model: Any) -> None:
         model.routing = ContextHook(model, ContextOfInputs(model))
 
 
+def drop_plans(model: nn.Module) -> None:
+    """Take what is gone, and what MoE layers stand in for, out of the plans of tensor and expert parallelism.
+
+    Such a plan sums the parts that processes have of the experts; each has all of ours, which would be added up.
+    """
+    for module in model.modules():
+        if not isinstance(module, PreTrainedModel):
+            continue
+        ours = [name for name, part in module.named_modules() if isinstance(part, MoE | RoutedExperts)]
+        names = {re.sub(r"\d+", "*", name) for name, _ in (*module.named_modules(), *module.named_parameters())}
+        replaced = {re.sub(r"\d+", "*", name) for name in ours}
+        for attribute in ("_tp_plan", "_ep_plan"):
+            plan = getattr(module, attribute) or {}
+            setattr(module, attribute, {key: plan[key] for key in plan if key in names and key not in replaced})
+
+
 def record_change(model: Any, change: Mapping[str, Any]) -> None:
     """Make a model that was changed one of a class of ours, whose config tells the change."""
     config, swapped = model.config, change["change"] == "replace_routers"
@@ -113,6 +132,7 @@ def record_change(model: Any, change: Mapping[str, Any]) -> None:
     _CAN_RECORD_REGISTRY[model] = model._can_record_outputs
     # Names of transformers' checkpoints, which it would save the weights under.
     model._weight_conversions = []
+    drop_plans(model)
     add_context(model)
 
 

@@ -215,6 +215,17 @@ def test_what_cannot_be_done_is_said_in_a_sentence(build_it, message):
         build_it()
 
 
+@pytest.mark.parametrize("name", ["Llama", "Mixtral"])
+def test_parallel_plans_name_no_layer_of_ours(name):
+    model = build(name)
+    before = dict(model.tp_plan)
+    model = hf.replace_routers(model) if name == "Mixtral" else hf.upcycle(model, num_experts=4)
+    assert "model.layers.*.self_attn.q_proj" in model.tp_plan
+    assert not [key for plan in (model.tp_plan, model.ep_plan) for key in plan if ".mlp" in key]
+    if name == "Mixtral":
+        assert hf.to_transformers(model).tp_plan == before
+
+
 def test_a_gate_of_other_sizes_is_refused():
     model = build("Mixtral")
     model.model.layers[1].mlp.gate.num_experts = 7
