@@ -183,11 +183,14 @@ def test_the_gate_is_as_exact_as_float32():
     assert errors[1] <= 8 * errors[0], errors  # tensor cores cut off what they add up
 
 
-def test_losses_of_a_softmax_gate():
+@pytest.mark.parametrize("padded", [0, 300])
+def test_losses_of_a_softmax_gate(padded):
     logits_TE = torch.randn(1000, 64, device="cuda", requires_grad=True)
     experts_TK = logits_TE.detach().topk(6).indices
-    found = _losses(logits_TE, experts_TK, None)[:2]
-    expected = balance_loss(logits_TE.softmax(-1), experts_TK), z_loss(logits_TE)
+    padding_mask = torch.arange(1000, device="cuda") < padded if padded else None
+    found = _losses(logits_TE, experts_TK, padding_mask)[:2]
+    balance = balance_loss(logits_TE.softmax(-1), experts_TK, padding_mask=padding_mask)
+    expected = balance, z_loss(logits_TE, padding_mask=padding_mask)
     torch.testing.assert_close(found, expected)
     grad, right = (torch.autograd.grad(sum(losses), logits_TE)[0] for losses in (found, expected))
     torch.testing.assert_close(grad, right)
