@@ -4,11 +4,13 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from routerzoo.report.analysis import analyze
 from routerzoo.report.collect import Sweep, Task, data_follow_seed
 from routerzoo.report.findings import findings
+from routerzoo.report.statistics.power import detectable_difference
 
 BASE = {0: 3.0, 1: 3.2, 2: 3.1, 3: 2.9, 4: 3.05}
 
@@ -132,3 +134,28 @@ def test_unequal_budgets_are_flagged(fits, expected):
 )
 def test_runs_of_a_seed_are_pairs_where_the_data_follow_it(config, paired):
     assert data_follow_seed(SimpleNamespace(config=config, seed=3)) == paired
+
+
+def analysis_of(values, paired=True):
+    planned = [run(name, seed) for name, found in values.items() for seed in found]
+    task = Task("language", "bpb", True, values, {}, {}, paired)
+    return analyze(_sweep(task, planned, {})).tasks["language"]
+
+
+def test_pairing_is_worth_what_the_correlation_says():
+    values = {"LinearRouter": BASE, "XMoERouter": shifted(0.05, 0.02)}
+    pairs, others = analysis_of(values), analysis_of(values, paired=False)
+    expected = np.corrcoef(*[list(found.values()) for found in values.values()])[0, 1]
+    assert pairs.correlation("XMoERouter", "LinearRouter") == pytest.approx(expected)
+    assert pairs.pairs["XMoERouter", "LinearRouter"].test == "paired t-test"
+    assert others.pairs["XMoERouter", "LinearRouter"].test == "Welch's t-test"
+    assert pairs.pairs["XMoERouter", "LinearRouter"].p < others.pairs["XMoERouter", "LinearRouter"].p
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_the_outlook_is_that_of_the_spread_between_seeds(paired):
+    found = analysis_of({"LinearRouter": BASE, "XMoERouter": shifted(0.02, 0.03)}, paired)
+    comparison = found.pairs["XMoERouter", "LinearRouter"]
+    both = [np.array(list(values.values())) for values in found.results.values.values()]
+    sd = np.std(both[1] - both[0], ddof=1) if paired else math.sqrt((both[0].var(ddof=1) + both[1].var(ddof=1)) / 2)
+    assert found.outlook(comparison).detectable == pytest.approx(detectable_difference(sd, 5, 0.05, paired=paired))
