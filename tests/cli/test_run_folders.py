@@ -362,5 +362,7 @@ def test_a_checkpoint_resumes_with_the_same_global_batch_alone(run):
     resumed = ["fit", "--ckpt_path", "last", "--trainer.max_steps", "8"]
     told = fails(*resumed, "--data.batch_size", "4")
     assert "trained with batches of 8 samples over all processes, and data.batch_size times the processes is 4" in told
+    told = fails(*resumed, "--trainer.accumulate_grad_batches", "2")
+    assert "trained with trainer.accumulate_grad_batches 1, and it is 2 now" in told
     cli.main(resumed)
     assert list(losses(run)) == list(range(8))
