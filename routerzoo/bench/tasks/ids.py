@@ -16,11 +16,11 @@ from routerzoo.bench.task import Batch, BenchTask, Prediction, apply_maps, linea
 class Ids(BenchTask):
     """64 token ids with random embeddings, eight ids a domain; the hidden state is the embedding with noise.
 
-    The domain is a union of eight clusters that lie anywhere, so that a gate has to find 64 directions of 32 dimensions
-    before it can join them: a gate without hidden layer cannot separate them all. A table of token ids routes every
-    occurrence of an id alike, whatever the noise (Roller et al. 2021, "Hash Layers", arXiv:2106.04426). A random table
-    leaves an expert eight ids of many domains, where ideal routing gives it one domain: hashing is good, not ideal. A
-    table that a gate has taught can join ids of one domain (StableMoE, Dai et al. 2022, arXiv:2204.08396).
+    The domain is a union of eight clusters that lie anywhere. A linear gate has 32 dimensions for 64 clusters: only
+    half of all ways to part as many points in two are linear (Cover 1965), and noise blurs those. A table of token ids
+    routes every occurrence of an id alike, whatever the noise (Roller et al. 2021, "Hash Layers", arXiv:2106.04426). A
+    random table leaves an expert eight ids of many domains, where ideal routing gives it one domain: hashing is good,
+    not ideal. A table that a gate has taught can join ids of one domain (StableMoE, Dai et al. 2022, arXiv:2204.08396).
     """
 
     name = "ids"
