@@ -45,7 +45,7 @@ def results_of(folder, recall):
 def test_a_headline_metric_and_its_direction_reach_the_report(tmp_path):
     ledger = Ledger(tmp_path)
     recalls = {"Linear": (0.5, 0.52), "Better": (0.8, 0.83)}
-    known = {"task": "retrieval", "config": "", "test": []}
+    known = {"task": "retrieval", "stage": "final", "config": "", "test": []}
     rows = [
         {
             "key": f"{name}{seed}",
