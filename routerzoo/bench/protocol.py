@@ -16,6 +16,7 @@ from routerzoo.bench.registry import task_class
 from routerzoo.bench.rows import Row, Stage
 from routerzoo.bench.run import Run
 from routerzoo.bench.task import BenchTask
+from routerzoo.moe.layer import NonCausalRouterError
 from routerzoo.router import UnmetRequirementError
 
 TUNING_SEED = 1000
@@ -166,7 +167,9 @@ def make_cell(task: str, choice: RouterChoice, protocol: Protocol, code: str) ->
         has_losses = bool(Run(cls(0, steps), choice, 0.0).aux_weights)
     except UnmetRequirementError as error:
         reason = f"{error.router} requires {' and '.join(sorted(error.missing))}, which the task does not provide"
-    except ValueError as error:  # it is not causal, or does not come in these sizes
+    except NonCausalRouterError:
+        reason = f"{choice.cls.__name__} is not causal in evaluation: its choices depend on later tokens"
+    except ValueError as error:  # it does not come in these sizes
         reason = " ".join(str(error).split())
     except Exception:  # its runs fail, and their rows say why
         return Cell(task, choice, protocol, False, code, settings)

@@ -66,7 +66,8 @@ def build(task: BenchTask, choice: RouterChoice) -> nn.Module:
     between the routers of a seed.
     """
     with drawn_from(task.seed_of("initialization")):
-        return task.model(lambda spec: choice.build(spec, task.top_k))
+        # A router that is causal in evaluation alone, as assignments are, may do causal tasks: evaluation is compared.
+        return task.model(lambda spec: choice.build(spec, task.top_k).eval())
 
 
 @contextmanager

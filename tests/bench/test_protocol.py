@@ -72,7 +72,11 @@ def test_without_tuning_the_first_learning_rate_and_the_published_weight_are_tak
     ("router", "changes", "reason"),
     [
         ("TaskRouter", {}, "TaskRouter requires task_ids, which the task does not provide"),
-        ("SoftMoERouter", {"causal": True}, "SoftMoERouter is not causal"),
+        (
+            "SoftMoERouter",
+            {"causal": True},
+            "SoftMoERouter is not causal in evaluation: its choices",
+        ),
         ("LinearRouter", {"top_k": 17}, "top_k must be between 1 and num_experts = 16, got 17"),
     ],
 )
@@ -85,6 +89,13 @@ def test_what_a_router_cannot_do_is_a_row_with_the_reason(router, changes, reaso
     assert isinstance(row, Row)
     assert row.status == "not applicable"
     assert row.reason.startswith(reason)
+
+
+def test_a_router_that_is_causal_in_evaluation_does_causal_tasks(monkeypatch):
+    from routerzoo.bench.tasks.clusters import Clusters
+
+    monkeypatch.setattr(Clusters, "causal", True)
+    assert isinstance(cell("BaseLayerRouter"), Cell)
 
 
 def test_rows_tell_other_arguments_sizes_and_sources_apart(monkeypatch):
