@@ -3,7 +3,8 @@
 Needs the extra `routerzoo[hf]`. Importing it lets the Auto classes of transformers load what was saved.
 """
 
+from routerzoo.hf.decoder import from_decoder
 from routerzoo.hf.export import to_transformers
 from routerzoo.hf.pretrained import freeze_experts, replace_routers, train_routers_only, upcycle
 
-__all__ = ["freeze_experts", "replace_routers", "to_transformers", "train_routers_only", "upcycle"]
+__all__ = ["freeze_experts", "from_decoder", "replace_routers", "to_transformers", "train_routers_only", "upcycle"]
