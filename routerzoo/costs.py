@@ -29,6 +29,7 @@ class Costs:
         router_flops: the routers' part of them, in evaluation.
         experts_per_token: that a token chooses, mean over MoE layers; None without any, or where experts are mixed.
         expert_flops: operations that one more expert per token takes, in all MoE layers.
+        once_flops: the part of `flops` that a pass computes once for all its examples, such as a generated gate.
     """
 
     trainable: int
@@ -38,21 +39,24 @@ class Costs:
     router_flops: float
     experts_per_token: float | None = None
     expert_flops: float = 0.0
+    once_flops: float = 0.0
 
     @property
     def total(self) -> int:
         """All parameters, trainable or not."""
         return self.trainable + self.frozen
 
-    def training_flops(self, tokens: float, k: float | None = None) -> float:
+    def training_flops(self, tokens: float, k: float | None = None, examples: int = 1) -> float:
         """Return the operations of training on so many tokens, three forward passes' worth (Kaplan et al. 2020).
 
         Args:
             tokens: in all.
             k: experts per token, mean over training; by default those of the count.
+            examples: of a batch.
         """
         more = 0.0 if k is None or self.experts_per_token is None else k - self.experts_per_token
-        return 3 * tokens * (self.flops + more * self.expert_flops)
+        shared = self.once_flops * (1 - 1 / examples)
+        return 3 * tokens * (self.flops - shared + more * self.expert_flops)
 
 
 @dataclass
@@ -78,6 +82,7 @@ class TrainedTokens:
         seen = len(ids_T) - padding
         self.tokens += seen * processes
         for entry in context.routings:
+            layer: Any = entry.layer
             routing = entry.routing
             if routing.dense:
                 continue
@@ -85,7 +90,7 @@ class TrainedTokens:
             if routing.experts_TK is not None and not routing.may_drop:
                 self.assigned = self.assigned + routing.experts_TK.numel()
             else:  # no number is read back here: a GPU need not wait
-                self.assigned = self.assigned + routing.expert_load(entry.layer.num_experts).sum()
+                self.assigned = self.assigned + routing.expert_load(layer.num_experts).sum()
 
     def numbers(self) -> list[float]:
         """Return tokens, routed and assigned."""

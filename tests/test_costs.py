@@ -134,3 +134,14 @@ def test_tokens_are_counted_without_padding_and_with_the_experts_that_they_chose
         trained.add(context, processes=2)
     assert trained.numbers() == [14, 7.0, 21.0]
     assert trained.k == 3.0
+
+
+def test_what_a_pass_computes_once_is_shared_by_the_examples_of_a_batch():
+    sizes = {"d_model": 16, "num_blocks": 2, "num_heads": 2, "num_experts": 4, "max_length": 8}
+    costs = LanguageModeling(**sizes, router=partial(HyperRouter, hidden_dim=32)).costs()
+    generated = (
+        2 * 2 * (16 * 32 + 32 * (4 * 16 + 4))
+    )  # gates and biases of two layers, from an embedding by two matrices
+    assert costs.once_flops * 8 == generated
+    assert costs.training_flops(8 * 5, examples=5) == 3 * (5 * (8 * costs.flops - generated) + generated)
+    assert LanguageModeling(**sizes).costs().once_flops == 0

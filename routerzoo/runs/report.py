@@ -182,7 +182,7 @@ class RunReport(Callback):
                 every = trainer.log_every_n_steps  # type: ignore[attr-defined]
                 print_(f"No step's routing was recorded (trainer.log_every_n_steps is {every}): there is no picture.")
         self._print_costs(pl_module)
-        trained = self._training_costs(pl_module)
+        trained = self._training_costs(trainer, pl_module)
         at_k = f" at k = {trained['trained k']:.2f}" if trained["trained k"] is not None else ""
         print_(f"trained on {short(trained['training tokens'])} tokens{at_k}: {short(trained['training FLOPs'])} FLOPs")
         self._print_routing(trainer)
@@ -196,10 +196,12 @@ class RunReport(Callback):
         self._save("fit", trainer, pl_module, {**results, f"step 0 {name}": self.metric_at_start})
         self._print_files(trainer)
 
-    def _training_costs(self, task: MoETask) -> dict[str, Any]:
+    def _training_costs(self, trainer: Trainer, task: MoETask) -> dict[str, Any]:
         """Return what training took: k may have changed over it, by a schedule or from token to token."""
         tokens, k = task.trained.tokens, task.trained.k
-        return {"training tokens": tokens, "trained k": k, "training FLOPs": self._costs[0].training_flops(tokens, k)}
+        examples = int(getattr(getattr(trainer, "datamodule", None), "batch_size", 1))
+        flops = self._costs[0].training_flops(tokens, k, examples)
+        return {"training tokens": tokens, "trained k": k, "training FLOPs": flops}
 
     def _print_routing(self, trainer: Trainer) -> None:
         monitor = _monitor(trainer)

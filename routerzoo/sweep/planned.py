@@ -90,10 +90,11 @@ def _planned(task: MoETask, data: Any, trainer: Any) -> PlannedTraining | None:
         if k is not None and takes_k:
             each = [k_at(step, steps, schedule.start, schedule.end, schedule.growth) for step in range(steps)]
             k += sum(each) / steps - sum(top_k) / len(top_k)
+    examples = int(getattr(data, "batch_size", 1))
     with torch.no_grad():
-        tokens = int(getattr(data, "batch_size", 1)) * task.eval().example()
+        tokens = examples * task.eval().example()
     tokens *= int(trainer["accumulate_grad_batches"]) * num_processes(trainer)
-    return PlannedTraining(k, takes_k, costs.training_flops(tokens, k), steps)
+    return PlannedTraining(k, takes_k, costs.training_flops(tokens, k, examples), steps)
 
 
 def _steps(data: Any, trainer: Any) -> int | None:

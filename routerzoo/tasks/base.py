@@ -7,6 +7,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, get_type_hints
 
 import torch
@@ -202,8 +203,8 @@ class MoETask(LightningModule, ABC):
         """Add a batch to an evaluation's metrics."""
 
     @abstractmethod
-    def example(self) -> int:
-        """Run the model on one example, and return of how many tokens."""
+    def example(self, count: int = 1) -> int:
+        """Run the model on so many examples, and return of how many tokens in all."""
 
     @abstractmethod
     def token_counts(self) -> Tensor | None:
@@ -394,7 +395,10 @@ class MoETask(LightningModule, ABC):
         if self._costs_before_sharding is not None:
             return self._costs_before_sharding[place]
         with self.override_top_k(place):
-            return count_costs(self.net, self.example)
+            one, two = count_costs(self.net, self.example), count_costs(self.net, lambda: self.example(2))
+        more = two.expert_flops * ((two.experts_per_token or 0.0) - (one.experts_per_token or 0.0))
+        # What a pass computes once is halved.
+        return replace(one, once_flops=2 * (one.flops - (two.flops - more)))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the random state, so that dropout continues as in an uninterrupted run."""

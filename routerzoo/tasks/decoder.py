@@ -84,9 +84,9 @@ class DecoderTask(MoETask):
         counts = getattr(getattr(self.trainer, "datamodule", None), "token_counts", None)
         return None if counts is None else torch.from_numpy(counts())
 
-    def example(self) -> int:
-        """Run the model on a sequence of full length."""
+    def example(self, count: int = 1) -> int:
+        """Run the model on sequences of full length."""
         length = int(self.net.max_length)
-        ids_S = torch.randint(0, self.vocab_size, [length], generator=torch.Generator().manual_seed(0))
-        self.net(ids_S.unsqueeze(0).to(self.device))
-        return length
+        ids_BS = torch.randint(0, self.vocab_size, [count, length], generator=torch.Generator().manual_seed(0))
+        self.net(ids_BS.to(self.device))
+        return count * length

@@ -119,10 +119,10 @@ class ImageClassification(Classification):
         """Return class logits, `[B, L]`, and the context with the routing of every MoE layer."""
         return self.net(batch.images_BCHW, **progress)  # type: ignore[no-any-return]
 
-    def example(self) -> int:
-        """Run the model on one image."""
+    def example(self, count: int = 1) -> int:
+        """Run the model on images."""
         generator = torch.Generator().manual_seed(0)
-        images_BCHW = torch.randn(1, self.net.in_channels, *self.net.image_size, generator=generator)
+        images_BCHW = torch.randn(count, self.net.in_channels, *self.net.image_size, generator=generator)
         _, context = self.net(images_BCHW.to(self.device))
         assert context.positions is not None  # the net fills them in
         return len(context.positions)
