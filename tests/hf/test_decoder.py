@@ -23,6 +23,7 @@ def decoder(router=LinearRouter, experts=SwiGLUExperts, **options):
     return model
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "options",
     [
