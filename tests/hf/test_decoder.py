@@ -46,6 +46,7 @@ def test_a_decoder_is_a_llama_with_moe_layers(options, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.full
 def test_a_task_goes_out_as_mixtral():
     task = LanguageModeling(
         router=partial(LinearRouter, top_k=1, renormalize=True), experts=SwiGLUExperts, vocab_size=40, **SIZES

@@ -139,6 +139,7 @@ def test_a_released_model_keeps_its_experts_and_its_number_of_choices():
     assert layer.router.top_k == 2
 
 
+@pytest.mark.full
 def test_models_come_by_path_and_in_any_precision(tmp_path):
     for name in ("Llama", "Mixtral"):
         build(name).save_pretrained(tmp_path / name)
@@ -154,6 +155,7 @@ def test_models_come_by_path_and_in_any_precision(tmp_path):
         hf.replace_routers(build("Mixtral"), dtype=torch.bfloat16)
 
 
+@pytest.mark.full
 def test_heads_on_a_changed_model_are_built_once(tmp_path):
     hf.upcycle(build("Llama"), num_experts=4).save_pretrained(tmp_path)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=2)
@@ -162,6 +164,7 @@ def test_heads_on_a_changed_model_are_built_once(tmp_path):
     assert len(model.routing.context.routings) == 2
 
 
+@pytest.mark.full
 def test_a_checkpoint_of_another_model_class_is_read(tmp_path):
     hf.replace_routers(build("Mixtral")).save_pretrained(tmp_path)
     base = transformers.AutoModel.from_pretrained(tmp_path)
