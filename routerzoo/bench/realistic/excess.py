@@ -64,7 +64,9 @@ def domain_table(task: type[ByteLanguageModel], found: Sequence[Summary]) -> Tab
     """Return the table of the excess in each domain, means over the seeds that have finished."""
     table = _table("by domain", [domain.partition("=")[0] for domain in task.domains])
     finished = {
-        summary.router: {score.row.seed: bits_by_domain(score.row) for score in summary.scores if score.row.loss}
+        summary.router: {
+            score.row.seed: bits_by_domain(score.row) for score in summary.scores if score.row.loss_by_domain
+        }
         for summary in found
     }
     best = finished.get(REFERENCE, {})
