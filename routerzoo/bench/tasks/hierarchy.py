@@ -33,7 +33,7 @@ class Hierarchy(BenchTask):
     title = "sub-domain of a super-domain"
     predictions: ClassVar[tuple[Prediction, ...]] = (
         Prediction("LinearRouter", "RandomFrozenRouter", "a learned gate finds the coarse split, and part of the fine"),
-        Prediction("XMoERouter", "RandomFrozenRouter", "likewise, by angles"),
+        Prediction("XMoERouter", "RandomFrozenRouter", "the angle to a center tells the coarse split"),
         Prediction("RandomFrozenRouter", "HashRouter", "a random gate sees the cluster, a hash of random ids does not"),
         Prediction("LinearRouter", "dense", "one network of the active size holds two of eight maps"),
     )

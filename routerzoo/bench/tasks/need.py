@@ -46,8 +46,8 @@ class Need(BenchTask):
     max_need: ClassVar[int] = 3
     predictions: ClassVar[tuple[Prediction, ...]] = (
         Prediction("LinearRouter", "RandomFrozenRouter", "a learned gate finds the centers"),
-        Prediction("DAMoERouter", "RandomFrozenRouter", "likewise"),
-        Prediction("TopPRouter", "RandomFrozenRouter", "likewise"),
+        Prediction("DAMoERouter", "RandomFrozenRouter", "a learned gate finds the centers"),
+        Prediction("TopPRouter", "RandomFrozenRouter", "a learned gate finds the centers"),
         Prediction("LinearRouter", "HashRouter", "a hash of random ids says nothing of the components"),
     )
 

@@ -27,7 +27,7 @@ class Noise(BenchTask):
     title = "cluster, or none"
     predictions: ClassVar[tuple[Prediction, ...]] = (
         Prediction("TopPRouter", "LinearRouter", "weights not renormalized are small where the gate is unsure"),
-        Prediction("ExpertThresholdRouter", "LinearRouter", "likewise"),
+        Prediction("ExpertThresholdRouter", "LinearRouter", "weights not renormalized are small for noise"),
         Prediction("LinearRouter", "RandomFrozenRouter", "a learned gate finds the centers"),
         Prediction("LinearRouter", "HashRouter", "a hash of random ids tells neither cluster nor noise"),
     )
