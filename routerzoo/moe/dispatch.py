@@ -74,18 +74,20 @@ def _is_one_operator(x_TD: Tensor, experts: TwoLayerExperts, low_memory: bool | 
         low_memory = x_TD.device.type == "cuda"
     if not low_memory or experts.backend != "auto" or torch.compiler.is_exporting():  # an export takes torch's own
         return False
-    return _are_plain(experts)  # sharded weights know torch's own operations
+    return _are_plain(experts, x_TD)  # sharded weights know torch's own operations
 
 
-def _are_plain(experts: nn.Module) -> bool:
-    # What an export works on is plain whatever its type.
-    return torch.compiler.is_exporting() or all(type(w) in (Tensor, nn.Parameter) for w in experts.parameters())
+def _are_plain(experts: nn.Module, x_TD: Tensor) -> bool:
+    # What an export works on is plain whatever its type. Offloaded weights are on the meta device between two calls.
+    if torch.compiler.is_exporting():
+        return True
+    return all(type(w) in (Tensor, nn.Parameter) and w.is_meta == x_TD.is_meta for w in experts.parameters())
 
 
 def dense_forward(experts: nn.Module, x_TD: Tensor, num_experts: int) -> Tensor:
     """Return the sum of all experts' outputs for every token, `[T, D]`: a dense feed-forward network."""
-    # Sharded weights are gathered by the hooks of the module's call.
-    if isinstance(experts, TwoLayerExperts) and experts.backend == "auto" and _are_plain(experts):
+    # Sharded and offloaded weights are gathered by the hooks of the module's call.
+    if isinstance(experts, TwoLayerExperts) and experts.backend == "auto" and _are_plain(experts, x_TD):
         y_TD: Tensor = experts.as_one(x_TD)
         return y_TD
     num_tokens = x_TD.shape[0]

@@ -156,6 +156,22 @@ def test_models_come_by_path_and_in_any_precision(tmp_path):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("shared", [0, 1])
+@torch.no_grad()
+def test_layers_that_lie_on_disk_are_fetched(shared, tmp_path):
+    model = hf.upcycle(build("Llama"), num_experts=4, num_shared_experts=shared)
+    model.save_pretrained(tmp_path)
+    names = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"]
+    places = {**dict.fromkeys(names, "cpu"), "model.layers.1": "disk"}
+    offloaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, device_map=places, offload_folder=tmp_path / "disk"
+    ).eval()
+    assert list(moe_layers(offloaded))[1].experts.down.is_meta
+    inputs = inputs_of(model)
+    assert_close(offloaded(**inputs).logits, model(**inputs).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.full
 def test_heads_on_a_changed_model_are_built_once(tmp_path):
     hf.upcycle(build("Llama"), num_experts=4).save_pretrained(tmp_path)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=2)
