@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from routerzoo.moe import kernels
 from routerzoo.moe.kernels import INTERPRETED
-from routerzoo.moe.rows import Rows
+
+if TYPE_CHECKING:
+    from routerzoo.moe.rows import Rows
 
 MOST_UNROLLED = 16
 """Of so many experts per token the kernels are compiled for each k; of more, for all."""
