@@ -156,6 +156,60 @@ def test_models_come_by_path_and_in_any_precision(tmp_path):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("name", ["Llama", "Mixtral"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"do_sample": True, "top_k": 5},
+        {"cache_implementation": "static", "do_sample": False},
+        {"prompt_lookup_num_tokens": 2, "do_sample": False},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_every_way_of_decoding_gives_the_tokens_of_the_plain_model(name, options):
+    ids = torch.randint(3, 40, (1, 6))
+    tokens = []
+    for model in (build(name), hf.replace_routers(build(name)) if name == "Mixtral" else None):
+        model = model if model is not None else hf.upcycle(build(name), num_experts=4)
+        torch.manual_seed(0)
+        tokens.append(model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, **options))
+    assert torch.equal(*tokens)
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")  # Trainer's
+def test_transformers_trainer_saves_and_resumes(tmp_path):
+    ids = torch.randint(3, 40, (24, 8), generator=torch.Generator().manual_seed(0))
+    data = [{"input_ids": row, "labels": row} for row in ids]
+
+    def trainer(folder, steps):
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path / folder),
+            max_steps=steps,
+            per_device_train_batch_size=4,
+            save_steps=2,
+            use_cpu=True,
+            report_to=[],
+            lr_scheduler_type="constant",
+            learning_rate=1e-2,
+            disable_tqdm=True,
+        )
+        return transformers.Trainer(hf.replace_routers(build("Mixtral")), arguments, train_dataset=data)
+
+    straight = trainer("straight", 4)
+    straight.train()
+    resumed = trainer("resumed", 4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
+    wanted, state = straight.model.state_dict(), resumed.model.state_dict()
+    for key, value in state.items():
+        assert_close(value, wanted[key], rtol=1e-5, atol=1e-6)
+    assert not torch.equal(wanted["model.norm.weight"], build("Mixtral").model.norm.weight)
+    again = loaded(tmp_path / "straight" / "checkpoint-4")
+    assert type(again) is type(straight.model)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("shared", [0, 1])
 @torch.no_grad()
 def test_layers_that_lie_on_disk_are_fetched(shared, tmp_path):
