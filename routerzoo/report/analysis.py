@@ -144,13 +144,14 @@ def analyze(sweep: Sweep) -> Analysis:
         )
         for task in sweep.tasks
     }
-    baselines = {name: baseline for known in results.values() for name, baseline in known.baselines.items()}
-    improvements = {name: improvement(results, name, baseline) for name, baseline in baselines.items()}
-    ranks = mean_ranks(results) if len(results) > 1 else {}
+    main = {task.name: results[task.name] for task in sweep.main_tasks()}
+    baselines = {name: baseline for known in main.values() for name, baseline in known.baselines.items()}
+    improvements = {name: improvement(main, name, baseline) for name, baseline in baselines.items()}
+    ranks = mean_ranks(main) if len(main) > 1 else {}
     return Analysis(tasks, ranks, improvements, is_provisional, alpha)
 
 
 def results_of(sweep: Sweep, task: Task) -> Results:
     """Return a task's numbers as they are compared."""
-    baselines = {name: baseline for name in task.values if (baseline := sweep.baseline_of(name)) and baseline != name}
+    baselines = {name: sweep.baseline for name in task.values if name != sweep.baseline}
     return Results(task.values, task.lower_is_better, metric(task.metric, sweep.margins), baselines, task.paired)

@@ -15,6 +15,7 @@ import yaml
 from routerzoo.errors import UserError
 from routerzoo.runs.log_file import read_log
 from routerzoo.sweep.ledger import FILE, Ledger, Run
+from routerzoo.sweep.plan import TUNED
 
 # Labels of the metrics of routing that a report shows, by the name of the log's column.
 HEALTH = {
@@ -45,16 +46,19 @@ class Budget(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """The results of a task's runs.
+    """The results of a task at one place of the grid: of runs that differ in router and seed alone.
 
     Args:
-        name: of the task.
+        name: of the task and the place.
         metric: headline metric, as the task declares it.
         lower_is_better: whether a smaller metric is better.
-        values: the metric on the test split by variant and seed; NaN where the run failed or measured no finite one.
-        runs: finished runs by variant and seed.
-        curves: by variant and seed, curves over steps by the name of the log's column.
+        values: the metric on the test split by router and seed; NaN where the run failed or measured no finite one.
+        runs: finished runs by router and seed.
+        curves: by router and seed, curves over steps by the name of the log's column.
         paired: whether runs of one seed have data and initialization in common.
+        base: the task's name in the sweep; empty where it is `name`.
+        setting: values on the other axes of the grid, and whether it is tuned: with `base` it makes up `name`.
+        pending: how many runs are still to come.
     """
 
     name: str
@@ -64,6 +68,19 @@ class Task:
     runs: Mapping[str, Mapping[int, Run]]
     curves: Mapping[str, Mapping[int, Mapping[str, Curve]]]
     paired: bool = True
+    base: str = ""
+    setting: str = ""
+    pending: int = 0
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether each router has its own best hyperparameters."""
+        return self.setting.split(" ")[-1] == TUNED
+
+    @property
+    def untuned_name(self) -> str:
+        """The name without the note that it is tuned."""
+        return self.name.removesuffix(TUNED).strip() if self.is_tuned else self.name
 
     def finished(self, variant: str) -> list[float]:
         """Return a variant's values, without those of failed runs."""
@@ -117,21 +134,18 @@ class Sweep:
     refused: Mapping[str, str] = field(default_factory=dict)
     pending_trials: int = 0
 
-    def variants(self, router: str) -> set[str]:
-        """Return the variants of a router."""
-        return {run.variant for run in self.runs if run.router == router}
-
-    def baseline_of(self, variant: str) -> str | None:
-        """Return the baseline that a variant is compared with: the one with the same values on the other axes."""
-        mine = next((run for run in self.runs if run.variant == variant), None)
-        if mine is None:
-            return None
-        rest = mine.variant.removeprefix(mine.router)
-        return f"{self.baseline}{rest}"
+    def main_tasks(self) -> list[Task]:
+        """Return the tasks to decide by: without the untuned ones that there are tuned, too."""
+        tuned = {task.untuned_name for task in self.tasks if task.is_tuned}
+        return [task for task in self.tasks if task.is_tuned or task.name not in tuned]
 
 
-def read_sweep(folder: Path) -> Sweep:
-    """Read a sweep's folder.
+def read_sweep(folder: Path, *, may_be_empty: bool = False) -> Sweep:
+    """Read what is in a sweep's folder.
+
+    Args:
+        folder: of the sweep.
+        may_be_empty: a sweep in which no run has finished is no error.
 
     Raises:
         UserError: it is not a sweep's, or no run has finished.
@@ -142,35 +156,8 @@ def read_sweep(folder: Path) -> Sweep:
         )
     runs = Ledger(folder).runs()
     planned = [run for run in runs if run.planned and run.stage == "final"]
-    finished: dict[str, dict[str, dict[int, Run]]] = defaultdict(lambda: defaultdict(dict))
-    for run in planned:
-        if run.status == "finished":
-            finished[run.task][run.variant][run.seed] = run
-    if not finished:
+    if not may_be_empty and not any(run.status == "finished" for run in planned):
         raise UserError(f"no run in {folder} has finished yet")
-    tasks = []
-    lost: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
-    for run in planned:
-        if run.status == "failed":
-            lost[run.task][run.variant][run.seed] = math.nan
-    order = list(dict.fromkeys(run.variant for run in planned))
-    for name, by_variant in finished.items():
-        first = next(iter(next(iter(by_variant.values())).values()))
-        tested = first.results.get("test", {})
-        metric, lower_is_better = tested.get("headline_metric", "loss"), not tested.get("higher_is_better", False)
-        values = {
-            variant: {seed: _finite(run.results["test"].get(metric)) for seed, run in by_variant[variant].items()}
-            | lost[name][variant]
-            for variant in order
-            if by_variant[variant] or lost[name][variant]
-        }
-        curves = {
-            variant: {seed: read_curves(folder / run.folder) for seed, run in by_seed.items()}
-            for variant, by_seed in by_variant.items()
-        }
-        runs_of = {variant: dict(by_seed) for variant, by_seed in by_variant.items()}
-        paired = all(data_follow_seed(run) for by_seed in by_variant.values() for run in by_seed.values())
-        tasks.append(Task(name, metric, lower_is_better, values, runs_of, curves, paired))
     try:
         plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
         config, baseline, margins = str(plan["config"]), str(plan["baseline"]), dict(plan["margins"])
@@ -182,7 +169,52 @@ def read_sweep(folder: Path) -> Sweep:
         refused = {}
     earlier = [run for run in runs if not run.planned and run.status == "finished" and run.stage == "final"]
     trials = sum(run.planned and run.stage == "trial" and run.status in ("waiting", "running") for run in runs)
-    return Sweep(folder, config, baseline, margins, tasks, planned, earlier, refused, trials)
+    return Sweep(folder, config, baseline, margins, tasks_of(planned, folder), planned, earlier, refused, trials)
+
+
+def tasks_of(planned: Sequence[Run], folder: Path) -> list[Task]:
+    """Return the tasks with a finished run, by task and place on the other axes of the grid.
+
+    Args:
+        planned: runs.
+        folder: that their folders are relative to.
+    """
+    by_place: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    for run in planned:
+        by_place[run.task, run.variant.removeprefix(run.router).strip()].append(run)
+    return [
+        _task(base, setting, runs, folder)
+        for (base, setting), runs in by_place.items()
+        if any(run.status == "finished" for run in runs)
+    ]
+
+
+def _task(base: str, setting: str, planned: Sequence[Run], folder: Path) -> Task:
+    finished: dict[str, dict[int, Run]] = defaultdict(dict)
+    values: dict[str, dict[int, float]] = defaultdict(dict)
+    tested = next(run for run in planned if run.status == "finished").results.get("test", {})
+    metric, lower_is_better = tested.get("headline_metric", "loss"), not tested.get("higher_is_better", False)
+    for run in planned:
+        if run.status == "finished":
+            finished[run.router][run.seed] = run
+            values[run.router][run.seed] = _finite(run.results["test"].get(metric))
+        elif run.status == "failed":
+            values[run.router][run.seed] = math.nan
+    return Task(
+        f"{base} {setting}".strip(),
+        metric,
+        lower_is_better,
+        {name: values[name] for name in dict.fromkeys(run.router for run in planned) if name in values},
+        dict(finished),
+        {
+            name: {seed: read_curves(folder / run.folder) for seed, run in by_seed.items()}
+            for name, by_seed in finished.items()
+        },
+        all(data_follow_seed(run) for run in planned if run.status == "finished"),
+        base,
+        setting,
+        sum(run.status in ("waiting", "running") for run in planned),
+    )
 
 
 def _finite(value: Any) -> float:

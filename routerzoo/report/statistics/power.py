@@ -5,6 +5,7 @@ The probabilities are exact: by the noncentral t distribution (Cohen 1988), and 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -92,6 +93,7 @@ def _freedom_and_error(sd: float, seeds: int, paired: bool) -> tuple[float, floa
     return (seeds - 1.0, sd / math.sqrt(seeds)) if paired else (2 * seeds - 2.0, sd * math.sqrt(2 / seeds))
 
 
+@functools.cache  # a report asks 10,000 times for a few of them
 def _estimated_errors(freedom: float) -> NDArray[np.float64]:
     """Return 2,000 quantiles of the estimated standard error, by the true one: given it, the estimate is normal.
 
