@@ -75,10 +75,10 @@ def _with_options(name: str, options: str) -> type[BenchTask]:
 
 
 def _load() -> None:
-    folder = importlib.import_module("routerzoo.bench.tasks")
-    for module in pkgutil.iter_modules(folder.__path__):
-        importlib.import_module(f"{folder.__name__}.{module.name}")
-    importlib.import_module("routerzoo.bench.realistic.byte_model")
+    for tier in ("tasks", "realistic"):
+        folder = importlib.import_module(f"routerzoo.bench.{tier}")
+        for module in pkgutil.iter_modules(folder.__path__):
+            importlib.import_module(f"{folder.__name__}.{module.name}")
     for cls in load_group(ENTRY_POINT_GROUP, BenchTask):
         assert issubclass(cls, BenchTask)
         register_task(cls)
