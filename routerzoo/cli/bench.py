@@ -67,6 +67,7 @@ examples:
   python -m routerzoo bench --tier realistic                a byte-level language model, six scopes of balancing, six
                                                             routers: an hour on two cores
   python -m routerzoo bench --tier realistic --domains play python mine=notes/ --routers scopes
+  python -m routerzoo bench --board bench/exact bench/realistic --out board.md     the leaderboard of what was run
 The same command resumes where it was stopped. docs/bench.md explains tasks, protocol and rows.
 """
 
@@ -105,6 +106,14 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--retry-failed", action="store_true", help="make failed runs again")
     parser.add_argument("--redo-old", action="store_true", help="make runs again that other code has made")
     parser.add_argument("--list", action="store_true", help="list the tasks with what is predicted, and stop")
+    parser.add_argument(
+        "--board",
+        nargs="+",
+        type=Path,
+        metavar="ROWS",
+        help="make no runs: write the leaderboard of these folders or rows, with its record and pictures beside it",
+    )
+    parser.add_argument("--out", type=Path, default=Path("router_bench.md"), help="where --board writes the page")
     options = parser.parse_args(args)
     for name, least in (("seeds", 1), ("tuning_seeds", 0), ("steps", 2), ("slots", 1)):
         value = getattr(options, name)
@@ -115,6 +124,11 @@ def main(args: Sequence[str]) -> None:
         console = Console(highlight=False, soft_wrap=True, width=NARROW)  # a pipe has no width of its own
     if options.list:
         _list(options.tasks or list_tasks(options.tier or "exact"), console)
+        return
+    if options.board:
+        from routerzoo.bench.leaderboard.page import publish  # it imports matplotlib, which runs do not need
+
+        console.print("wrote " + ", ".join(map(str, publish(options.board, options.out))), markup=False)
         return
     tasks = _tasks(options)
     tier = task_class(tasks[0]).tier

@@ -1,0 +1,254 @@
+"""`Board`: what the record says of each router: regret over tasks, and tests that are corrected for all of the page."""
+# Shape suffixes: T tasks, S seeds.
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from routerzoo.bench.controls import CONTROLS
+from routerzoo.bench.leaderboard.record import Record, tier
+from routerzoo.bench.realistic.excess import excess_bits
+from routerzoo.bench.registry import task_class
+from routerzoo.bench.rows import Row
+from routerzoo.bench.scores import Summary, summaries
+from routerzoo.bench.task import Prediction
+from routerzoo.errors import UserError
+from routerzoo.report.statistics.aggregates import (
+    Array,
+    interquartile_mean,
+    performance_profile,
+    probability_of_improvement,
+    stratified_bootstrap,
+)
+from routerzoo.report.statistics.best import Best, find_best
+from routerzoo.report.statistics.comparisons import Comparison, Pairs, Results, compare_all
+from routerzoo.report.statistics.intervals import Interval
+from routerzoo.report.statistics.margins import metric
+
+BASELINES = ("LinearRouter", "all processes")
+"""The linear gate, as the tiers call it."""
+DRAWS = 2000
+"""Of the bootstrap, whose intervals are printed to two digits."""
+SAME_K = 0.05
+"""A router whose mean k differs from the common one by a larger share is not comparable in cost."""
+BOUNDS = ("oracle", "blind")
+"""The controls whose regret is 0 and 1 by definition."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A router over the tasks of the exact tier.
+
+    Args:
+        router: label.
+        family: see `family_of`; `control` of the dense network.
+        tasks: that it has been run in.
+        iqm: interquartile mean of the regret of all runs, with the interval of a stratified bootstrap over seeds.
+        mean: of the same.
+        improvement: probability that a run is better than one of the baseline in the same task.
+        failed: runs that failed.
+        runs: of all tasks.
+        k: the smallest and the largest mean k of a task, in training or evaluation.
+        is_comparable: whether that is the k of all others.
+        flops: training FLOPs relative to the baseline, the geometric mean over tasks.
+        profile_X: share of runs with a regret of at most each of the thresholds.
+    """
+
+    router: str
+    family: str
+    tasks: tuple[str, ...]
+    iqm: Interval
+    mean: float
+    improvement: Interval
+    failed: int
+    runs: int
+    k: tuple[float, float]
+    is_comparable: bool
+    flops: float
+    profile_X: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a prediction.
+
+    Args:
+        task: name of the task.
+        prediction: as the task declares it.
+        verdict: `held` and `turned` are significant after correction for all comparisons of the page.
+        comparison: of the better with the worse; None where one of them was not run.
+    """
+
+    task: str
+    prediction: Prediction
+    verdict: str
+    comparison: Comparison | None
+
+
+class Board:
+    """The results of a record.
+
+    Args:
+        record: of both tiers, or of one.
+
+    Attributes:
+        tasks: of the exact tier, by name.
+        realistic: likewise.
+        refused: the row that says why, by task and router that are not applicable.
+    """
+
+    thresholds = tuple(round(0.01 * step, 2) for step in range(121))
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        names = sorted({row.task for row in record.rows})
+        self.tasks = [name for name in names if tier(name) == "exact"]
+        self.realistic = [name for name in names if tier(name) != "exact"]
+        self.refused = {(row.task, row.router): row for row in record.rows if row.status == "not applicable"}
+        self.found = {(summary.task, summary.router): summary for summary in summaries(record.rows)}
+        self.labels = {task: [router for known, router in self.found if known == task] for task in names}
+
+    def baseline(self, task: str) -> str:
+        """Return the label of the linear gate in a task; empty without one."""
+        return next((label for label in BASELINES if label in self.labels[task]), "")
+
+    def summary(self, task: str, router: str) -> Summary | None:
+        """Return a router in a task; None where it was not run, or is not applicable."""
+        return self.found.get((task, router))
+
+    @cached_property
+    def results(self) -> dict[str, Results]:
+        """What is compared in each task: regret, and excess bits per byte in the realistic tier. Failed runs count."""
+        return {task: self._results(task) for task in [*self.tasks, *self.realistic]}
+
+    def _results(self, task: str) -> Results:
+        of_task = [self.found[task, label] for label in self.labels[task]]
+        if task in self.realistic:
+            values = {one.router: dict(zip(_seeds(one), excess_bits(one, of_task), strict=True)) for one in of_task}
+        else:
+            values = {one.router: {score.row.seed: score.regret for score in one.scores} for one in of_task}
+        baseline = self.baseline(task)
+        declared = {label: baseline for label in values if label != baseline} if baseline else {}
+        return Results(values, True, metric("bpb" if task in self.realistic else "regret"), declared)
+
+    @cached_property
+    def pairs(self) -> dict[str, Pairs]:
+        """All comparisons of the page, by task, corrected together."""
+        return compare_all(self.results)
+
+    def against_baseline(self, task: str, router: str) -> Comparison | None:
+        """Return a router's comparison with the linear gate; None where one of them was not run."""
+        return self.pairs[task].get((router, self.baseline(task)))
+
+    def best(self, task: str) -> Best:
+        """Return the best of a task, among the routers that are comparable in cost."""
+        results = self.results[task]
+        known = {label: values for label, values in results.values.items() if self.is_candidate(task, label)}
+        return find_best(Results(known, True, results.metric, {}), self.pairs[task])
+
+    def is_candidate(self, task: str, router: str) -> bool:
+        """Whether a router may be the best of a task: no control, with the k of all others there."""
+        return router not in CONTROLS and self.has_common_k(task, router)
+
+    def has_common_k(self, task: str, router: str) -> bool:
+        """Whether a router spends, in a task, the k that all routers have that take one."""
+        common = self.found[task, "blind"].mean("mean_k")
+        return all(abs(k - common) <= SAME_K * common for k in self.k(task, router))
+
+    def k(self, task: str, router: str) -> tuple[float, ...]:
+        """Return mean experts per token in training and in evaluation; nothing where no run finished."""
+        found = (self.found[task, router].mean(column) for column in ("train_k", "mean_k"))
+        return tuple(k for k in found if not math.isnan(k))
+
+    @cached_property
+    def standings(self) -> list[Standing]:
+        """Return the routers and the dense network, best first; those that were not run in all tasks come last."""
+        routers = dict.fromkeys(label for task in self.tasks for label in self.labels[task] if label not in BOUNDS)
+        found = [self._standing(router) for router in routers]
+        return sorted(found, key=lambda one: (not self.is_complete(one), one.iqm.mean, one.router))
+
+    def is_complete(self, standing: Standing) -> bool:
+        """Whether a router was run in all tasks."""
+        return len(standing.tasks) == len(self.tasks)
+
+    def _standing(self, router: str) -> Standing:
+        tasks = tuple(task for task in self.tasks if (task, router) in self.found)
+        of_tasks = [self.found[task, router] for task in tasks]
+        regret_TS = _regrets(of_tasks)
+        shared = [task for task in tasks if self.baseline(task)]
+        improvement = Interval(math.nan, math.nan, math.nan)
+        if shared and router != self.baseline(shared[0]):
+            theirs_TS = _regrets([self.found[task, self.baseline(task)] for task in shared])
+            ours_TS = _regrets([self.found[task, router] for task in shared])
+            improvement = stratified_bootstrap(probability_of_improvement, ours_TS, theirs_TS, draws=DRAWS // 4)
+        ks = [k for task in tasks for k in self.k(task, router)]
+        return Standing(
+            router,
+            "control" if router in CONTROLS else self.record.families[router],
+            tasks,
+            stratified_bootstrap(interquartile_mean, regret_TS, draws=DRAWS),
+            float(regret_TS.mean()),
+            improvement,
+            sum(len(one.failures) for one in of_tasks),
+            sum(len(one.scores) for one in of_tasks),
+            (min(ks), max(ks)) if ks else (math.nan, math.nan),
+            all(self.has_common_k(task, router) for task in tasks),
+            self._flops(router, shared),
+            tuple(performance_profile(regret_TS, self.thresholds).tolist()),
+        )
+
+    def _flops(self, router: str, tasks: Sequence[str]) -> float:
+        shares = [
+            self.found[task, router].mean("train_flops") / self.found[task, self.baseline(task)].mean("train_flops")
+            for task in tasks
+        ]
+        known = [share for share in shares if math.isfinite(share)]
+        return statistics.geometric_mean(known) if known else math.nan
+
+    @cached_property
+    def outcomes(self) -> list[Outcome]:
+        """What became of the predictions of all tasks."""
+        return [
+            self._outcome(task, prediction)
+            for task in [*self.tasks, *self.realistic]
+            for prediction in predictions(task)
+        ]
+
+    def _outcome(self, task: str, prediction: Prediction) -> Outcome:
+        comparison = self.pairs[task].get((prediction.better, prediction.worse))
+        if comparison is None:
+            return Outcome(task, prediction, "not run", None)
+        verdict = "inconclusive"
+        if comparison.is_significant:
+            verdict = "held" if comparison.verdict.endswith("better") else "turned"
+        return Outcome(task, prediction, verdict, comparison)
+
+    @property
+    def failed(self) -> list[Row]:
+        """The final runs that failed."""
+        return [row for row in self.record.rows if row.status == "failed"]
+
+
+def predictions(task: str) -> tuple[Prediction, ...]:
+    """Return what a task declares; nothing of somebody's own task that is not at hand."""
+    try:
+        return task_class(task).predictions
+    except UserError:
+        return ()
+
+
+def _seeds(summary: Summary) -> list[int]:
+    return [score.row.seed for score in summary.scores]
+
+
+def _regrets(of_tasks: Sequence[Summary]) -> Array:
+    """Return `[T, S]`, of the seeds that a router has in all of its tasks."""
+    seeds = sorted(set.intersection(*(set(_seeds(summary)) for summary in of_tasks)))
+    by_seed = [{score.row.seed: score.regret for score in summary.scores} for summary in of_tasks]
+    return np.array([[regrets[seed] for seed in seeds] for regrets in by_seed])
