@@ -16,18 +16,18 @@ from routerzoo.bench.task import Batch, BenchTask, Prediction, apply_maps, linea
 class Noise(BenchTask):
     """Clusters as in `Clusters`, and as many tokens of noise, as long as the others, around 0; their target is 0.
 
-    Ideal routing sends noise to no expert, so that its output is 0 and experts learn of their domain alone. A router
-    that must choose k experts with weights that sum to 1 has them learn to answer noise with 0, too. Weights that are
-    shares of all experts' scores make the output small where the gate is unsure, which noise makes it: top-p (Huang et
-    al. 2024, arXiv:2403.07652), thresholds and expert choice (Zhou et al. 2022, arXiv:2202.09368). In words of large
-    models: some tokens need no expert (null experts, Zeng et al. 2024, AdaMoE, arXiv:2406.13233).
+    Ideal routing sends noise to no expert, so that its output is 0 and experts learn of their domain alone. In words of
+    large models: some tokens need no expert (null experts, Zeng et al. 2024, AdaMoE, arXiv:2406.13233). A router that
+    must choose k experts has them learn to answer noise with 0, too. Routers that choose by probability (top-p, Huang
+    et al. 2024, arXiv:2403.07652; thresholds) give noise more experts, not fewer, but tokens of a clear domain fewer
+    than k. That alone helps a little; weights that are not renormalized, without it, do not help a linear gate.
     """
 
     name = "noise"
     title = "cluster, or none"
     predictions: ClassVar[tuple[Prediction, ...]] = (
-        Prediction("TopPRouter", "LinearRouter", "weights not renormalized are small where the gate is unsure"),
-        Prediction("ExpertThresholdRouter", "LinearRouter", "weights not renormalized are small for noise"),
+        Prediction("TopPRouter", "LinearRouter", "tokens of a clear domain take fewer experts (Huang et al. 2024)"),
+        Prediction("ExpertThresholdRouter", "LinearRouter", "tokens of a clear domain take fewer experts"),
         Prediction("LinearRouter", "RandomFrozenRouter", "a learned gate finds the centers"),
         Prediction("LinearRouter", "HashRouter", "a hash of random ids tells neither cluster nor noise"),
     )
