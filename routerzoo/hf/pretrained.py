@@ -10,6 +10,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from routerzoo.errors import UserError
 from routerzoo.hf.changes import KEEP, replace_change, sparsify_change
 from routerzoo.hf.modeling import record_change
 from routerzoo.hf.recipe import described
@@ -116,6 +117,15 @@ def _model(source: Source, auto_class: Any, options: dict[str, Any]) -> Any:
     if isinstance(source, PreTrainedModel):
         if options:
             raise TypeError(f"{', '.join(options)} are for from_pretrained, the source is a model already")
-        return source
-    build = auto_class.from_config if isinstance(source, PreTrainedConfig) else auto_class.from_pretrained
-    return build(source, **options)
+        model: Any = source
+    else:
+        build = auto_class.from_config if isinstance(source, PreTrainedConfig) else auto_class.from_pretrained
+        model = build(source, **options)
+    places = {name: parameter.is_meta for name, parameter in model.named_parameters()}
+    if any(places.values()) and not all(places.values()):
+        name = next(name for name, is_meta in places.items() if is_meta)
+        raise UserError(
+            f"{name} is offloaded, and cannot be changed: load the model without offloading (device_map='cpu'), save what "
+            "was changed, and load that with offloading"
+        )
+    return model

@@ -221,6 +221,8 @@ def test_layers_that_lie_on_disk_are_fetched(shared, tmp_path):
         tmp_path, device_map=places, offload_folder=tmp_path / "disk"
     ).eval()
     assert list(moe_layers(offloaded))[1].experts.down.is_meta
+    with pytest.raises(ValueError, match=r"model.layers.1.* is offloaded, and cannot be changed"):
+        hf.replace_routers(offloaded, "HyperRouter")
     inputs = inputs_of(model)
     assert_close(offloaded(**inputs).logits, model(**inputs).logits, rtol=1e-5, atol=1e-5)
 
