@@ -125,7 +125,7 @@ def _model(source: Source, auto_class: Any, options: dict[str, Any]) -> Any:
     if any(places.values()) and not all(places.values()):
         name = next(name for name, is_meta in places.items() if is_meta)
         raise UserError(
-            f"{name} is offloaded, and cannot be changed: load the model without offloading (device_map='cpu'), save what "
-            "was changed, and load that with offloading"
+            f"{name} is offloaded, and cannot be changed: load the model without offloading (device_map='cpu'), save "
+            "what was changed, and load that with offloading"
         )
     return model
