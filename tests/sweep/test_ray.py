@@ -18,7 +18,7 @@ from tests.sweep.test_sweep import BASE, measured  # noqa: E402
 @pytest.fixture
 def cluster():
     nodes = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    nodes.add_node(num_cpus=1)
+    nodes.add_node(num_cpus=2)
     ray.init(address=nodes.address, log_to_driver=False)
     yield nodes
     ray.shutdown()
@@ -36,16 +36,17 @@ def test_a_sweep_on_two_nodes_gives_the_same_numbers(cluster, tmp_path, monkeypa
         "HyperRouter",
         {"label": "too fast", "class_path": "LinearRouter", "set": {"model.init_args.optimizer.init_args.lr": 1e30}},
     ]
-    plan = {"tasks": {"text": "base.yaml"}, "routers": routers, "set": {"trainer.max_steps": 10}}
+    pair = {"label": "pair", "class_path": "LinearRouter", "set": {"trainer.devices": 2}}  # two processes, on one node
+    plan = {"tasks": {"text": "base.yaml"}, "routers": [*routers, pair], "set": {"trainer.max_steps": 10}}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(plan))
     for folder, engine in (("here", "local"), ("there", "ray")):
         with pytest.raises(SystemExit) as ended:
             main(["--config", "sweep.yaml", "--folder", folder, "--engine", engine, "--workers", "2"])
         assert ended.value.code == 1  # one run failed
     here, there = ({run.variant: run for run in Ledger(tmp_path / name).runs()} for name in ("here", "there"))
-    assert Counter(run.status for run in there.values()) == {"finished": 2, "failed": 1}
+    assert Counter(run.status for run in there.values()) == {"finished": 3, "failed": 1}
     assert "the loss is" in there["too fast"].reason
-    for name in ("LinearRouter", "HyperRouter"):
+    for name in ("LinearRouter", "HyperRouter", "pair"):
         assert measured(there[name].results) == measured(here[name].results)
 
 
