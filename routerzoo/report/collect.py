@@ -122,6 +122,7 @@ class Sweep:
         earlier: finished runs that are no longer in the plan.
         refused: why configs cannot be run, by label.
         pending_trials: trials of the tuning that are still to come.
+        note: what a reader should know first.
     """
 
     folder: Path
@@ -133,6 +134,7 @@ class Sweep:
     earlier: Sequence[Run]
     refused: Mapping[str, str] = field(default_factory=dict)
     pending_trials: int = 0
+    note: str = ""
 
     def main_tasks(self) -> list[Task]:
         """Return the tasks to decide by: without the untuned ones that there are tuned, too."""

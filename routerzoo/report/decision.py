@@ -83,10 +83,8 @@ def _answer(found: TaskAnalysis) -> tuple[str, bool]:
     flops = {name: found.task.budget(name).flops for name in names}
     least = min((other for other in flops.values() if not math.isnan(other)), default=math.nan)
     if flops[best.router] > (1 + UNEQUAL) * least:
-        return (
-            f"{best.router} has the best mean, {mean}, with up to {flops[best.router] / least:.2g} times the FLOPs.",
-            False,
-        )
+        times = f"{flops[best.router] / least:.2g}"
+        return f"{best.router} has the best mean, {mean}, with up to {times} times the FLOPs of others.", False
     if best.is_settled:
         return f"Choose {best.router}{' or one as good' if best.as_good else ''}: {mean}.", True
     return f"{best.router} has the best mean, {mean}, but {_count(best.open)} may be as good or better.", False

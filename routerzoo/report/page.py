@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -23,6 +24,7 @@ from routerzoo.report.palette import GRID, INK, PAPER, styles
 from routerzoo.runs.atomic import atomic_write
 from routerzoo.runs.folder import CONFIG, LOGS, RESULTS
 from routerzoo.sweep.ledger import THEN, Run
+from routerzoo.sweep.progress import progress_of
 from routerzoo.sweep.work import CELL, LOG
 
 LARGEST_DIFFERENCES = 12
@@ -58,6 +60,7 @@ def write_report(sweep: Sweep, *, refresh: float | None = None) -> Report:
         *sections.joined("tuning", "Tuned and untuned", sections.tuned(sweep, analysis, known, means)),
         *([sections.over_all(analysis, known)] if analysis.ranks else []),
     ]
+    counts = Counter(run.status for run in sweep.runs)
     content: dict[str, Any] = {
         "sweep": sweep,
         "refresh": refresh,
@@ -68,8 +71,9 @@ def write_report(sweep: Sweep, *, refresh: float | None = None) -> Report:
         "results": [sections.results(found, means, known) for found in main],
         "sections": parts,
         "runs": [(run, _value(run)) for run in sweep.runs],
-        "missing": [run for run in sweep.runs if run.status != "finished"],
-        "counts": {status: sum(run.status == status for run in sweep.runs) for status in ("finished", "failed")},
+        "missing": [run for run in sweep.runs if run.status in ("failed", "running")],
+        "progress": lambda run: progress_of(sweep.folder / run.folder),
+        "counts": counts | {"pending": counts["waiting"] + counts["running"]},
         "codes": (codes := sorted({run.code for run in sweep.runs if run.status == "finished" and run.code})),
         "mixed": len(codes) > 1 or any(THEN in code for code in codes),
         "hosts": sorted({run.host for run in sweep.runs if run.host}),

@@ -250,6 +250,7 @@ def _label_ends(ax: Axes, ends: Mapping[str, tuple[float, float]], known: Mappin
             if lack > 1e-4:
                 at[below] -= lack / 2
                 at[above] += lack / 2
+    at += max(0.0, 0.03 - at[0])  # above the labels of the axis
     for name, y in zip(names, at, strict=True):
         text = ax.annotate(
             name,
@@ -265,8 +266,9 @@ def _label_ends(ax: Axes, ends: Mapping[str, tuple[float, float]], known: Mappin
                 "color": known[name].color,
                 "lw": 0.5,
                 "alpha": 0.6,
-                "shrinkA": 1,
+                "shrinkA": 0,
                 "shrinkB": 4,
+                "relpos": (0, 0.5),
             },
         )
         _own([text], known[name], name)

@@ -133,7 +133,7 @@ def by_compute(found: Compute, known: Mapping[str, Style], baseline: str) -> Sec
     if (fit := found.fit) is None:
         return Section("", found.name, [*notes, found.why_not], drawn)
     notes.append(
-        f"L = a C^-b + c: b = {tables.shown(fit.exponent, 3)} and c = {fit.c[0]:.4g} are shared, a is the router's own. "
+        f"L = a C^-b + c: all share b = {tables.shown(fit.exponent, 3)} and c = {fit.c[0]:.4g}; a is the router's own. "
         f"No mean is further than {fit.worst:.2g} {found.unit} from its curve."
     )
     if len(fit.b) == 1:

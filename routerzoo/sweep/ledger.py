@@ -217,6 +217,15 @@ class Ledger:
             return False
         return True
 
+    def is_worked_on(self) -> bool:
+        """Whether some sweep is at the runs of this folder."""
+        now = time.time()
+        if any(
+            run.status == "running" and not self._is_abandoned(run.owner, run.heartbeat, now) for run in self.runs()
+        ):
+            return True
+        return any(_is_held(lock) for lock in self.path.parent.glob("sweep-*.lock"))
+
     def beat(self) -> None:
         """Renew the lease of this sweep's runs."""
         with self._transaction() as database:
@@ -259,6 +268,14 @@ class Ledger:
                 set_aside(run)
                 database.execute("UPDATE runs SET status = 'waiting', code = '' WHERE key = ?", (run.key,))
         return old
+
+
+def _is_held(lock: Path) -> bool:
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def _also(codes: str, code: str) -> str:
