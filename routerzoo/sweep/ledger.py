@@ -113,6 +113,9 @@ class Ledger:
         with self._transaction() as database:
             for table in _TABLES:
                 database.execute(table)
+            columns = {column["name"] for column in database.execute("PRAGMA table_info(runs)")}
+        if columns != Run.__dataclass_fields__.keys():
+            raise UserError(f"{self.path} is a ledger of another version of routerzoo: choose another --folder")
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:

@@ -208,3 +208,10 @@ def test_a_ledger_of_an_older_version_is_refused(tmp_path):
         database.execute("CREATE TABLE runs (key TEXT PRIMARY KEY, seal INTEGER)")
     with pytest.raises(UserError, match=r"its content has no checksum, as in routerzoo 0\.1"):
         Ledger(tmp_path)
+
+
+def test_a_ledger_with_other_columns_is_of_another_version(tmp_path):
+    with Ledger(tmp_path)._transaction() as database:
+        database.execute("ALTER TABLE runs DROP COLUMN stage")
+    with pytest.raises(UserError, match="is a ledger of another version of routerzoo: choose another --folder"):
+        Ledger(tmp_path)
