@@ -27,8 +27,9 @@ from routerzoo.report.statistics.aggregates import (
     stratified_bootstrap,
 )
 from routerzoo.report.statistics.best import Best, find_best
-from routerzoo.report.statistics.comparisons import Comparison, Pairs, Results, compare_all
-from routerzoo.report.statistics.intervals import Interval
+from routerzoo.report.statistics.comparisons import ALPHA, Comparison, Pairs, Results, compare_all
+from routerzoo.report.statistics.holm import holm
+from routerzoo.report.statistics.intervals import Interval, interval
 from routerzoo.report.statistics.margins import metric
 
 BASELINES = ("LinearRouter", "all processes")
@@ -37,6 +38,8 @@ DRAWS = 2000
 """Of the bootstrap, whose intervals are printed to two digits."""
 SAME_K = 0.05
 """A router whose mean k differs from the common one by a larger share is not comparable in cost."""
+OVERALL = "all tasks"
+"""Stands for the mean over the tasks of the exact tier, of routers that were run in all of them."""
 BOUNDS = ("oracle", "blind")
 """The controls whose regret is 0 and 1 by definition."""
 
@@ -49,8 +52,8 @@ class Standing:
         router: label.
         family: see `family_of`; `control` of the dense network.
         tasks: that it has been run in.
+        mean: of regret over tasks, with Student's interval over seeds.
         iqm: interquartile mean of the regret of all runs, with the interval of a stratified bootstrap over seeds.
-        mean: of the same.
         improvement: probability that a run is better than one of the baseline in the same task.
         failed: runs that failed.
         runs: of all tasks.
@@ -63,8 +66,8 @@ class Standing:
     router: str
     family: str
     tasks: tuple[str, ...]
+    mean: Interval
     iqm: Interval
-    mean: float
     improvement: Interval
     failed: int
     runs: int
@@ -81,7 +84,7 @@ class Outcome:
     Args:
         task: name of the task.
         prediction: as the task declares it.
-        verdict: `held` and `turned` are significant after correction for all comparisons of the page.
+        verdict: `held` and `turned` are significant after correction for all predictions.
         comparison: of the better with the worse; None where one of them was not run.
     """
 
@@ -101,18 +104,29 @@ class Board:
         tasks: of the exact tier, by name.
         realistic: likewise.
         refused: the row that says why, by task and router that are not applicable.
+
+        left_out: tasks without finished runs of the controls that regret is measured between.
+
+    Raises:
+        UserError: all are left out.
     """
 
     thresholds = tuple(round(0.01 * step, 2) for step in range(121))
 
     def __init__(self, record: Record) -> None:
         self.record = record
-        names = sorted({row.task for row in record.rows})
-        self.tasks = [name for name in names if tier(name) == "exact"]
-        self.realistic = [name for name in names if tier(name) != "exact"]
         self.refused = {(row.task, row.router): row for row in record.rows if row.status == "not applicable"}
         self.found = {(summary.task, summary.router): summary for summary in summaries(record.rows)}
-        self.labels = {task: [router for known, router in self.found if known == task] for task in names}
+        self.labels: dict[str, list[str]] = {}
+        for task, router in self.found:
+            self.labels.setdefault(task, []).append(router)
+        if not self.labels:
+            raise UserError(
+                "there is no task with finished runs of oracle and blind of one seed, so nothing to compare"
+            )
+        self.tasks = sorted(task for task in self.labels if tier(task) == "exact")
+        self.realistic = sorted(self.labels.keys() - set(self.tasks))
+        self.left_out = sorted({row.task for row in record.rows} - self.labels.keys())
 
     def baseline(self, task: str) -> str:
         """Return the label of the linear gate in a task; empty without one."""
@@ -124,8 +138,20 @@ class Board:
 
     @cached_property
     def results(self) -> dict[str, Results]:
-        """What is compared in each task: regret, and excess bits per byte in the realistic tier. Failed runs count."""
-        return {task: self._results(task) for task in [*self.tasks, *self.realistic]}
+        """What is compared in each task: regret, and excess bits per byte in the realistic tier. Failed runs count.
+
+        With several tasks of the exact tier there is their mean, too, by seed.
+        """
+        found = {task: self._results(task) for task in [*self.tasks, *self.realistic]}
+        return {OVERALL: self._overall(), **found} if len(self.tasks) > 1 else found
+
+    def _overall(self) -> Results:
+        complete = set.intersection(*(set(self.labels[task]) for task in self.tasks))
+        values = {}
+        for router in (label for label in self.labels[self.tasks[0]] if label in complete):
+            seeds, regret_TS = _regrets([self.found[task, router] for task in self.tasks])
+            values[router] = dict(zip(seeds, regret_TS.mean(0).tolist(), strict=True))
+        return self._compared(values, self.baseline(self.tasks[0]), "regret")
 
     def _results(self, task: str) -> Results:
         of_task = [self.found[task, label] for label in self.labels[task]]
@@ -133,9 +159,11 @@ class Board:
             values = {one.router: dict(zip(_seeds(one), excess_bits(one, of_task), strict=True)) for one in of_task}
         else:
             values = {one.router: {score.row.seed: score.regret for score in one.scores} for one in of_task}
-        baseline = self.baseline(task)
-        declared = {label: baseline for label in values if label != baseline} if baseline else {}
-        return Results(values, True, metric("bpb" if task in self.realistic else "regret"), declared)
+        return self._compared(values, self.baseline(task), "bpb" if task in self.realistic else "regret")
+
+    def _compared(self, values: dict[str, dict[int, float]], baseline: str, of: str) -> Results:
+        declared = {label: baseline for label in values if label != baseline} if baseline in values else {}
+        return Results(values, True, metric(of), declared)
 
     @cached_property
     def pairs(self) -> dict[str, Pairs]:
@@ -154,7 +182,8 @@ class Board:
 
     def is_candidate(self, task: str, router: str) -> bool:
         """Whether a router may be the best of a task: no control, with the k of all others there."""
-        return router not in CONTROLS and self.has_common_k(task, router)
+        tasks = self.tasks if task == OVERALL else [task]
+        return router not in CONTROLS and all(self.has_common_k(each, router) for each in tasks)
 
     def has_common_k(self, task: str, router: str) -> bool:
         """Whether a router spends, in a task, the k that all routers have that take one."""
@@ -171,7 +200,7 @@ class Board:
         """Return the routers and the dense network, best first; those that were not run in all tasks come last."""
         routers = dict.fromkeys(label for task in self.tasks for label in self.labels[task] if label not in BOUNDS)
         found = [self._standing(router) for router in routers]
-        return sorted(found, key=lambda one: (not self.is_complete(one), one.iqm.mean, one.router))
+        return sorted(found, key=lambda one: (not self.is_complete(one), one.mean.mean, one.router))
 
     def is_complete(self, standing: Standing) -> bool:
         """Whether a router was run in all tasks."""
@@ -180,30 +209,31 @@ class Board:
     def _standing(self, router: str) -> Standing:
         tasks = tuple(task for task in self.tasks if (task, router) in self.found)
         of_tasks = [self.found[task, router] for task in tasks]
-        regret_TS = _regrets(of_tasks)
+        _, regret_TS = _regrets(of_tasks)
         shared = [task for task in tasks if self.baseline(task)]
         improvement = Interval(math.nan, math.nan, math.nan)
         if shared and router != self.baseline(shared[0]):
-            theirs_TS = _regrets([self.found[task, self.baseline(task)] for task in shared])
-            ours_TS = _regrets([self.found[task, router] for task in shared])
+            _, theirs_TS = _regrets([self.found[task, self.baseline(task)] for task in shared])
+            _, ours_TS = _regrets([self.found[task, router] for task in shared])
             improvement = stratified_bootstrap(probability_of_improvement, ours_TS, theirs_TS, draws=DRAWS // 4)
         ks = [k for task in tasks for k in self.k(task, router)]
         return Standing(
             router,
             "control" if router in CONTROLS else self.record.families[router],
             tasks,
+            interval(regret_TS.mean(0).tolist()),
             stratified_bootstrap(interquartile_mean, regret_TS, draws=DRAWS),
-            float(regret_TS.mean()),
             improvement,
             sum(len(one.failures) for one in of_tasks),
             sum(len(one.scores) for one in of_tasks),
             (min(ks), max(ks)) if ks else (math.nan, math.nan),
             all(self.has_common_k(task, router) for task in tasks),
-            self._flops(router, shared),
+            self.flops(router, shared),
             tuple(performance_profile(regret_TS, self.thresholds).tolist()),
         )
 
-    def _flops(self, router: str, tasks: Sequence[str]) -> float:
+    def flops(self, router: str, tasks: Sequence[str]) -> float:
+        """Return a router's training FLOPs over those of the linear gate, the geometric mean over tasks."""
         shares = [
             self.found[task, router].mean("train_flops") / self.found[task, self.baseline(task)].mean("train_flops")
             for task in tasks
@@ -213,26 +243,25 @@ class Board:
 
     @cached_property
     def outcomes(self) -> list[Outcome]:
-        """What became of the predictions of all tasks."""
+        """What became of the predictions of all tasks, which are corrected among themselves: they were made before."""
+        declared = [(task, told) for task in [*self.tasks, *self.realistic] for told in predictions(task)]
+        compared = [self.pairs[task].get((told.better, told.worse)) for task, told in declared]
+        corrected = iter(holm([found.p for found in compared if found is not None]))
         return [
-            self._outcome(task, prediction)
-            for task in [*self.tasks, *self.realistic]
-            for prediction in predictions(task)
+            Outcome(task, told, _verdict(found, next(corrected).p) if found else "not run", found)
+            for (task, told), found in zip(declared, compared, strict=True)
         ]
-
-    def _outcome(self, task: str, prediction: Prediction) -> Outcome:
-        comparison = self.pairs[task].get((prediction.better, prediction.worse))
-        if comparison is None:
-            return Outcome(task, prediction, "not run", None)
-        verdict = "inconclusive"
-        if comparison.is_significant:
-            verdict = "held" if comparison.verdict.endswith("better") else "turned"
-        return Outcome(task, prediction, verdict, comparison)
 
     @property
     def failed(self) -> list[Row]:
         """The final runs that failed."""
         return [row for row in self.record.rows if row.status == "failed"]
+
+
+def _verdict(found: Comparison, p: float) -> str:
+    if not p < ALPHA:
+        return "inconclusive"
+    return "held" if found.difference.mean < 0 else "turned"
 
 
 def predictions(task: str) -> tuple[Prediction, ...]:
@@ -247,8 +276,8 @@ def _seeds(summary: Summary) -> list[int]:
     return [score.row.seed for score in summary.scores]
 
 
-def _regrets(of_tasks: Sequence[Summary]) -> Array:
-    """Return `[T, S]`, of the seeds that a router has in all of its tasks."""
+def _regrets(of_tasks: Sequence[Summary]) -> tuple[list[int], Array]:
+    """Return the seeds that a router has in all of its tasks, and its regrets `[T, S]`."""
     seeds = sorted(set.intersection(*(set(_seeds(summary)) for summary in of_tasks)))
     by_seed = [{score.row.seed: score.regret for score in summary.scores} for summary in of_tasks]
-    return np.array([[regrets[seed] for seed in seeds] for regrets in by_seed])
+    return seeds, np.array([[regrets[seed] for seed in seeds] for regrets in by_seed])

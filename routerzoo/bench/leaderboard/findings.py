@@ -7,8 +7,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from routerzoo.bench.leaderboard.board import Board, Standing
+from routerzoo.bench.leaderboard.board import OVERALL, Board, Standing
 from routerzoo.report.statistics.comparisons import Comparison
+
+MOST = 5
+"""Routers that a sentence on failures names."""
+COSTLY = 1.1
+"""Training FLOPs over those of the linear gate, from which a sentence names them."""
 
 
 class Family(NamedTuple):
@@ -29,8 +34,13 @@ class Family(NamedTuple):
 
 def findings(board: Board) -> list[str]:
     """Return the sentences at the head of the page."""
-    found = [*_leader(board), *_best_by_task(board), *_dense(board), *_predicted(board), *_failed(board)]
-    return [*found, *(sentence for task in board.realistic for sentence in _excess(board, task))]
+    found = [*_leader(board), *_best_by_task(board), *_dense(board), *_predicted(board)]
+    return [
+        *found,
+        *_failed(board),
+        *_refused(board),
+        *(sentence for task in board.realistic for sentence in _excess(board, task)),
+    ]
 
 
 def families(board: Board) -> list[Family]:
@@ -50,35 +60,45 @@ def _good_and_bad(board: Board, routers: Sequence[str]) -> tuple[list[str], list
         wins = {router: found for router, found in known.items() if found.verdict == "better"}
         if wins:
             best = min(wins, key=lambda router: wins[router].difference.mean)
-            count = f", {len(wins)} of {len(known)}" if len(known) > 1 else ""
             mark = "" if board.has_common_k(task, best) else "\\*"
-            better.append(f"{task} ({best}{mark} {wins[best].difference.mean:+.3f}{count})")
+            named = f"{best}{mark} " if len(routers) > 1 else mark
+            count = f", {len(wins)} of {len(known)}" if len(routers) > 1 else ""
+            better.append(f"{task} ({named}{wins[best].difference.mean:+.2f}{count})")
         elif known and all(found.verdict == "worse" for found in known.values()):
             worse.append(task)
     return better, worse
 
 
 def _leader(board: Board) -> Iterator[str]:
-    complete = [one for one in board.standings if board.is_complete(one) and one.family != "control"]
-    leader = next((one for one in complete if one.is_comparable), None)
-    if leader is None:
+    if OVERALL not in board.results:
         return
-    told = f"**Over all {len(board.tasks)} tasks {leader.router} has the lowest regret**, {spread(leader.iqm)} (IQM"
-    told += " of all runs" if math.isnan(leader.iqm.low) else ", 95 % interval"
-    baseline = next((one for one in complete if _is_baseline(board, one)), None)
-    if baseline is None or leader is baseline:
-        yield f"{told})."
+    best = board.best(OVERALL)
+    if best.router is None:
         return
-    counts = _counts(board, leader.router)
-    yield f"{told}; {baseline.router} {spread(baseline.iqm)}). {counts} than {baseline.router}."
+    standings = {one.router: one for one in board.standings}
+    told = f"**Over all {len(board.tasks)} tasks {best.router} has the lowest mean regret**"
+    told += f", {spread(standings[best.router].mean)}"
+    baseline = board.baseline(board.tasks[0])
+    if baseline in standings and baseline != best.router:
+        told += f"; {baseline} has {spread(standings[baseline].mean)}"
+    rivals = [*best.as_good, *best.open]
+    told += f". Not shown to be worse: {listed(rivals)}." if rivals else ". All others with the common k are worse."
+    if baseline and baseline != best.router:
+        told += f" {_counts(board, best.router, baseline)}{_cost(board, best.router, board.tasks)}."
+    yield told
 
 
-def _counts(board: Board, router: str) -> str:
+def _cost(board: Board, router: str, tasks: Sequence[str]) -> str:
+    flops = board.flops(router, tasks) if all(map(board.baseline, tasks)) else math.nan
+    return f", at {flops:.2g} times the FLOPs" if flops >= COSTLY else ""
+
+
+def _counts(board: Board, router: str, baseline: str) -> str:
     verdicts = {task: found.verdict for task in board.tasks if (found := board.against_baseline(task, router))}
     better = [task for task, verdict in verdicts.items() if verdict == "better"]
     worse = [task for task, verdict in verdicts.items() if verdict == "worse"]
     parts = [f"{word} in {listed(tasks)}" for word, tasks in (("better", better), ("worse", worse)) if tasks]
-    return f"It is {' and '.join(parts)}" if parts else "In no task is it significantly better or worse"
+    return f"Against {baseline} it is {' and '.join(parts) or 'in no task significantly better or worse'}"
 
 
 def _best_by_task(board: Board) -> Iterator[str]:
@@ -88,11 +108,12 @@ def _best_by_task(board: Board) -> Iterator[str]:
         if best.router is None:
             continue
         rivals = len(best.as_good) + len(best.open)
-        told.append(f"{task}: {best.router}" + (f" (or {rivals} more)" if rivals else ""))
+        more = f" (+{rivals})" if rivals else ""
+        told.append(f"{task}: {best.router}{more}{_cost(board, best.router, [task])}")
     if told:
         yield (
-            "**Best of each task**, of the routers with the common k (in brackets: how many others are not "
-            f"significantly worse by more than the margin): {'; '.join(told)}."
+            "**Best of each task**, of the routers with the common k (+: how many others are not shown to be "
+            f"worse): {'; '.join(told)}."
         )
 
 
@@ -126,9 +147,18 @@ def _predicted(board: Board) -> Iterator[str]:
 
 
 def _failed(board: Board) -> Iterator[str]:
-    failing = [f"{one.router} ({one.failed} of {one.runs} runs)" for one in board.standings if one.failed]
+    failing = sorted((one for one in board.standings if one.failed), key=lambda one: -one.failed)
     if failing:
-        yield f"**Failed runs** count as regret 1: {listed(failing)}."
+        most = listed([f"{one.router} ({one.failed} of {one.runs})" for one in failing[:MOST]])
+        count, runs = sum(one.failed for one in failing), sum(one.runs for one in board.standings)
+        told = f"**{count:,} of {runs:,} runs failed** and count as regret 1"
+        yield f"{told}: of {most}." if len(failing) <= MOST else f"{told}: of {len(failing)} routers, most of {most}."
+
+
+def _refused(board: Board) -> Iterator[str]:
+    nowhere = sorted({router for _, router in board.refused} - {router for _, router in board.found})
+    if nowhere:
+        yield f"**Not applicable in any task**: {listed(nowhere)}."
 
 
 def _excess(board: Board, task: str) -> Iterator[str]:
@@ -136,8 +166,8 @@ def _excess(board: Board, task: str) -> Iterator[str]:
     if best.router is None:
         return
     rivals = [*best.as_good, *best.open]
-    told = f"**{task}: {best.router} has the lowest excess** over the reference"
-    yield f"{told}; not significantly worse: {listed(rivals)}." if rivals else f"{told}; all others are worse."
+    told = f"**In {task}, {best.router} has the lowest excess** over the reference"
+    yield f"{told}. Not shown to be worse: {listed(rivals)}." if rivals else f"{told}. All others are worse."
 
 
 def _is_baseline(board: Board, standing: Standing) -> bool:

@@ -18,9 +18,11 @@ from routerzoo.bench.leaderboard.families import OTHER
 from routerzoo.bench.leaderboard.findings import difference, families, findings, spread
 from routerzoo.bench.leaderboard.pictures import heat_map, profiles
 from routerzoo.bench.leaderboard.record import Record, read_record
+from routerzoo.bench.realistic.scopes import SCOPES
 from routerzoo.bench.rows import Row
 from routerzoo.bench.scores import Summary
 from routerzoo.report.statistics.intervals import around
+from routerzoo.report.statistics.margins import metric
 from routerzoo.runs.atomic import atomic_write
 
 TAUS = (0.1, 0.25, 0.5, 0.75, 1.0)
@@ -73,6 +75,7 @@ def pages(record: Record, stem: str) -> dict[str, str]:
         "reasons": _reasons(board),
         "provenance": list(_provenance(board)),
         "tasks": board.tasks,
+        "margin": metric("regret").margin,
         "baseline": next(filter(None, map(board.baseline, board.tasks)), ""),
     }
     text = files("routerzoo.bench.leaderboard").joinpath("page.md.jinja").read_text(encoding="utf-8")
@@ -100,8 +103,8 @@ def _standings(board: Board) -> Table:
             str(place) if board.is_complete(one) else "-",
             _label(one),
             one.family,
+            spread(one.mean),
             spread(one.iqm),
-            _number(one.mean, 3),
         ]
         cells += [spread(one.improvement, 2) if not math.isnan(one.improvement.mean) else "-"]
         cells += [low if low == high else f"{low} to {high}", _number(one.flops, 2)]
@@ -112,8 +115,8 @@ def _standings(board: Board) -> Table:
         "",
         "router",
         "family",
-        "IQM of regret",
-        "mean",
+        "mean regret",
+        "IQM",
         f"P(better than {baseline})",
         "k",
         "FLOPs",
@@ -223,7 +226,7 @@ def _reasons(board: Board) -> list[str]:
         refused.setdefault((router, row.reason), []).append(task)
     told = [f"{router}, not applicable in {', '.join(tasks)}: {why}" for (router, why), tasks in refused.items()]
     failed = Counter((row.router, row.task, row.reason) for row in board.failed)
-    return told + [f"{router}, {count} runs failed in {task}: {why}" for (router, task, why), count in failed.items()]
+    return told + [f"{router}, {count} failed in {task}: {why}" for (router, task, why), count in failed.items()]
 
 
 def _provenance(board: Board) -> Iterator[str]:
@@ -233,7 +236,9 @@ def _provenance(board: Board) -> Iterator[str]:
     yield f"{len(final):,} final runs and {tuned:,} of tuning, {board.record.seconds:,.0f} CPU-seconds in all."
     codes = Counter("+".join(row.code.split("+")[:2]) for row in final)
     counted = ", ".join(f"{code} ({count:,} runs)" for code, count in codes.items())
-    yield f"Code, by version and digest of the sources: {counted}."
+    yield f"Code, by version and digest of the sources: {counted if len(codes) == 1 else f'**{counted}**'}."
+    if board.left_out:
+        yield f"**Left out**, since no runs of oracle and blind have finished: {', '.join(board.left_out)}."
     for tier, tasks in (("Exact", board.tasks), ("Realistic", board.realistic)):
         rows = [row for row in final if row.task in tasks]
         if not rows:
@@ -244,11 +249,20 @@ def _provenance(board: Board) -> Iterator[str]:
             rates, scales = (sorted({getattr(one, key) for one in tried}) for key in ("lr", "aux_scale"))
             how = f"tuned over learning rates {_numbers(rates)} and factors {_numbers(scales)} on auxiliary losses"
         yield f"{tier} tier: {_seeds(rows)}; {_steps(rows)}; {how}."
-    seeds = max((len({row.seed for row in final if row.task == task}) for task in board.tasks), default=0)
-    if seeds and OTHER not in board.record.families.values():
-        routers = " ".join(sorted({one.router for one in board.standings} - CONTROLS.keys()))
-        named = " ".join(board.tasks)
-        yield f"Runs of the exact tier: `python -m routerzoo bench --seeds {seeds} --tasks {named} --routers {routers}`"
+        if command := _command(board.record, rows):
+            yield f"Its runs: `{command}`"
+
+
+def _command(record: Record, rows: Sequence[Row]) -> str:
+    """Return what makes a tier's final runs; nothing where a label does not tell which router it is."""
+    labels = sorted({row.router for row in rows} - CONTROLS.keys())
+    scopes = [scope.label for scope in SCOPES]
+    if set(scopes) <= set(labels):
+        labels = ["scopes", *(label for label in labels if label not in scopes)]
+    if any(record.families.get(label, OTHER) == OTHER for label in labels if label != "scopes"):
+        return ""
+    tasks, seeds = sorted({row.task for row in rows}), len({row.seed for row in rows})
+    return f"python -m routerzoo bench --seeds {seeds} --tasks {' '.join(tasks)} --routers {' '.join(labels)}"
 
 
 def _seeds(rows: Sequence[Row]) -> str:

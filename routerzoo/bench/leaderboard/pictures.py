@@ -19,6 +19,8 @@ from routerzoo.report.palette import COLORS
 
 WORST = 1.2
 """Regret beyond which the color does not change."""
+DARK = 118
+"""Brightness below which white text has more contrast than black."""
 
 
 class Tile(NamedTuple):
@@ -45,14 +47,13 @@ def heat_map(board: Board) -> str:
         {
             "router": standing.router + ("" if standing.is_comparable else " *"),
             "is_control": standing.family == "control",
-            "is_first_incomplete": False,
-            "tiles": [_tile(standing.iqm.mean, f"{standing.router}, all its tasks")]
+            "tiles": [_tile(standing.mean.mean, f"{standing.router}, mean over its tasks")]
             + [_cell(board, task, standing.router) for task in board.tasks],
         }
         for standing in board.standings
     ]
     complete = sum(map(board.is_complete, board.standings))
-    return _rendered("heat_map.svg.jinja", rows=rows, tasks=["IQM", *board.tasks], complete=complete, scale=_scale())
+    return _rendered("heat_map.svg.jinja", rows=rows, tasks=["mean", *board.tasks], complete=complete, scale=_scale())
 
 
 def profiles(board: Board) -> str:
@@ -115,13 +116,13 @@ def _tile(regret: float, about: str) -> Tile:
         return Tile("-", "", "", about)
     color = _color(regret)
     red, green, blue = (int(color[place : place + 2], 16) for place in (1, 3, 5))
-    ink = "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 140 else "#000000"
+    ink = "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < DARK else "#000000"
     return Tile(f"{regret:.2f}", color, ink, f"{about}: {regret:.3f}")
 
 
 def _color(regret: float) -> str:
-    """Return a color that the color-blind order as others do: cividis, dark where regret is low."""
-    red, green, blue, _ = colormaps["cividis"](min(max(regret, 0.0), WORST) / WORST, bytes=True)
+    """Return a color that the color-blind order as others do, dark where regret is low."""
+    red, green, blue, _ = colormaps["viridis"](min(max(regret, 0.0), WORST) / WORST, bytes=True)
     return f"#{red:02x}{green:02x}{blue:02x}"
 
 

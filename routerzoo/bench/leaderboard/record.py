@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import functools
 import io
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 from routerzoo.bench.controls import CONTROLS
 from routerzoo.bench.leaderboard.families import family_of
+from routerzoo.bench.realistic.scopes import SCOPES
 from routerzoo.bench.registry import task_class
 from routerzoo.bench.rows import COLUMNS, Row, RowFile, read_rows, row_text
 from routerzoo.errors import UserError
@@ -60,7 +62,7 @@ class Record:
     Args:
         rows: final ones, and those of routers that are not applicable.
         tuning: by setting.
-        families: by router.
+        families: by router; scopes of balancing have none.
     """
 
     rows: tuple[Row, ...]
@@ -85,29 +87,31 @@ def read_record(paths: Sequence[Path]) -> Record:
     """Read folders of benchmarks, `rows.csv` files, or a record that was written before.
 
     Raises:
-        UserError: one is missing or holds no rows, or two have the same run.
+        UserError: one is missing, there are no rows, or two of the same task, router and seed.
     """
-    rows: dict[tuple[object, ...], Row] = {}
+    rows: list[Row] = []
     tuning: list[Tuned] = []
     families: dict[str, str] = {}
     for given in paths:
         path = given / RowFile.NAME if given.is_dir() else given
         if not path.is_file():
             raise UserError(f"there are no rows at {path}: give the folder of a benchmark, or its rows")
-        found = read_rows(path)
-        if twice := next((row for row in found if row.key in rows), None):
-            raise UserError(f"{path} has a run that another file has, too: {twice.router} in {twice.task}")
-        rows |= {row.key: row for row in found}
+        rows += read_rows(path)
         if _beside(path, "tuning").is_file():
             tuning += map(_parsed, _read(_beside(path, "tuning")))
         if _beside(path, "routers").is_file():
             families |= {cells["router"]: cells["family"] for cells in _read(_beside(path, "routers"))}
     if not rows:
         raise UserError(f"{' and '.join(map(str, paths))} hold no rows")
-    final = sorted((_thinned(row) for row in rows.values() if row.stage == "final"), key=lambda row: row.key)
-    labels = sorted({row.router for row in final} - CONTROLS.keys())
+    final = sorted((_thinned(row) for row in rows if row.stage == "final"), key=lambda row: row.key)
+    for one, other in itertools.pairwise(final):
+        if (one.task, one.router, one.seed) == (other.task, other.router, other.seed):
+            raise UserError(
+                f"there are two runs of seed {one.seed} of {one.router} in {one.task}: give the rows of one protocol"
+            )
+    labels = sorted({row.router for row in final} - CONTROLS.keys() - {scope.label for scope in SCOPES})
     families = {label: families.get(label) or family_of(label) for label in labels}
-    return Record(tuple(final), (*tuning, *_summarized(rows.values())), families)
+    return Record(tuple(final), (*tuning, *_summarized(rows)), families)
 
 
 @functools.cache
