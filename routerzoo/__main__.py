@@ -19,6 +19,7 @@ commands:
   test       evaluate on the test split:         python -m routerzoo test --ckpt_path best
   predict    continue text, or classify images:  python -m routerzoo predict --ckpt_path best
   look       show the routing of text or images: python -m routerzoo look --ckpt_path best
+  audit      judge the routing of a model:       python -m routerzoo audit runs/... --min-load 0.05
   configs    list the configs that are packaged: python -m routerzoo configs
   routers    list routers, sizes and papers:     python -m routerzoo routers
   sweep      run a grid, and go on with it:      python -m routerzoo sweep --config sweeps/quick
@@ -34,7 +35,7 @@ Configs can name classes of torch, Lightning, timm, routerzoo and installed plug
 
 
 # Those of their own; the others are LightningCLI's.
-COMMANDS = ("bench", "routers", "configs", "check", "plan", "sweep", "look", "report")
+COMMANDS = ("bench", "routers", "configs", "check", "plan", "sweep", "look", "audit", "report")
 
 
 def main(args: Sequence[str] | None = None) -> None:

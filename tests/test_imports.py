@@ -33,6 +33,7 @@ LAYERS = [
     "callbacks",
     "tasks",
     "look",
+    "audit",
     "runs",
     "cli.arguments",
     "cli.parser_errors",

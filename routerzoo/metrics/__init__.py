@@ -4,6 +4,7 @@ from routerzoo.metrics.co_activation import CoActivation
 from routerzoo.metrics.collapse import RepresentationCollapse
 from routerzoo.metrics.confidence import GateConfidence
 from routerzoo.metrics.consistency import InterRunConsistency
+from routerzoo.metrics.expert_norms import ExpertNorms, norm_statistics, parameter_norms
 from routerzoo.metrics.load import ExpertLoad
 from routerzoo.metrics.sets import expert_sets
 from routerzoo.metrics.specialization import Specialization
@@ -12,6 +13,7 @@ from routerzoo.metrics.stability import LastFluctuation, RouterSaturation, Routi
 __all__ = [
     "CoActivation",
     "ExpertLoad",
+    "ExpertNorms",
     "GateConfidence",
     "InterRunConsistency",
     "LastFluctuation",
@@ -20,4 +22,6 @@ __all__ = [
     "RoutingFluctuation",
     "Specialization",
     "expert_sets",
+    "norm_statistics",
+    "parameter_norms",
 ]

@@ -1,0 +1,126 @@
+"""`subject_of_transformers`: a model of transformers on text."""
+# Shape suffixes: B windows, S tokens, V vocabulary.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from routerzoo.audit.documents import Windows, cut, read_documents
+from routerzoo.audit.subject import Losses, Subject
+from routerzoo.errors import UserError
+
+
+def subject_of_transformers(
+    model: Any,
+    data: Path,
+    *,
+    name: str,
+    tokenizer: str,
+    length: int = 512,
+    batch_size: int = 4,
+    num_batches: int = 20,
+) -> Subject:
+    """Return a model of transformers, whose routers are routerzoo's, with batches of text.
+
+    Args:
+        model: see `load`.
+        data: a text file, JSON lines with a field `text`, or a folder of such files.
+        name: what the model is called.
+        tokenizer: a name or path for `AutoTokenizer`, or `bytes`.
+        length: tokens of a window, at most those that the model has positions for.
+        batch_size: windows of a batch.
+        num_batches: batches, at most.
+
+    Raises:
+        UserError: no MoE layer, no text, or a tokenizer that does not fit the model.
+    """
+    config = model.config.get_text_config()
+    encode, decode = _tokenizer(tokenizer)
+    length = min(length, getattr(config, "max_position_embeddings", None) or length)
+    batches, names = cut(read_documents(data), encode, length, batch_size, num_batches)
+    largest = max((int(batch.ids_BS.max()) for batch in batches), default=0)
+    if largest >= config.vocab_size:
+        raise UserError(
+            f"the tokenizer {tokenizer} does not fit {name}: it gives the id {largest}, the model's vocabulary has "
+            f"{config.vocab_size} entries: give the model's own tokenizer"
+        )
+    batches = [Windows(*(part.to(model.device) for part in batch)) for batch in batches]
+    predicts = type(model).__name__.endswith("ForCausalLM")
+
+    def losses(batch: Windows) -> Losses | None:
+        logits_BSV = model(input_ids=batch.ids_BS, attention_mask=batch.mask_BS, **options)[0]
+        return _losses(logits_BSV, batch) if predicts else None
+
+    options = {"use_cache": False} if predicts else {}
+    return Subject(
+        name,
+        str(data),
+        model,
+        batches,
+        losses,
+        token_ids=lambda batch: batch.ids_BS,
+        groups=lambda batch: batch.documents_B if len(names) > 1 else None,
+        group_kind="document",
+        group_names=names,
+        token_name=lambda index: repr(decode([index]))[1:-1],
+    )
+
+
+def load(folder: Path, device: str = "cpu") -> Any:
+    """Load a model from a folder of transformers: one with routers of routerzoo, or a released Mixture of Experts.
+
+    Raises:
+        UserError: a dense model, one whose gates are not known, or one that takes no text.
+    """
+    import transformers
+
+    from routerzoo import hf
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    classes = getattr(config, "architectures", None) or [""]
+    causal = classes[0].endswith("ForCausalLM")
+    auto_class = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+    if not hasattr(config.get_text_config(), "vocab_size"):
+        raise UserError(
+            f"{folder} holds a {classes[0] or type(config).__name__}, which takes no text: audit it in a run"
+        )
+    options: dict[str, Any] = {"dtype": "auto", "device_map": device}
+    if getattr(config, "routing", None):
+        return auto_class.from_pretrained(folder, **options)
+    try:
+        return hf.replace_routers(str(folder), auto_class=auto_class, **options)
+    except ValueError as error:
+        raise UserError(f"there is no routing to audit in {folder}: {error}") from None
+
+
+def _losses(logits_BSV: Tensor, batch: Windows) -> Losses:
+    """Return the loss of each window; one at a time, since logits in float32 are large."""
+    sums = []
+    for logits_SV, ids_S, mask_S in zip(logits_BSV, batch.ids_BS, batch.mask_BS, strict=True):
+        losses_S = F.cross_entropy(logits_SV[:-1].float(), ids_S[1:], reduction="none")
+        sums.append((losses_S * mask_S[1:]).sum())
+    return Losses(torch.stack(sums), batch.mask_BS[:, 1:].sum(1))
+
+
+def _tokenizer(name: str) -> tuple[Callable[[str], Sequence[int]], Callable[[list[int]], str]]:
+    if name == "bytes":
+        return lambda text: text.encode(), lambda ids: bytes(ids).decode("latin-1")
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        told = " ".join(str(error).split())[:200]
+        raise UserError(f"{name} has no tokenizer: give --tokenizer a name, a path or bytes ({told})") from None
+
+    def encode(text: str) -> Sequence[int]:
+        ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+        return ids
+
+    return encode, lambda ids: str(tokenizer.decode(ids))

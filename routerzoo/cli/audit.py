@@ -1,0 +1,210 @@
+"""`python -m routerzoo audit`: measure the routing of a model, judge it, and say so by the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningDataModule, LightningModule
+from rich.console import Console
+
+from routerzoo.audit import Audit, Thresholds, audit, record_experts, subject_of_task
+from routerzoo.audit.page import write_page
+from routerzoo.audit.subject import Subject
+from routerzoo.checkpoints.names import under_own_names
+from routerzoo.checkpoints.sharded import is_folder
+from routerzoo.checkpoints.single import read_checkpoint
+from routerzoo.cli.arguments import CommandParser
+from routerzoo.cli.main import RouterZooCLI
+from routerzoo.cli.main import main as run
+from routerzoo.errors import UserError, reason_of
+from routerzoo.runs import folder as runs
+from routerzoo.runs.atomic import atomic_write
+from routerzoo.tasks.base import MoETask
+
+PAGE, RESULT = "audit.html", "audit.json"
+UNHEALTHY, FAILED = 1, 2
+
+
+def main(args: Sequence[str]) -> None:
+    """Run the command.
+
+    Raises:
+        SystemExit: 0 healthy, 1 not healthy, 2 no audit.
+    """
+    parser = _parser()
+    options, rest = parser.parse_known_args(args)
+    for name, least in (("batches", 1), ("length", 2), ("batch_size", 1), ("counterfactuals", 0), ("best", 0)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
+    try:
+        thresholds = Thresholds(
+            **{field.name: getattr(options, field.name) for field in dataclasses.fields(Thresholds)}
+        )
+        result, folder = _audited(options, rest, thresholds, parser)
+        options.out.mkdir(parents=True, exist_ok=True) if options.out else folder.mkdir(parents=True, exist_ok=True)
+        folder = options.out or folder
+        write_page(folder / PAGE, result, "python -m routerzoo audit " + shlex.join(args))
+        atomic_write(folder / RESULT, json.dumps(result.to_json(), indent=1) + "\n")
+    except UserError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(reason_of(error))
+    except SystemExit as error:  # of the command that reads a run
+        if isinstance(error.code, str):
+            _fail(error.code.removeprefix("error: "))
+        raise
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    for finding in result.findings:
+        console.print(str(finding))
+    console.print(f"{'healthy' if result.healthy else 'not healthy'}: {result.model}, {result.tokens} tokens")
+    console.print(f"page: {folder / PAGE}")
+    console.print(f"numbers: {folder / RESULT}")
+    if not result.healthy:
+        raise SystemExit(UNHEALTHY)
+
+
+def _fail(reason: str) -> None:
+    sys.stderr.write(f"error: {reason}\n")
+    raise SystemExit(FAILED)
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        prog="python -m routerzoo audit",
+        description="Measure the routing of a Mixture of Experts and judge it. Exits with 0 where it is healthy, 1 "
+        f"where it is not, 2 where it could not be audited. Writes {PAGE} and {RESULT}. For a run, all other options "
+        "are those of test.",
+    )
+    parser.add_argument("model", type=Path, help="folder of a run, a checkpoint of one, or a folder of transformers")
+    parser.add_argument(
+        "--data",
+        help="for a run, another data set than its own; for a model of transformers a text file, JSON lines with a "
+        "field text, or a folder of these",
+    )
+    parser.add_argument("--earlier", type=Path, nargs="+", default=[], help="earlier checkpoints, for saturation")
+    parser.add_argument("--split", choices=("val", "test"), default="test", help="of a run's data; by default test")
+    parser.add_argument("--batches", type=int, default=20, help="batches to audit; by default 20")
+    parser.add_argument(
+        "--counterfactuals", type=int, default=2, help="of these, batches to change first choices in; by default 2"
+    )
+    parser.add_argument("--best", type=int, default=0, help="batches to try every expert in; by default 0")
+    parser.add_argument("--tokenizer", help="of a model of transformers: a name, a path or bytes; by default its own")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a window, for a model of transformers")
+    parser.add_argument("--batch-size", type=int, default=4, help="windows of a batch, for a model of transformers")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="for the same")
+    parser.add_argument("--out", type=Path, help="folder of page and numbers; by default the run's, or audit")
+    group = parser.add_argument_group("thresholds", "a number, or none to judge nothing")
+    for field in dataclasses.fields(Thresholds):
+        shown = "none" if field.default is None else field.default
+        group.add_argument(
+            "--" + field.name.replace("_", "-"),
+            type=_limit,
+            default=field.default,
+            help=f"{field.metadata['help']}; by default {shown}",
+        )
+    return parser
+
+
+def _limit(text: str) -> float | None:
+    return None if text.lower() == "none" else float(text)
+
+
+def _audited(
+    options: argparse.Namespace, rest: list[str], thresholds: Thresholds, parser: CommandParser
+) -> tuple[Audit, Path]:
+    measure = partial(
+        audit, thresholds=thresholds, counterfactual_batches=options.counterfactuals, best_batches=options.best
+    )
+    if not options.model.exists():
+        raise UserError(f"{options.model} does not exist: give the folder of a run, a checkpoint, or a model's folder")
+    if (options.model / "config.json").is_file():
+        if rest:
+            parser.error(f"unrecognized arguments: {rest[0]}")
+        earlier = []
+        for path in options.earlier:
+            earlier.append((str(path), record_experts(_released(path, options))))
+            gc.collect()  # before the next one is loaded
+        return measure(_released(options.model, options), earlier=earlier), Path("audit")
+    checkpoint = _checkpoint(options.model)
+    given = ["test", "--ckpt_path", str(checkpoint), *rest]
+    if options.data is not None:
+        given += ["--data.dataset", options.data]
+    run(given, partial(_AuditCLI, options=options, measure=measure))
+    result: tuple[Audit, Path] = options.result
+    return result
+
+
+def _released(folder: Path, options: argparse.Namespace) -> Subject:
+    from routerzoo.audit.released import load, subject_of_transformers
+
+    if options.data is None:
+        raise UserError(f"{folder} comes with no text: give --data a text file, JSON lines, or a folder of these")
+    if not Path(options.data).exists():
+        raise UserError(f"the text {options.data} does not exist")
+    return subject_of_transformers(
+        load(folder, options.device),
+        Path(options.data),
+        name=str(folder),
+        tokenizer=options.tokenizer or str(folder),
+        length=options.length,
+        batch_size=options.batch_size,
+        num_batches=options.batches,
+    )
+
+
+def _checkpoint(path: Path) -> Path:
+    if path.is_file() or is_folder(path):
+        return path
+    for name in ("best", "last"):
+        if runs.has_checkpoint(path, name):
+            return path / runs.CHECKPOINTS / f"{name}.ckpt"
+    raise UserError(f"{path} is neither a run with a checkpoint nor a folder of transformers: it has no config.json")
+
+
+class _AuditCLI(RouterZooCLI):
+    """Audits the checkpoint of a `test` command instead of testing it."""
+
+    def __init__(self, args: Sequence[str], options: argparse.Namespace, measure: Any) -> None:
+        self.options, self.measure = options, measure
+        super().__init__(args)
+
+    def test(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(model, MoETask) or datamodule is None:
+            raise UserError(f"an audit reads routerzoo's tasks with their data, not a {type(model).__name__}")
+        trainer, options = self.trainer, self.options
+        assert trainer is not None  # it is built before
+        assert ckpt_path is not None  # it is given
+        model.to(trainer.strategy.root_device)
+        subject = subject_of_task(
+            model, datamodule, name=str(options.model), split=options.split, num_batches=options.batches
+        )
+        earlier = []
+        for path in options.earlier:
+            _read_into(model, path)
+            earlier.append((str(path), record_experts(subject)))
+        _read_into(model, Path(ckpt_path))
+        options.result = (self.measure(subject, earlier=earlier), Path(trainer.default_root_dir))
+
+
+def _read_into(model: MoETask, path: Path) -> None:
+    """Copy a checkpoint's weights from its file, which is mapped, into the model: they are never held twice."""
+    try:
+        model.load_state_dict(under_own_names(read_checkpoint(path)["state_dict"], model.state_dict().keys()))
+    except RuntimeError as error:  # names or shapes
+        raise UserError(f"{path} does not fit the model: {' '.join(str(error).split())}") from None
