@@ -125,7 +125,7 @@ def _dense(board: Board) -> Iterator[str]:
     parts = [
         f"a linear gate beats a dense network of equal active size in {listed(verdicts['worse'])}",
         f"is beaten by it in {listed(verdicts['better'])}",
-        f"is not told apart from it in {listed(verdicts[''])}",
+        f"does not differ significantly from it in {listed(verdicts[''])}",
     ]
     known = [part for part, tasks in zip(parts, verdicts.values(), strict=True) if tasks]
     if known:
