@@ -42,18 +42,25 @@ def decide(sweep: Sweep, analysis: Analysis, computes: Sequence[Compute] = ()) -
 
 def _of_task(found: TaskAnalysis, is_provisional: bool) -> Decision:
     answer, is_settled = _answer(found)
+    compared = {} if found.best.router is None else _compared(found)
     lines = {
+        **compared,
+        "Failed runs": _failed(found),
+        "Not equal": _unequal(found),
+        "Still running": _list(found.best.left_out),
+    }
+    return Decision(_title(found), answer, is_settled, is_provisional, {k: text for k, text in lines.items() if text})
+
+
+def _compared(found: TaskAnalysis) -> dict[str, str]:
+    return {
         "As good": _as_good(found),
         "Open": _open(found),
         "Worse": _list(found.best.worse),
         "Cost of choosing wrong": _cost(found),
         "Detectable": _detectable(found),
         "To settle it": _settle(found),
-        "Failed runs": _failed(found),
-        "Not equal": _unequal(found),
-        "Still running": _list(found.best.left_out),
     }
-    return Decision(_title(found), answer, is_settled, is_provisional, {k: text for k, text in lines.items() if text})
 
 
 def _title(found: TaskAnalysis) -> str:
@@ -206,7 +213,11 @@ def _over_all(
             about = f"Compute multiplier, {compute.name}" if len(computes) > 1 else "Compute multiplier"
             lines[about] = f"{_list([f'{n} {_shown(gains[n], 3)}' for n in ordered])}, against {baseline}"
     is_settled = all(one.best.is_settled for one in found.values())
-    what = "tasks" if len({one.task.base for one in found.values()}) == len(found) else "tasks and settings"
+    what = (
+        "tasks"
+        if len({one.task.base or one.task.name for one in found.values()}) == len(found)
+        else "tasks and settings"
+    )
     return Decision(f"All {len(found)} {what}", answer, is_settled, analysis.is_provisional, lines)
 
 

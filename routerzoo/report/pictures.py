@@ -91,6 +91,8 @@ def curves(
             ends[name] = (steps[-1], means[-1])
         if log:
             _log_scale(ax)
+        else:
+            ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         _label_ends(ax, ends, known)
         ax.set(xlabel=xlabel, ylabel=ylabel)
         if ax.get_ylim()[0] < 0 <= ax.dataLim.y0:  # a margin below 0 would show impossible values
@@ -239,6 +241,7 @@ def _own(artists: Sequence[Artist], style: Style, label: str) -> None:
 def _label_ends(ax: Axes, ends: Mapping[str, tuple[float, float]], known: Mapping[str, Style]) -> None:
     """Write each name beside the last point of its marks, moved apart where they are close."""
     height = ax.get_figure().get_size_inches()[1] * 72 * 0.8  # type: ignore[union-attr]
+    ax.autoscale_view()  # which matplotlib would put off until it draws
     to_axes = ax.transData + ax.transAxes.inverted()
     places = {name: float(to_axes.transform(end)[1]) for name, end in ends.items()}
     names = sorted(places, key=lambda name: places[name])
@@ -282,5 +285,5 @@ def _log_scale(ax: Axes) -> None:
         ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,)))
         ax.xaxis.set_minor_formatter(NullFormatter())
     else:
-        ax.xaxis.set_major_locator(MaxNLocator(5))
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.xaxis.set_major_formatter(EngFormatter(sep=" ") if high >= 10_000 else ScalarFormatter())

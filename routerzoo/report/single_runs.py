@@ -27,7 +27,7 @@ def read_runs(folders: Sequence[Path], out: Path, baseline: str | None = None) -
     Args:
         folders: of the runs.
         out: folder that the report goes to.
-        baseline: label of the variant to compare with; by default LinearRouter, or the first.
+        baseline: label of the variant to compare with; by default one of LinearRouter, or the first.
 
     Raises:
         UserError: a folder holds no finished run, or no variant has the baseline's label.
@@ -45,7 +45,7 @@ def read_runs(folders: Sequence[Path], out: Path, baseline: str | None = None) -
         )
         results = {folder: {**found, "test": _validation(folder, found["fit"])} for folder, found in results.items()}
     names = list(dict.fromkeys(labels.values()))
-    baseline = baseline or ("LinearRouter" if "LinearRouter" in names else names[0])
+    baseline = baseline or next((name for name in names if name.split(" ")[0] == "LinearRouter"), names[0])
     if baseline not in names:
         raise UserError(f"there is no run of the baseline {baseline!r}; there are {', '.join(names)}")
     out.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ import json
 import math
 
 import numpy as np
+import pytest
 
 from routerzoo.sweep.ledger import Ledger
 
@@ -22,6 +23,12 @@ METRICS = {"language": ("bpb", False), "vision": ("accuracy", True)}
 def loss_at(compute, offset):
     """A scaling law whose compute multiplier is exp(-offset / 0.3)."""
     return 1.2 + 1.5 * math.exp(offset) * (compute / 1e9) ** -0.3
+
+
+@pytest.fixture
+def made_up(tmp_path):
+    """Write a sweep into a folder of its own, and return that."""
+    return lambda **content: write_sweep(tmp_path / "sweep", **content)
 
 
 def write_sweep(
