@@ -1,4 +1,4 @@
-"""`DecoderTask`: the base class of tasks that train a `Decoder`."""
+"""`TextTask`, the base class of tasks on text, and `DecoderTask`, of those that train a `Decoder`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,31 @@ from routerzoo.tasks.base import MoETask, SchedulerFactory
 from routerzoo.tasks.factories import plain_factory
 
 
-class DecoderTask(MoETask):
+class TextTask(MoETask):
+    """Trains a model that is called with token ids.
+
+    Attributes:
+        net: a `Decoder`, or what is called as one is.
+        vocab_size: number of token ids that the data may hold.
+    """
+
+    net: Any
+    vocab_size: int
+
+    def token_counts(self) -> Tensor | None:
+        """Count the token ids of the training split, where the data module can."""
+        counts = getattr(getattr(self.trainer, "datamodule", None), "token_counts", None)
+        return None if counts is None else torch.from_numpy(counts())
+
+    def example(self, count: int = 1) -> int:
+        """Run the model on sequences of full length."""
+        length = int(self.net.max_length)
+        ids_BS = torch.randint(0, self.vocab_size, [count, length], generator=torch.Generator().manual_seed(0))
+        self.net(ids_BS.to(self.device))
+        return count * length
+
+
+class DecoderTask(TextTask):
     """Trains a decoder-only Transformer.
 
     Args:
@@ -78,15 +102,3 @@ class DecoderTask(MoETask):
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,
         )
-
-    def token_counts(self) -> Tensor | None:
-        """Count the token ids of the training split, where the data module can."""
-        counts = getattr(getattr(self.trainer, "datamodule", None), "token_counts", None)
-        return None if counts is None else torch.from_numpy(counts())
-
-    def example(self, count: int = 1) -> int:
-        """Run the model on sequences of full length."""
-        length = int(self.net.max_length)
-        ids_BS = torch.randint(0, self.vocab_size, [count, length], generator=torch.Generator().manual_seed(0))
-        self.net(ids_BS.to(self.device))
-        return count * length

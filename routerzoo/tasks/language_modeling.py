@@ -18,7 +18,7 @@ from routerzoo.data.text import TextData, TextMetric
 from routerzoo.data.tokens import IGNORED_TARGET, TextBatch
 from routerzoo.errors import UserError
 from routerzoo.tasks.base import Prediction, in_full_precision
-from routerzoo.tasks.decoder import DecoderTask
+from routerzoo.tasks.decoder import DecoderTask, TextTask
 
 
 class Continuation(NamedTuple):
@@ -49,33 +49,20 @@ class MeanTextLoss(MeanMetric):
         return reported(super().compute(), self.metric)
 
 
-@final
-class LanguageModeling(DecoderTask):
-    """Language modeling: the task's loss is the mean cross-entropy of the next token, in nats.
+class NextTokenPrediction(TextTask):
+    """Predicts each next token; the loss is its mean cross-entropy, in nats.
 
-    Reports `loss` and what papers report of it: `bpb` (bits per byte), `bpc` (bits per character), both `loss / ln 2`,
-    or `ppl` (perplexity per token, `exp(loss)`).
-
-    Args:
-        metric: what is reported beside the loss; by default `bpb`. From the command line it is the data's.
+    Attributes:
+        metric: what is reported beside the loss.
         predict_tokens: tokens that `predict` samples after a prompt.
-        temperature: sampling temperature of `predict`; 0 takes the most likely token.
+        temperature: sampling temperature of `predict`.
         top_p: `predict` samples from the most likely tokens that hold this share of the probability.
-        arguments: those of `DecoderTask` and `Decoder`.
     """
 
-    def __init__(
-        self,
-        metric: TextMetric | None = None,
-        *,
-        predict_tokens: int = 200,
-        temperature: float = 0.8,
-        top_p: float = 0.95,
-        **arguments: Any,
-    ) -> None:
-        self.metric: TextMetric = metric or "bpb"
-        super().__init__(evaluation_metrics=partial(_evaluation_metrics, self.metric), **arguments)
-        self.predict_tokens, self.temperature, self.top_p = predict_tokens, temperature, top_p
+    metric: TextMetric
+    predict_tokens: int
+    temperature: float
+    top_p: float
 
     @property
     def headline_metric(self) -> str:
@@ -135,5 +122,35 @@ class LanguageModeling(DecoderTask):
         return [Continuation(p.tolist(), s.tolist()) for p, s in zip(batch, sampled_BS, strict=True)]
 
 
-def _evaluation_metrics(metric: TextMetric) -> dict[str, Metric]:
+@final
+class LanguageModeling(NextTokenPrediction, DecoderTask):
+    """Language modeling: the task's loss is the mean cross-entropy of the next token, in nats.
+
+    Reports `loss` and what papers report of it: `bpb` (bits per byte), `bpc` (bits per character), both `loss / ln 2`,
+    or `ppl` (perplexity per token, `exp(loss)`).
+
+    Args:
+        metric: what is reported beside the loss; by default `bpb`. From the command line it is the data's.
+        predict_tokens: tokens that `predict` samples after a prompt.
+        temperature: sampling temperature of `predict`; 0 takes the most likely token.
+        top_p: `predict` samples from the most likely tokens that hold this share of the probability.
+        arguments: those of `DecoderTask` and `Decoder`.
+    """
+
+    def __init__(
+        self,
+        metric: TextMetric | None = None,
+        *,
+        predict_tokens: int = 200,
+        temperature: float = 0.8,
+        top_p: float = 0.95,
+        **arguments: Any,
+    ) -> None:
+        self.metric: TextMetric = metric or "bpb"
+        super().__init__(evaluation_metrics=partial(text_metrics, self.metric), **arguments)
+        self.predict_tokens, self.temperature, self.top_p = predict_tokens, temperature, top_p
+
+
+def text_metrics(metric: TextMetric) -> dict[str, Metric]:
+    """Build the metrics of an evaluation."""
     return {"loss": MeanMetric(), metric: MeanTextLoss(metric)}
