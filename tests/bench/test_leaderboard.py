@@ -120,7 +120,11 @@ def test_families_are_said_to_be_what_tests_carry(board):
 def test_findings(board):
     told = "\n".join(findings(board))
     assert "Over all 2 tasks LinearRouter has the lowest mean regret**, 0.450 (0.448 to 0.452)" in told
-    assert "clusters: LinearRouter (+1); ids: HashRouter." in told
+    assert "depends on the task** (of those with the common k): LinearRouter in clusters; HashRouter in ids." in told
+    half = 2.3646 * np.std(WAVE, ddof=1) / math.sqrt(SEEDS)
+    cells = ["clusters", "cluster of the hidden state", "LinearRouter", "XMoERouter"]
+    cells += [f"0.200 ± {half:.3f}", f"0.200 ± {half:.3f}", f"0.800 ± {half / 2:.3f}"]
+    assert f"| {' | '.join(cells)} |" in pages(board.record, "board")["board.md"]
     assert "a linear gate beats a dense network of equal active size in clusters and ids." in told
 
 

@@ -272,6 +272,14 @@ def predictions(task: str) -> tuple[Prediction, ...]:
         return ()
 
 
+def title(task: str) -> str:
+    """Return what tells the domain in a task; nothing of one that is not at hand."""
+    try:
+        return task_class(task).title
+    except UserError:
+        return ""
+
+
 def _seeds(summary: Summary) -> list[int]:
     return [score.row.seed for score in summary.scores]
 

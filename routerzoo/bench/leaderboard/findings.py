@@ -84,13 +84,14 @@ def _leader(board: Board) -> Iterator[str]:
     rivals = [*best.as_good, *best.open]
     told += f". Not shown to be worse: {listed(rivals)}." if rivals else ". All others with the common k are worse."
     if baseline and baseline != best.router:
-        told += f" {_counts(board, best.router, baseline)}{_cost(board, best.router, board.tasks)}."
+        told += f" {_counts(board, best.router, baseline)}{cost(board, best.router, board.tasks)}."
     yield told
 
 
-def _cost(board: Board, router: str, tasks: Sequence[str]) -> str:
+def cost(board: Board, router: str, tasks: Sequence[str]) -> str:
+    """Return in brackets how many times the linear gate's training FLOPs a router takes; nothing if about as many."""
     flops = board.flops(router, tasks) if all(map(board.baseline, tasks)) else math.nan
-    return f", at {flops:.2g} times the FLOPs" if flops >= COSTLY else ""
+    return f" ({flops:.2g} x FLOPs)" if flops >= COSTLY else ""
 
 
 def _counts(board: Board, router: str, baseline: str) -> str:
@@ -102,19 +103,13 @@ def _counts(board: Board, router: str, baseline: str) -> str:
 
 
 def _best_by_task(board: Board) -> Iterator[str]:
-    told = []
+    tasks: dict[str, list[str]] = {}
     for task in board.tasks:
-        best = board.best(task)
-        if best.router is None:
-            continue
-        rivals = len(best.as_good) + len(best.open)
-        more = f" (+{rivals})" if rivals else ""
-        told.append(f"{task}: {best.router}{more}{_cost(board, best.router, [task])}")
-    if told:
-        yield (
-            "**Best of each task**, of the routers with the common k (+: how many others are not shown to be "
-            f"worse): {'; '.join(told)}."
-        )
+        if (best := board.best(task).router) is not None:
+            tasks.setdefault(best, []).append(f"{task}{cost(board, best, [task])}")
+    told = "; ".join(f"{router} in {listed(names)}" for router, names in tasks.items())
+    if len(tasks) > 1:
+        yield f"**Which router is best depends on the task** (of those with the common k): {told}."
 
 
 def _dense(board: Board) -> Iterator[str]:

@@ -13,9 +13,9 @@ from typing import NamedTuple
 from jinja2 import Environment
 
 from routerzoo.bench.controls import CONTROLS
-from routerzoo.bench.leaderboard.board import Board, Standing
+from routerzoo.bench.leaderboard.board import Board, Standing, title
 from routerzoo.bench.leaderboard.families import OTHER
-from routerzoo.bench.leaderboard.findings import difference, families, findings, spread
+from routerzoo.bench.leaderboard.findings import MOST, cost, difference, families, findings, spread
 from routerzoo.bench.leaderboard.pictures import heat_map, profiles
 from routerzoo.bench.leaderboard.record import Record, read_record
 from routerzoo.bench.realistic.scopes import SCOPES
@@ -65,6 +65,7 @@ def pages(record: Record, stem: str) -> dict[str, str]:
         "stem": stem,
         "pictures": names,
         "findings": findings(board),
+        "best": _best(board),
         "families": _families(board),
         "standings": _standings(board),
         "regrets": _regrets(board),
@@ -85,6 +86,20 @@ def pages(record: Record, stem: str) -> dict[str, str]:
     if board.tasks:
         found |= {names["regret"]: heat_map(board), names["profiles"]: profiles(board)}
     return found
+
+
+def _best(board: Board) -> Table:
+    rows = []
+    for task in board.tasks:
+        best, baseline = board.best(task), board.baseline(task)
+        rivals = [*best.as_good, *best.open]
+        cells = [task, title(task) or "-", "-", ", ".join(rivals) if len(rivals) <= MOST else f"{len(rivals)} routers"]
+        cells += [_regret(board, task, router) for router in (best.router or "", baseline, "dense")]
+        if best.router is not None:
+            cells[2] = f"{best.router}{cost(board, best.router, [task])}"
+        rows.append([cell or "-" for cell in cells])
+    columns = ["task", "what tells the domain", "best", "not shown to be worse", "regret", "of the linear gate"]
+    return Table([*columns, "of dense"], rows, 4)
 
 
 def _families(board: Board) -> Table:
