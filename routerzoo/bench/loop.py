@@ -23,7 +23,7 @@ def work_through(
         cells: in the order in which they are worked on.
         file: takes the rows.
         engine: does the runs.
-        ended: called with each row, its cell, and whether the cell is done.
+        ended: called with each row, its cell, and whether the cell is done by it.
     """
     waiting = iter(enumerate(cells))
     ready: list[tuple[int, int, Job]] = []
@@ -36,6 +36,9 @@ def work_through(
         """Make the next runs of a cell ready; return whether there are any."""
         nonlocal number
         jobs = cells[index].jobs(file.rows)
+        if not jobs:
+            for row in cells[index].given_up(file.rows):
+                ended(file.append(row), cells[index], False)
         for job in jobs:
             number += 1
             heapq.heappush(ready, (index, number, job))

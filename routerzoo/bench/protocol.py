@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
+import itertools
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from routerzoo.bench.choices import RouterChoice
 from routerzoo.bench.registry import task_class
 from routerzoo.bench.rows import Row, Stage
 from routerzoo.bench.run import Run
 from routerzoo.bench.task import BenchTask
+from routerzoo.errors import UserError
 from routerzoo.moe.layer import NonCausalRouterError
 from routerzoo.router import UnmetRequirementError
 
 TUNING_SEED = 1000
 """The first seed of tuning; final seeds begin at 0."""
+
+Budget = Literal["steps", "flops"]
+BUDGET_ROUTER = "LinearRouter"
+"""Whose training FLOPs all routers get, where budgets are in FLOPs."""
 
 Rows = Mapping[tuple[Any, ...], Row]
 
@@ -38,6 +45,7 @@ class Protocol:
         lrs: peak learning rates.
         aux_scales: factors on the published coefficients of auxiliary losses, for routers that have any.
         steps: optimizer steps; by default those of the task.
+        budget: `flops` gives each router and control as many steps as take the linear gate's training FLOPs.
     """
 
     seeds: int = 20
@@ -45,10 +53,13 @@ class Protocol:
     lrs: tuple[float, ...] = (0.03, 0.01, 0.1)
     aux_scales: tuple[float, ...] = (1.0, 0.1)
     steps: int | None = None
+    budget: Budget = "steps"
 
     def text(self) -> str:
         """Return what a folder's runs have in common; the number of final seeds may grow."""
         told = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "seeds"}
+        if self.budget == "steps":
+            del told["budget"]
         return json.dumps(told, indent=2) + "\n"
 
 
@@ -89,6 +100,7 @@ class Cell:
         has_losses: whether the router has auxiliary losses, whose weight is tuned too.
         code: version of the sources.
         settings: digest of the task and the router.
+        steps: of a final run.
     """
 
     task: str
@@ -97,11 +109,7 @@ class Cell:
     has_losses: bool
     code: str
     settings: str
-
-    @property
-    def steps(self) -> int:
-        """Steps of a final run."""
-        return self.protocol.steps or task_class(self.task).steps
+    steps: int
 
     @property
     def num_runs(self) -> int:
@@ -115,20 +123,36 @@ class Cell:
         best = self.best_setting(rows)
         if isinstance(best, list):
             return best
-        return self._missing("final", range(self.protocol.seeds), self.steps, [best], rows)
+        return [] if best is None else self._missing("final", range(self.protocol.seeds), self.steps, [best], rows)
 
-    def best_setting(self, rows: Rows) -> tuple[float, float] | list[Job]:
-        """Return the learning rate and auxiliary scale of final runs, or the tuning runs that are to be made first."""
+    def given_up(self, rows: Rows) -> list[Row]:
+        """Return the failed rows of the final runs that are not made, since no tuning run of a stage finished."""
+        if self.best_setting(rows) is not None:
+            return []
+        own = task_class(self.task).name, self.choice.label, "tuning"
+        why = next(row.reason for row in rows.values() if row.key[:3] == own and row.status == "failed")
+        first = self.protocol.lrs[0], 1.0
+        jobs = self._missing("final", range(self.protocol.seeds), self.steps, [first], rows)
+        return [job.row(status="failed", reason=f"not made, since all tuning runs failed: {why}") for job in jobs]
+
+    def best_setting(self, rows: Rows) -> tuple[float, float] | list[Job] | None:
+        """Return the learning rate and auxiliary scale of final runs, or the tuning runs that are to be made first.
+
+        None where all tuning runs of a stage failed.
+        """
         protocol = self.protocol
         scales = protocol.aux_scales if self.has_losses and protocol.tuning_seeds else (1.0,)
         settings = [(lr, scale) for lr in protocol.lrs for scale in scales]
         if not protocol.tuning_seeds:
             return settings[0]
         seeds = range(TUNING_SEED, TUNING_SEED + protocol.tuning_seeds)
-        for steps in (self.steps // 2, self.steps):
+        for steps in (max(self.steps // 2, 1), self.steps):
             if missing := self._missing("tuning", seeds, steps, settings, rows):
                 return missing
-            settings.sort(key=lambda setting: self._mean_loss(seeds, steps, setting, rows))
+            losses = {setting: self._tuning_losses(seeds, steps, setting, rows) for setting in settings}
+            if not any(map(math.isfinite, itertools.chain(*losses.values()))):
+                return None
+            settings.sort(key=lambda setting: sum(losses[setting]))
             settings = settings[: math.ceil(len(settings) / 2)]
         return settings[0]
 
@@ -143,11 +167,11 @@ class Cell:
             if (name, self.choice.label, stage, seed, steps, *setting) not in rows
         ]
 
-    def _mean_loss(self, seeds: range, steps: int, setting: tuple[float, float], rows: Rows) -> float:
-        """Return the mean tuning loss of a setting; inf where a run failed."""
+    def _tuning_losses(self, seeds: range, steps: int, setting: tuple[float, float], rows: Rows) -> list[float]:
+        """Return the losses of a setting by seed; inf where a run failed."""
         name = task_class(self.task).name
         found = [rows[name, self.choice.label, "tuning", seed, steps, *setting].loss for seed in seeds]
-        return math.inf if None in found else sum(loss for loss in found if loss is not None) / len(found)
+        return [math.inf if loss is None else loss for loss in found]
 
 
 def make_cell(task: str, choice: RouterChoice, protocol: Protocol, code: str) -> Cell | Row:
@@ -164,7 +188,7 @@ def make_cell(task: str, choice: RouterChoice, protocol: Protocol, code: str) ->
     code = "+".join([code, *filter(None, (source_digest(cls), source_digest(choice.cls)))])
     settings = settings_digest(cls, choice)
     try:
-        has_losses = bool(Run(cls(0, steps), choice, 0.0).aux_weights)
+        run = Run(cls(0, steps), choice, 0.0)
     except UnmetRequirementError as error:
         reason = f"{error.router} requires {' and '.join(sorted(error.missing))}, which the task does not provide"
     except NonCausalRouterError:
@@ -172,11 +196,32 @@ def make_cell(task: str, choice: RouterChoice, protocol: Protocol, code: str) ->
     except ValueError as error:  # it does not come in these sizes
         reason = " ".join(str(error).split())
     except Exception:  # its runs fail, and their rows say why
-        return Cell(task, choice, protocol, False, code, settings)
+        return Cell(task, choice, protocol, False, code, settings, steps)
     else:
-        return Cell(task, choice, protocol, has_losses, code, settings)
+        if protocol.budget == "flops":
+            steps = _matched_steps(run, steps, task)
+        return Cell(task, choice, protocol, bool(run.aux_weights), code, settings, steps)
     job = Job(task, choice, "final", 0, steps, protocol.lrs[0], 1.0, code, settings)
     return job.row(status="not applicable", reason=reason)
+
+
+def _matched_steps(run: Run, steps: int, task: str) -> int:
+    """Return as many steps as take the training FLOPs of the linear gate, both counted before training."""
+    operations = steps * _flops_of_budget(task)
+    try:
+        return max(round(operations / run.flops()), 1)
+    except Exception:  # its runs fail, and their rows say why
+        return steps
+
+
+@functools.cache
+def _flops_of_budget(task: str) -> float:
+    try:
+        return Run(task_class(task)(0), RouterChoice(BUDGET_ROUTER), 0.0).flops()
+    except Exception as error:
+        raise UserError(
+            f"FLOPs cannot be matched in {task_class(task).name}, since {BUDGET_ROUTER} cannot do it: {error}"
+        ) from error
 
 
 def source_digest(cls: type) -> str:

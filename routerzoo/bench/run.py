@@ -18,6 +18,7 @@ from routerzoo.bench.controls import ORACLE_EXPERTS, DenseRouter, OracleRouter
 from routerzoo.bench.routings import chosen_experts, correlation, first_choices, normalized_mutual_information
 from routerzoo.bench.task import Batch, BenchTask
 from routerzoo.costs import Costs, count_costs
+from routerzoo.errors import UserError
 from routerzoo.moe.attach import attach
 from routerzoo.moe.auxiliary_loss import auxiliary_loss
 from routerzoo.moe.layer import MoE, inner_router, moe_layers
@@ -215,6 +216,10 @@ class Run:
         self._losses_T = losses[0]
         return loss, batch, context, costs
 
+    def flops(self) -> float:
+        """Return the operations of a token's forward pass, as the model is before training."""
+        return self.evaluate(0)[-1].flops
+
     def _loss_by_domain(self, batch: Batch) -> str:
         """Return the mean of the last evaluation's losses in each domain."""
         known_T, domains = batch.domain_T >= 0, self.task.num_domains
@@ -253,6 +258,28 @@ class Run:
             finite = [value for value in of_layers if math.isfinite(value)]
             found[name] = sum(finite) / len(finite) if finite else None
         return {**found, "nmi_by_layer": " ".join(f"{value:.4g}" for value in values["nmi"])}
+
+
+def check_passes(cls: type[BenchTask]) -> None:
+    """Let a task's model learn from one batch, with the blind control, and evaluate it.
+
+    Raises:
+        UserError: it cannot; the message says why.
+    """
+    task = cls(0)
+    try:
+        run = Run(task, RouterChoice("blind"), 0.0)
+        batch = task.batch(task.tokens, task.generator("training"), 0.0)
+        losses_T = task.token_losses(run.model(batch.x, run.context(batch, 0, False)), batch)
+        losses_T.mean().backward()
+        run.flops()
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"the task {cls.name} cannot be trained on: {type(error).__name__}: {reason}") from error
+    if losses_T.shape != (task.tokens,):
+        raise UserError(
+            f"{cls.name}: token_losses must return a loss for each of {task.tokens} tokens, got {list(losses_T.shape)}"
+        )
 
 
 def learning_rate_share(step: int, steps: int) -> float:

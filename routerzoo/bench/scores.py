@@ -75,19 +75,46 @@ class Summary:
         return statistics.fmean(values) if values else math.nan
 
 
+def scales(rows: Iterable[Row]) -> dict[tuple[str, int], tuple[float, float] | str]:
+    """Return by task and seed the losses of oracle and blind, or why there is no regret.
+
+    Seeds of which one of the two has not been run yet are left out.
+    """
+    controls: dict[tuple[str, int], dict[str, Row]] = {}
+    for row in rows:
+        if row.stage == "final" and row.status != "not applicable" and row.router in ("oracle", "blind"):
+            controls.setdefault((row.task, row.seed), {})[row.router] = row
+    found: dict[tuple[str, int], tuple[float, float] | str] = {}
+    for place, pair in controls.items():
+        if len(pair) < 2:
+            continue
+        oracle, blind = pair["oracle"], pair["blind"]
+        if oracle.loss is None or blind.loss is None:
+            failed = oracle if oracle.loss is None else blind
+            found[place] = f"the {failed.router} control failed: {failed.reason}"
+        elif not blind.loss > oracle.loss:
+            found[place] = "the blind control is no worse than the oracle"
+        else:
+            found[place] = oracle.loss, blind.loss
+    return found
+
+
 def scores(rows: Iterable[Row]) -> list[Score]:
-    """Return the final runs whose task and seed have both controls, controls included."""
+    """Return the final runs that have a regret, controls included.
+
+    Args:
+        rows: of one protocol, so that a task, a router and a seed have one final run.
+    """
     final = [row for row in rows if row.stage == "final" and row.status != "not applicable"]
-    controls = {(row.task, row.seed, row.steps, row.router): row for row in final if row.router in ("oracle", "blind")}
+    known = scales(final)
     found = []
     for row in final:
-        place = row.task, row.seed, row.steps
-        oracle, blind = controls.get((*place, "oracle")), controls.get((*place, "blind"))
-        if oracle is None or blind is None or oracle.loss is None or blind.loss is None:
+        scale = known.get((row.task, row.seed))
+        if not isinstance(scale, tuple):
             continue
-        span = blind.loss - oracle.loss
-        regret = FAILED_REGRET if row.loss is None or span == 0 else (row.loss - oracle.loss) / span
-        half = oracle.loss + span / 2
+        oracle, blind = scale
+        regret = FAILED_REGRET if row.loss is None else (row.loss - oracle) / (blind - oracle)
+        half = (oracle + blind) / 2
         reached = (step for step, loss in row.losses() if loss <= half)
         found.append(Score(row, regret, next(reached, math.inf)))
     return found

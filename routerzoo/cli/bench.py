@@ -11,23 +11,26 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from scipy import stats
 
 from routerzoo.bench.choices import RouterChoice, read_choices
 from routerzoo.bench.controls import CONTROLS
 from routerzoo.bench.engine import Engine, LocalEngine, RayEngine
 from routerzoo.bench.loop import work_through
-from routerzoo.bench.protocol import Cell, Protocol, make_cell
+from routerzoo.bench.protocol import TUNING_SEED, Budget, Cell, Protocol, make_cell
 from routerzoo.bench.realistic.byte_model import ByteLanguageModel
 from routerzoo.bench.realistic.excess import domain_table, excess_table
 from routerzoo.bench.realistic.scopes import SCOPES
 from routerzoo.bench.registry import list_tasks, task_class
 from routerzoo.bench.rows import Row, RowFile
-from routerzoo.bench.scores import Summary, regret_difference, summaries
+from routerzoo.bench.run import check_passes
+from routerzoo.bench.scores import Summary, regret_difference, scales, summaries
 from routerzoo.bench.task import check_task
 from routerzoo.cli.arguments import CommandParser
 from routerzoo.errors import UserError
@@ -50,8 +53,8 @@ REALISTIC_ROUTERS = ["scopes", *(name for name in CORE if name != "LinearRouter"
 PROTOCOL = "protocol.json"
 NARROW = 100
 """In a terminal of fewer columns tables leave some out."""
-CERTAIN_ERRORS = 2.0
-"""A prediction holds, or turns, where the difference is more than this many standard errors."""
+LEVEL = 0.95
+"""A prediction holds, or turns, where the interval of the difference by Student's t has one sign; not corrected."""
 
 EPILOG = """\
 Each task has a latent domain that decides which experts a token needs. Regret is 0 where a router does as well as one
@@ -99,6 +102,12 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--seeds", type=int, help="final runs of each router in each task (default: 20)")
     parser.add_argument("--tuning-seeds", type=int, help="runs of each setting that is tuned; 0 for none (default: 2)")
     parser.add_argument("--steps", type=int, help="optimizer steps of a run; by default the task's, mostly 200")
+    parser.add_argument(
+        "--budget",
+        choices=get_args(Budget),
+        default="steps",
+        help="equal steps for all, or as many as take the training FLOPs of the linear gate (default: steps)",
+    )
     parser.add_argument("--folder", type=Path, help="where rows go (default: bench/exact, or bench/quick)")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument("--slots", type=int, default=cores, help="runs at a time; by default as many as cores")
@@ -119,6 +128,10 @@ def main(args: Sequence[str]) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             parser.exit(2, f"error: --{name.replace('_', '-')} must be at least {least}, got {value}\n")
+    if (options.seeds or 0) > TUNING_SEED:
+        parser.exit(
+            2, f"error: --seeds must be at most {TUNING_SEED}, where those of tuning begin, got {options.seeds}\n"
+        )
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console = Console(highlight=False, soft_wrap=True, width=NARROW)  # a pipe has no width of its own
@@ -134,11 +147,13 @@ def main(args: Sequence[str]) -> None:
     tier = task_class(tasks[0]).tier
     name, usual = PRESETS[tier, options.quick]
     given = {name: getattr(options, name) for name in ("seeds", "tuning_seeds", "steps")}
-    protocol = replace(usual, **{name: value for name, value in given.items() if value is not None})
+    protocol = replace(
+        usual, budget=options.budget, **{name: value for name, value in given.items() if value is not None}
+    )
     texts = options.routers or (REALISTIC_ROUTERS if tier == "realistic" else CORE)
     choices = [*map(RouterChoice, CONTROLS), *(SCOPES if "scopes" in texts else ())]
     choices += read_choices([text for text in texts if text != "scopes"])
-    folder = options.folder or Path("bench") / name
+    folder = options.folder or Path("bench") / (name if options.budget == "steps" else f"{name}-{options.budget}")
     if _bench(tasks, choices, protocol, folder, options, console):
         raise SystemExit(1)
 
@@ -176,6 +191,7 @@ def _bench(
     names = [task_class(task).name for task in tasks]
     for task in tasks:
         check_task(task_class(task))
+        check_passes(task_class(task))
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"two tasks are called {twice[0]!r}: give one another name")
     with RowFile(folder) as file:
@@ -195,9 +211,12 @@ def _bench(
         rows = [row for row in file.rows.values() if (row.task, row.router) in own]
     found = summaries(rows)
     for name, task in zip(names, tasks, strict=True):
-        _show(task, [summary for summary in found if summary.task == name], console)
+        _show(task, [summary for summary in found if summary.task == name], protocol, console)
     for row in refused:
         console.print(f"not applicable: {row.router} in {row.task}: {row.reason}", markup=False)
+    without = Counter((task, scale) for (task, _), scale in scales(rows).items() if isinstance(scale, str))
+    for (name, reason), count in without.items():
+        console.print(f"no regret: {count} seeds of {name} are left out: {reason}", markup=False)
     failed = [row for row in rows if row.status == "failed" and row.stage == "final"]
     for (router, name, reason), count in Counter((row.router, row.task, row.reason) for row in failed).items():
         console.print(f"failed: {router} in {name}, {count} of its runs: {reason}", markup=False)
@@ -283,7 +302,7 @@ def _work(cells: Sequence[Cell], file: RowFile, engine: Engine, console: Console
         work_through(cells, file, engine, ended)
 
 
-def _show(task: str, found: Sequence[Summary], console: Console) -> None:
+def _show(task: str, found: Sequence[Summary], protocol: Protocol, console: Console) -> None:
     """Print a task's table, best router first, and what became of its predictions."""
     cls = task_class(task)
     table = Table(title=f"{cls.name}: {cls.title}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -312,15 +331,26 @@ def _show(task: str, found: Sequence[Summary], console: Console) -> None:
         for table in (excess_table(found), domain_table(cls, found)):
             console.print(table)
         console.print(f"read: {cls.data()}", markup=False)
+    if edges := _at_edges(ordered, protocol):
+        console.print(f"  at the edge of the learning rates that were tried, so that others may be better: {edges}")
     by_name = {summary.router: summary for summary in found}
     for prediction in cls.predictions:
         if prediction.better not in by_name or prediction.worse not in by_name:
             continue
         difference, error = regret_difference(by_name[prediction.better], by_name[prediction.worse])
-        sure = abs(difference) > CERTAIN_ERRORS * error
+        seeds = min(len(by_name[name].scores) for name in (prediction.better, prediction.worse))
+        sure = abs(difference) > error * float(stats.t.ppf((1 + LEVEL) / 2, max(seeds - 1, 1)))
         verdict = ("holds" if difference < 0 else "TURNED") if sure else "inconclusive"
         told = f"predicted: {prediction.better} below {prediction.worse}: {verdict} ({difference:+.3f}, standard error"
         console.print(f"  {told} {error:.3f})", markup=False)
+
+
+def _at_edges(found: Sequence[Summary], protocol: Protocol) -> str:
+    """Return which routers have the lowest or the highest learning rate of several; empty where none has."""
+    lrs = protocol.lrs if protocol.tuning_seeds else ()
+    ends = (min(lrs), max(lrs)) if len(lrs) > 1 else ()
+    names = {lr: ", ".join(summary.router for summary in found if summary.scores[0].row.lr == lr) for lr in ends}
+    return "; ".join(f"{lr:g} by {who}" for lr, who in names.items() if who)
 
 
 def _number(value: float, digits: int) -> str:

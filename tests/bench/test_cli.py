@@ -6,9 +6,11 @@ import time
 import pytest
 
 from routerzoo.__main__ import main
+from routerzoo.bench.protocol import Protocol
 from routerzoo.bench.registry import list_tasks
-from routerzoo.bench.rows import read_rows
-from routerzoo.cli.bench import CORE, QUICK_TASKS
+from routerzoo.bench.rows import Row, read_rows
+from routerzoo.bench.scores import Score, Summary
+from routerzoo.cli.bench import CORE, QUICK_TASKS, _at_edges
 from routerzoo.registry import list_routers
 
 SMALL = ["--seeds", "2", "--tuning-seeds", "0"]
@@ -34,11 +36,29 @@ def test_errors_are_a_sentence(args, message, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_numbers_out_of_range_are_refused(capsys):
+@pytest.mark.parametrize(
+    ("seeds", "message"),
+    [
+        (0, "--seeds must be at least 1, got 0"),
+        (1001, "--seeds must be at most 1000, where those of tuning begin, got"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(seeds, message, capsys):
     with pytest.raises(SystemExit) as error:
-        bench("--seeds", 0)
+        bench("--seeds", seeds)
     assert error.value.code == 2
-    assert capsys.readouterr().err == "error: --seeds must be at least 1, got 0\n"
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_learning_rates_at_the_edge_of_those_tried_are_named():
+    lrs = {"a": 0.1, "b": 0.03, "c": 0.01, "d": 0.1}
+    found = [
+        Summary("clusters", name, (Score(Row("clusters", name, "final", 0, 200, lr, 1.0, "finished"), 0.5, 9),))
+        for name, lr in lrs.items()
+    ]
+    assert _at_edges(found, Protocol()) == "0.01 by c; 0.1 by a, d"
+    assert _at_edges(found[1:2], Protocol()) == ""
+    assert _at_edges(found, Protocol(tuning_seeds=0)) == ""
 
 
 def test_tasks_are_listed_with_what_is_predicted(capsys):
@@ -109,6 +129,21 @@ def test_failed_runs_are_named_count_as_one_and_can_be_made_again(tmp_path, smal
         assert "NaNRouter   1.000 ± 0.000" in told
     assert len((tmp_path / "rows.csv").read_text().splitlines()) == 1 + 4 * 2
     assert len((tmp_path / "replaced.csv").read_text().splitlines()) == 1 + 2
+
+
+@pytest.mark.full
+def test_what_fails_in_tuning_gets_no_final_runs_and_budgets_may_be_of_flops(tmp_path, small_task, own_routers, capsys):
+    args = ["--tasks", small_task, "--folder", tmp_path, "--seeds", 2, "--tuning-seeds", 1, "--budget", "flops"]
+    with pytest.raises(SystemExit):
+        bench(*args, "--routers", "own_router.NaNRouter")
+    told = capsys.readouterr().out
+    assert "failed: NaNRouter in signs, 2 of its runs: not made, since all tuning runs failed: DivergedError" in told
+    rows = {row.key: row for row in read_rows(tmp_path / "rows.csv")}
+    final = [row for row in rows.values() if row.stage == "final"]
+    assert {row.seconds is None for row in final if row.router == "NaNRouter"} == {True}
+    # A token's two experts take 512 operations, the linear gate 64 more: 20 * 576 / 512 steps.
+    assert {row.steps for row in final if row.router == "oracle"} == {22}
+    assert {row.train_flops for row in final if row.router == "oracle"} == {3 * 512 * 64 * 22}
 
 
 @pytest.mark.full

@@ -1,3 +1,5 @@
+import dataclasses
+import json
 import pathlib
 import sys
 
@@ -66,6 +68,43 @@ def test_half_made_stages_go_on():
 def test_without_tuning_the_first_learning_rate_and_the_published_weight_are_taken():
     (job,) = cell(protocol=Protocol(seeds=1, tuning_seeds=0)).jobs({})
     assert (job.stage, job.lr, job.aux_scale, job.steps) == ("final", 0.03, 1.0, 200)
+
+
+def test_a_router_whose_tuning_runs_all_fail_has_no_final_runs_and_counts_as_failed():
+    rows: dict = {}
+    one = cell("HashRouter")
+    rows |= {
+        row.key: row for job in one.jobs(rows) for row in [job.row(status="failed", reason="DivergedError: step 3")]
+    }
+    assert one.jobs(rows) == []
+    given_up = one.given_up(rows)
+    assert [(row.stage, row.seed, row.steps, row.status) for row in given_up] == [
+        ("final", 0, 200, "failed"),
+        ("final", 1, 200, "failed"),
+    ]
+    assert {row.reason for row in given_up} == {"not made, since all tuning runs failed: DivergedError: step 3"}
+    assert one.given_up(rows | {row.key: row for row in given_up}) == []
+    # One that finishes is enough to go on.
+    key = next(iter(rows))
+    rows[key] = dataclasses.replace(rows[key], status="finished", loss=0.1)
+    assert {job.stage for job in one.jobs(rows)} == {"tuning"}
+    assert one.given_up(rows) == []
+
+
+def test_steps_take_the_flops_of_the_linear_gate():
+    # A token's two experts take 2 * 2 * (2 * 32 * 32) = 8,192 operations, the gate 2 * 32 * 16 = 1,024 more.
+    steps = {
+        name: cell(name, Protocol(budget="flops")).steps
+        for name in ("LinearRouter", "HashRouter", "blind", "BaseLayerRouter")
+    }
+    assert steps == {"LinearRouter": 200, "HashRouter": 225, "blind": 225, "BaseLayerRouter": 360}
+    assert cell("HashRouter", Protocol(steps=100, budget="flops")).steps == 112
+    assert cell("HashRouter").steps == 200
+
+
+def test_folders_of_another_budget_have_another_protocol_and_older_ones_keep_theirs():
+    assert "budget" not in json.loads(Protocol().text())
+    assert json.loads(Protocol(budget="flops").text())["budget"] == "flops"
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
+import dataclasses
 import math
 
 import pytest
 
 from routerzoo.bench.rows import Row
-from routerzoo.bench.scores import mean_and_error, regret_difference, summaries
+from routerzoo.bench.scores import mean_and_error, regret_difference, scales, summaries
 
 
 def row(router, seed, loss, curve="", task="clusters", stage="final", status="finished"):
@@ -44,6 +45,24 @@ def test_seeds_without_controls_and_tuning_do_not_count():
     found = by_name(rows)
     assert found.keys() == {"oracle", "blind", "LinearRouter"}
     assert len(found["LinearRouter"].scores) == 1
+
+
+def test_regret_has_no_scale_where_a_control_failed_or_chance_is_as_good():
+    failed = dataclasses.replace(row("oracle", 1, None, status="failed"), reason="killed by SIGKILL")
+    rows = [*controls(0), failed, row("blind", 1, 0.5), *controls(2, 0.5, 0.5), *controls(3, 0.6, 0.5)]
+    rows += [row("oracle", 4, 0.1), *(row("LinearRouter", seed, 0.2) for seed in range(5))]
+    assert scales(rows) == {
+        ("clusters", 0): (0.1, 0.5),
+        ("clusters", 1): "the oracle control failed: killed by SIGKILL",
+        ("clusters", 2): "the blind control is no worse than the oracle",
+        ("clusters", 3): "the blind control is no worse than the oracle",
+    }
+    assert [score.row.seed for score in by_name(rows)["LinearRouter"].scores] == [0]
+
+
+def test_a_longer_run_of_equal_flops_is_scored_by_the_controls_of_its_seed():
+    other = dataclasses.replace(row("HashRouter", 0, 0.2), steps=225)
+    assert by_name([*controls(0), other])["HashRouter"].regret == pytest.approx(0.25)
 
 
 def test_steps_to_half_regret():
