@@ -131,5 +131,5 @@ def test_a_sweep_without_a_finished_run_has_a_page(made_up):
     assert "No run has finished yet: there is nothing to decide." in page
     assert "Provisional: 1 of 1 runs are pending" in page
     assert '<meta http-equiv="refresh" content="5">' in page
-    with pytest.raises(UserError, match="no run in .* has finished yet"):
+    with pytest.raises(UserError, match=r"no run in .* has finished yet"):
         read_sweep(folder)

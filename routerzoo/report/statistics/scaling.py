@@ -7,7 +7,6 @@ router changes; with b shared, too, a router's gain is the same at every budget:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +17,8 @@ from routerzoo.report.statistics.intervals import LEVEL, Interval
 
 Array = NDArray[np.float64]
 DRAWS = 1000
+LAWLESS = 0.05
+"""Above this share of draws without a law there are no intervals."""
 FEWEST_BUDGETS = 3
 """As many as a router's curve has parameters."""
 _EXPONENTS = np.geomspace(0.01, 3.0, 400)
@@ -65,10 +66,11 @@ class ScalingFit:
 def fit_scaling(
     losses: Mapping[str, Mapping[float, Mapping[int, float]]], draws: int = DRAWS, seed: int = 0
 ) -> ScalingFit | None:
-    """Fit least squares to mean losses. Seeds are drawn with replacement within a budget, the same for all routers.
+    """Fit least squares to mean losses, with intervals by a multiplier bootstrap.
 
-    Deviations of draws are scaled by sqrt(S / (S - 1)), so that their spread is that of a mean of S seeds. With a
-    single seed at some budget there are no draws, and bounds are NaN.
+    A draw adds, to each mean, the deviations of its seeds times normal numbers, which all routers share at a budget: a
+    seed is the same in all of them. The numbers of a budget are divided as in Student's t, so that few seeds have
+    wide intervals. With a single seed at some budget, or where a draw in twenty has no law, bounds are NaN.
 
     Args:
         losses: by router, training FLOPs and seed; smaller is better.
@@ -93,6 +95,8 @@ def fit_scaling(
     usable = (a_DR > 0).all(1) & (b < _EXPONENTS[-1]) & (b > _EXPONENTS[0])
     if not usable[0]:
         return None
+    if usable.mean() < 1 - LAWLESS:
+        usable[1:] = False
     fitted_N = a_DR[0, who_N] * (compute_N / unit) ** -b[0] + c[0]
     return ScalingFit(routers, b[usable], c[usable], a_DR[usable], unit, float(np.abs(fitted_N - mean_N).max()))
 
@@ -100,16 +104,16 @@ def fit_scaling(
 def _drawn(
     points: Sequence[tuple[int, float, Mapping[int, float]]], mean_N: Array, draws: int, generator: np.random.Generator
 ) -> Array:
-    places: dict[tuple[int, ...], NDArray[np.int64]] = {}
+    multipliers: dict[tuple[int, ...], Array] = {}
     drawn_DN = np.empty((draws, len(points)))
     for point, (*_, by_seed) in enumerate(points):
         seeds = tuple(sorted(by_seed))
         key = (_budget(points, point), *seeds)
-        if key not in places:
-            places[key] = generator.integers(len(seeds), size=(draws, len(seeds)))
-        values = np.array([by_seed[seed] for seed in seeds])
-        deviation_D = values[places[key]].mean(1) - mean_N[point]
-        drawn_DN[:, point] = mean_N[point] + deviation_D * math.sqrt(len(seeds) / (len(seeds) - 1))
+        if key not in multipliers:
+            chi_D1 = generator.chisquare(len(seeds) - 1, size=(draws, 1))
+            multipliers[key] = generator.normal(size=(draws, len(seeds))) / np.sqrt(len(seeds) * chi_D1)
+        deviation_S = np.array([by_seed[seed] for seed in seeds]) - mean_N[point]
+        drawn_DN[:, point] = mean_N[point] + multipliers[key] @ deviation_S
     return drawn_DN
 
 
@@ -138,7 +142,7 @@ def _least_squares(own_NR: Array, compute_N: Array, loss_DN: Array) -> tuple[Arr
 
 
 def _bounds(drawn: Array) -> tuple[Array, Array]:
-    if len(drawn) < DRAWS // 4:  # hardly any draw could be fitted
+    if len(drawn) == 1:
         return np.full(drawn.shape[1:], np.nan), np.full(drawn.shape[1:], np.nan)
     low, high = np.quantile(drawn[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
     return low, high
