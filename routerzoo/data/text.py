@@ -1,26 +1,44 @@
-"""`TextData`: text for language modelling, byte by byte or word by word."""
+"""`TextData`: text for language modeling, in bytes, words or the tokens of any tokenizer."""
 # Shape suffixes: V vocabulary.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.resources
+import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, final
 
 import numpy as np
 import torch
+from filelock import FileLock
 from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from routerzoo.data.documents import SPLITS, Piece, find_pieces, has_documents, text_pieces
 from routerzoo.data.download import default_root, download, extract_member
 from routerzoo.data.loading import TrainingLoader, evaluation_loader, order_seed
+from routerzoo.data.shards import (
+    Counts,
+    Reading,
+    TokenStore,
+    TokenStream,
+    corpus_key,
+    encode_corpus,
+    texts,
+    writable_folder,
+)
+from routerzoo.data.tokenizer import Tokenizer, bpe_size, load_tokenizer, train_bpe
 from routerzoo.data.tokens import (
     UNKNOWN,
     MixedWindows,
     Span,
+    Stream,
     Windows,
     WordCorpus,
     byte_stream,
@@ -28,12 +46,14 @@ from routerzoo.data.tokens import (
     collate,
     count_tokens,
     encode_words,
+    first_word_bytes,
 )
 from routerzoo.errors import UserError
 
 Unit = Literal["bytes", "words"]
 TextMetric = Literal["bpb", "bpc", "ppl"]
-SPLITS = ("train", "val", "test")
+Documents = Literal["joined", "marked", "separate"]
+BPE_TRAINING_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -123,42 +143,54 @@ TEXT_SETS: dict[str, TextSet] = {
 
 @final
 class TextData(LightningDataModule):
-    """Text for language modelling.
+    """Text for language modeling.
 
     Token streams are memory-mapped, so that a corpus may be larger than memory. The order of the training windows
-    depends on `seed` and epoch alone, and a resumed run goes on in the middle of an epoch.
+    depends on `seed` and epoch alone, and a run resumes in the middle of an epoch.
 
     Args:
         dataset: `tiny-shakespeare` (ships with the package), `enwik8`, `text8`, `wikitext-2`, `wikitext-103`, `ptb`, or
             the path of a text file (cut 90/5/5 by position) or of a folder with train.txt, val.txt and test.txt.
-            Published sets have their published splits. A list of them mixes several corpora, byte by byte; routers may
-            look at which one a token is from.
-        unit: predict `bytes` or `words`; by default what the set's papers do, bytes for a file. The words are those of
-            the training split.
-        root: folder that downloads are kept in; by default `$ROUTERZOO_DATA`, or `~/.cache/routerzoo`.
+            Published sets have their published splits. Or a corpus of documents: a JSONL or Parquet file, a folder, a
+            pattern of paths, or `hf:` and the name of a data set of Hugging Face; see
+            `routerzoo.data.documents.find_pieces`. A list of them mixes several corpora; routers may look at which one
+            a token is from.
+        tokenizer: `bytes`; `words` (those of the training split); `bpe-8192`, a byte-level BPE of so many ids that is
+            trained on the training split, once; the path of a `tokenizer.json`; or the name or folder of a tokenizer of
+            transformers. By default what the set's papers predict, and bytes for other text.
+        root: folder that downloads and token shards are kept in; by default `$ROUTERZOO_DATA`, or `~/.cache/routerzoo`.
         sequence_length: tokens per window.
         batch_size: windows per batch and process.
         max_words: limit of the vocabulary of words, the most frequent first.
         max_bytes: take only so many bytes of each corpus, its first, cut 90/5/5 by position: for a small budget, and
-            not comparable with what is published for the whole. For corpora in one file.
+            not comparable with what is published for the whole. Of a corpus of documents, the first documents that have
+            so many bytes together, in each split where splits are named. Not for a text corpus in three files.
+        text_field: name of the text in JSON, Parquet and data sets of Hugging Face.
+        min_bytes: leave out shorter documents. Those of white space alone are always left out.
+        documents: how documents share a window. `joined`: as one sequence. `marked`: routers see where each begins
+            (`sequence_ids`, `positions`), attention does not. `separate`: attention does not cross boundaries either.
         prompts: what `predict` continues; by default the beginning of the test split.
-        num_workers: processes that load data.
+        num_workers: processes that load data, and that encode a corpus.
         seed: seed of the order; by default torch's (`seed_everything`).
 
     Raises:
-        UserError: an unknown data set, a file that is missing, empty or no text, or one with a wrong checksum.
+        UserError: an unknown data set, tokenizer or type of file, a file that is missing, empty or damaged, a corpus
+            without documents, or an extra that is not installed.
     """
 
     def __init__(
         self,
         dataset: str | list[str] = "tiny-shakespeare",
         *,
-        unit: Unit | None = None,
+        tokenizer: str | None = None,
         root: str | None = None,
         sequence_length: int = 256,
         batch_size: int = 16,
         max_words: int | None = None,
         max_bytes: int | None = None,
+        text_field: str = "text",
+        min_bytes: int = 1,
+        documents: Documents = "joined",
         prompts: list[str] | None = None,
         num_workers: int = 0,
         seed: int | None = None,
@@ -172,30 +204,40 @@ class TextData(LightningDataModule):
             raise UserError(f"dataset must name at least one corpus, and none twice, got {dataset}")
         self.dataset = " and ".join(self.corpora)
         published = TEXT_SETS.get(dataset) if isinstance(dataset, str) else None
-        self.unit: Unit = unit or (published.unit if published is not None else "bytes")
-        if self.unit not in ("bytes", "words"):
-            raise UserError(f"unit must be bytes or words, got {unit!r}")
-        if self.unit == "words" and len(self.corpora) > 1:
-            raise UserError("several corpora have no common vocabulary of words: set unit to bytes")
+        self.tokenizer = tokenizer or (published.unit if published is not None else "bytes")
+        bpe_size(self.tokenizer)
+        if self.tokenizer == "words" and len(self.corpora) > 1:
+            raise UserError(
+                "several corpora have no common vocabulary of words: set tokenizer to bytes, or to bpe-8192"
+            )
+        if self.tokenizer == "words" and has_documents(self.corpora[0]):
+            raise UserError(f"words are those of running text, and {dataset} has documents: set tokenizer to bpe-8192")
+        if documents not in ("joined", "marked", "separate"):
+            raise UserError(f"documents must be joined, marked or separate, got {documents!r}")
+        if documents != "joined" and not all(map(has_documents, self.corpora)):
+            raise UserError(f"documents is {documents!r}, and {self.dataset} is running text: leave it out")
         self.root = Path(root).expanduser() if root is not None else default_root()
         self.sequence_length, self.batch_size = sequence_length, batch_size
         self.max_words, self.max_bytes = max_words, max_bytes
+        self.text_field, self.min_bytes, self.documents = text_field, min_bytes, documents
         self.prompts, self.num_workers, self.seed = prompts, num_workers, order_seed(seed)
-        self._splits: list[dict[str, list[Span]]] | None = None
+        self._splits: dict[str, dict[str, Span]] = {}
         self._corpus: WordCorpus | None = None
+        self._loaded: Tokenizer | None = None
+        self._stores: dict[str, TokenStore] = {}
 
     @property
     def metric(self) -> TextMetric:
-        """What is reported: `bpb`, `bpc` or `ppl`."""
-        if self.unit == "words":
+        """What is reported: `bpb` or `bpc` of bytes, `ppl` of other tokens."""
+        if self.tokenizer != "bytes":
             return "ppl"
         published = TEXT_SETS.get(self.dataset)
         return "bpb" if published is None or published.metric == "ppl" else published.metric
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids: 256 for bytes. Counting words may download and read the training split."""
-        return 256 if self.unit == "bytes" else len(self._words().words)
+        """Number of token ids: 256 for bytes. Counting words, or training a BPE, may download and read the corpus."""
+        return len(self._words().words) if self.tokenizer == "words" else self._encoder.vocab_size
 
     @property
     def num_tasks(self) -> int | None:
@@ -211,25 +253,109 @@ class TextData(LightningDataModule):
         """Download and encode what is not there yet."""
         self.stream("val")
 
-    def stream(self, split: str) -> np.ndarray:
-        """Return a split's tokens, memory-mapped."""
-        if self.unit == "words":
-            return self._words().stream(split)
-        return byte_stream([span for corpus in self._spans() for span in corpus[split]])
+    def stream(self, split: str) -> Stream:
+        """Return a split's tokens, memory-mapped; of several corpora, one after the other."""
+        streams = self._streams(split)
+        return streams[0] if len(streams) == 1 else TokenStream(streams)
+
+    def _streams(self, split: str) -> list[Stream]:
+        if self.tokenizer == "words":
+            return [self._words().stream(split)]
+        return [
+            byte_stream(self._spans(corpus)[split]) if self._is_raw(corpus) else self._store(corpus).stream(split)
+            for corpus in self.corpora
+        ]
+
+    def bytes_per_token(self, split: str) -> float:
+        """Return the bytes of a split's text for each token that is predicted, all but the first: 1 for bytes."""
+        sizes = [len(stream_N) - 1 for stream_N in self._streams(split)]
+        if self.tokenizer == "words":
+            span = self._spans(self.corpora[0])[split]
+            num_bytes = len(byte_stream(span)) - first_word_bytes(span)
+        else:
+            num_bytes = sum(
+                size if self._is_raw(corpus) else self._store(corpus).counts(split).bytes
+                for corpus, size in zip(self.corpora, sizes, strict=True)
+            )
+        return num_bytes / sum(sizes)
+
+    def counts(self, split: str) -> Counts | None:
+        """Count the tokens, documents and bytes of a split; None where no token shards are made."""
+        if self.tokenizer == "words" or any(map(self._is_raw, self.corpora)):
+            return None
+        each = [self._store(corpus).counts(split) for corpus in self.corpora]
+        return Counts(*map(sum, zip(*each, strict=True)))
+
+    def verify(self) -> None:
+        """Compare all token shards with their checksums.
+
+        Raises:
+            UserError: one has changed.
+        """
+        self.prepare_data()
+        for store in self._stores.values():
+            store.verify()
+
+    def _is_raw(self, corpus: str) -> bool:
+        """Whether the file itself is the stream."""
+        return self.tokenizer == "bytes" and not has_documents(corpus)
 
     def _words(self) -> WordCorpus:
         if self._corpus is None:
-            self._corpus = encode_words(dict(self._spans()[0]), self.root / "encoded", self.max_words)
+            spans = {split: [span] for split, span in self._spans(self.corpora[0]).items()}
+            self._corpus = encode_words(dict(spans), self.root / "encoded", self.max_words)
         return self._corpus
 
-    def _spans(self) -> list[dict[str, list[Span]]]:
-        if self._splits is None:
-            located = [self._locate(corpus) for corpus in self.corpora]
-            for paths, _ in located:
-                for path in paths:
-                    check_text(path)
-            self._splits = [_cut(paths, cuts, self.max_bytes) for paths, cuts in located]
-        return self._splits
+    @property
+    def _encoder(self) -> Tokenizer:
+        if self._loaded is None:
+            size = bpe_size(self.tokenizer)
+            self._loaded = load_tokenizer(self.tokenizer if size is None else str(self._trained_bpe(size)))
+        return self._loaded
+
+    def _trained_bpe(self, size: int) -> Path:
+        """Return the file of a BPE of the training split, which may be trained now."""
+        corpora = [(self._pieces(corpus), self._reading(corpus)) for corpus in self.corpora]
+        key = json.dumps([corpus_key(pieces, reading) for pieces, reading in corpora])
+        name = f"{self.tokenizer}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        if (path := self.root / "tokenizers" / name).exists():
+            return path
+        path = writable_folder(path.parent) / name
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                share = BPE_TRAINING_BYTES // len(corpora)
+                train_bpe((text for pieces, how in corpora for text in texts(pieces, how, "train", share)), size, path)
+        return path
+
+    def _reading(self, corpus: str) -> Reading:
+        # Running text is cut, and never filtered.
+        return Reading(self.text_field, self.min_bytes, self.max_bytes) if has_documents(corpus) else Reading()
+
+    def _pieces(self, corpus: str) -> list[Piece]:
+        if has_documents(corpus):
+            return find_pieces(corpus)
+        return [piece for split, span in self._spans(corpus).items() for piece in text_pieces(span, split)]
+
+    def _store(self, corpus: str) -> TokenStore:
+        if corpus not in self._stores:
+            self._stores[corpus] = encode_corpus(
+                corpus,
+                self._pieces(corpus),
+                self._encoder,
+                self._reading(corpus),
+                self.root / "encoded",
+                self.num_workers,
+            )
+        return self._stores[corpus]
+
+    def _spans(self, corpus: str) -> dict[str, Span]:
+        """Return the splits of a text corpus."""
+        if corpus not in self._splits:
+            paths, cuts = self._locate(corpus)
+            for path in paths:
+                check_text(path)
+            self._splits[corpus] = _cut(paths, cuts, self.max_bytes)
+        return self._splits[corpus]
 
     def _locate(self, corpus: str) -> tuple[list[Path], tuple[float, float]]:
         """Return the files of a corpus, which may be downloaded now, and where a single one is cut."""
@@ -262,7 +388,10 @@ class TextData(LightningDataModule):
         """
         counts_V = self.token_counts() + 1
         log_probs_V = np.log(counts_V / counts_V.sum())
-        target_counts_V = count_tokens(self.stream(split)[1:], self.vocab_size)
+        target_counts_V = np.zeros_like(counts_V)
+        for stream_N in self._streams(split):
+            target_counts_V += count_tokens(stream_N, self.vocab_size)
+            target_counts_V[int(stream_N[:1][0])] -= 1  # the first is not predicted
         return float(-(target_counts_V * log_probs_V).sum() / target_counts_V.sum())
 
     def setup(self, stage: str) -> None:
@@ -273,10 +402,6 @@ class TextData(LightningDataModule):
     def _windows(self, split: str) -> Windows | MixedWindows:
         training = split == "train"
         told = "training" if training else split
-        if len(self.corpora) == 1:
-            streams = [self.stream(split)]
-        else:
-            streams = [byte_stream(corpus[split]) for corpus in self._spans()]
         windows = [
             Windows(
                 stream_N,
@@ -285,7 +410,7 @@ class TextData(LightningDataModule):
                 seed=self.seed,
                 name=f"the {told} split of {corpus}",
             )
-            for corpus, stream_N in zip(self.corpora, streams, strict=True)
+            for corpus, stream_N in zip(self.corpora, self._streams(split), strict=True)
         ]
         return windows[0] if len(windows) == 1 else MixedWindows(windows)
 
@@ -298,9 +423,7 @@ class TextData(LightningDataModule):
                 f"{name} has {len(windows)} windows of {self.sequence_length} tokens, "
                 f"fewer than batch_size {self.batch_size}"
             )
-        return TrainingLoader(
-            windows, self.batch_size, self.seed, collate_fn=collate, num_workers=self.num_workers, pin_memory=_pin()
-        )
+        return TrainingLoader(windows, self.batch_size, self.seed, **self._loading)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """All windows of the validation split."""
@@ -311,13 +434,39 @@ class TextData(LightningDataModule):
         return self._evaluation_loader("test")
 
     def _evaluation_loader(self, split: str) -> DataLoader[Any]:
-        return evaluation_loader(
-            self._windows(split),
-            batch_size=self.batch_size,
-            collate_fn=collate,
-            num_workers=self.num_workers,
-            pin_memory=_pin(),
-        )
+        return evaluation_loader(self._windows(split), batch_size=self.batch_size, **self._loading)
+
+    @property
+    def _loading(self) -> dict[str, Any]:
+        if self.num_workers:  # or else tokenizers warns of each process that is forked after it was used
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        start_id = self._encoder.start[0] if self.documents != "joined" else None
+        return {
+            "collate_fn": partial(collate, start_id=start_id, attend_across=self.documents != "separate"),
+            "num_workers": self.num_workers,
+            "pin_memory": torch.cuda.is_available(),
+        }
+
+    def state_dict(self) -> dict[str, str]:
+        """Return what token ids mean; for bytes they mean the same everywhere."""
+        return {} if self.tokenizer == "bytes" else {"tokenizer": self._digest()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to resume with another tokenizer.
+
+        Raises:
+            UserError: it is another.
+        """
+        if state_dict.get("tokenizer") != self._digest():
+            raise UserError(
+                f"the checkpoint was trained with another tokenizer than {self.tokenizer}, or with other words: resume "
+                "with the same (data.tokenizer)"
+            )
+
+    def _digest(self) -> str:
+        if self.tokenizer == "words":
+            return hashlib.sha256(json.dumps(self._words().words).encode()).hexdigest()[:16]
+        return self._encoder.digest
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """The prompts, one a batch: token ids `[1, S]`.
@@ -335,27 +484,29 @@ class TextData(LightningDataModule):
         return DataLoader([self.encode(prompt) for prompt in prompts], batch_size=1, num_workers=0)  # type: ignore[arg-type]
 
     def encode(self, text: str) -> Tensor:
-        """Turn text into token ids, int64 `[S]`.
+        """Turn text into token ids, int64 `[S]`. Where documents begin with a token of their own, it comes first.
 
         Raises:
             UserError: no token in it.
         """
-        if self.unit == "bytes":
-            ids: Sequence[int] = list(text.encode("utf-8"))
-        else:
+        if self.tokenizer == "words":
             known = self._words().ids
-            ids = [known.get(word, known[UNKNOWN]) for word in text.replace("\n", " <eos> ").split()]
+            ids: Sequence[int] = [known.get(word, known[UNKNOWN]) for word in text.replace("\n", " <eos> ").split()]
+        else:
+            ids = self._encoder.encode([text])[0].tolist()
         if not ids:
             raise UserError(f"the prompt {text!r} has no token")
-        return torch.tensor(ids)
+        starts = self.tokenizer != "words" and not all(map(self._is_raw, self.corpora))
+        return torch.tensor([*(self._encoder.start if starts else ()), *ids])
 
     def decode(self, ids: Any) -> str:
-        """Turn token ids into text; bytes that are no UTF-8 become a replacement mark."""
+        """Turn token ids into text, without the token that begins a document before it."""
         ids = [int(index) for index in ids]
-        if self.unit == "bytes":
-            return bytes(ids).decode("utf-8", errors="replace")
-        words = self._words().words
-        return " ".join(words[index] for index in ids).replace(" <eos> ", "\n")
+        if self.tokenizer == "words":
+            words = self._words().words
+            return " ".join(words[index] for index in ids).replace(" <eos> ", "\n")
+        encoder = self._encoder
+        return encoder.decode(ids[1:] if len(ids) > 1 and ids[0] == encoder.start[0] else ids)
 
 
 def _own_files(dataset: str) -> list[Path]:
@@ -375,11 +526,11 @@ def _own_files(dataset: str) -> list[Path]:
     return [path]
 
 
-def _cut(paths: Sequence[Path], cuts: tuple[float, float], max_bytes: int | None) -> dict[str, list[Span]]:
+def _cut(paths: Sequence[Path], cuts: tuple[float, float], max_bytes: int | None) -> dict[str, Span]:
     if len(paths) == len(SPLITS):
         if max_bytes is not None:
             raise UserError(f"max_bytes cuts a corpus in one file, and {paths[0].parent} has three: leave it out")
-        return {split: [Span(path)] for split, path in zip(SPLITS, paths, strict=True)}
+        return {split: Span(path) for split, path in zip(SPLITS, paths, strict=True)}
     size = paths[0].stat().st_size
     if max_bytes is not None:
         if max_bytes > size:
@@ -389,8 +540,4 @@ def _cut(paths: Sequence[Path], cuts: tuple[float, float], max_bytes: int | None
     if not 0 < first < second < size:
         raise UserError(f"{paths[0]} has {size} bytes, too few to be cut into three splits at {first} and {second}")
     bounds = [0, first, second, size]
-    return {split: [Span(paths[0], bounds[i], bounds[i + 1])] for i, split in enumerate(SPLITS)}
-
-
-def _pin() -> bool:
-    return torch.cuda.is_available()
+    return {split: Span(paths[0], bounds[i], bounds[i + 1]) for i, split in enumerate(SPLITS)}

@@ -14,7 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -32,6 +32,14 @@ END_OF_LINE = "<eos>"
 UNKNOWN = "<unk>"
 
 
+class Stream(Protocol):
+    """Token ids on disk: an array, or something that is sliced like one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: slice, /) -> np.ndarray: ...
+
+
 class Span(NamedTuple):
     """A part of a file: from byte `start` up to byte `end`, or to the end of the file."""
 
@@ -44,12 +52,15 @@ class TextBatch(NamedTuple):
     """A batch of windows.
 
     `ids_BS` int64 token ids; `targets_BS` the token that follows each, `IGNORED_TARGET` for padding; `task_ids_B` the
-    corpus of each window, where there are several.
+    corpus of each window, where there are several; `sequence_ids_BS` the document of each token, counted over the
+    batch, where documents are told apart; `attend_across` whether attention crosses their boundaries.
     """
 
     ids_BS: Tensor
     targets_BS: Tensor
     task_ids_B: Tensor | None = None
+    sequence_ids_BS: Tensor | None = None
+    attend_across: bool = True
 
 
 class Windows(Dataset[tuple[Tensor, Tensor]]):
@@ -67,7 +78,7 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
         UserError: the stream is too short for one window.
     """
 
-    def __init__(self, stream_N: np.ndarray, length: int, *, training: bool, seed: int = 0, name: str) -> None:
+    def __init__(self, stream_N: Stream, length: int, *, training: bool, seed: int = 0, name: str) -> None:
         if len(stream_N) < (length + 1 if training else 2):
             raise UserError(
                 f"{name} has {len(stream_N)} tokens, too few for "
@@ -128,28 +139,41 @@ class MixedWindows(Dataset[tuple[Tensor, Tensor, int]]):
         return ids, targets, corpus
 
 
-def collate(samples: Sequence[tuple[Tensor, Tensor] | tuple[Tensor, Tensor, int]]) -> TextBatch:
-    """Stack windows to a batch."""
+def collate(
+    samples: Sequence[tuple[Tensor, Tensor] | tuple[Tensor, Tensor, int]],
+    start_id: int | None = None,
+    attend_across: bool = True,
+) -> TextBatch:
+    """Stack windows to a batch.
+
+    Args:
+        samples: the windows.
+        start_id: the token that begins each document; None where documents are not told apart.
+        attend_across: whether attention crosses the boundaries of documents.
+    """
     ids_BS = torch.stack([sample[0] for sample in samples])
     targets_BS = torch.stack([sample[1] for sample in samples])
     tasks = [sample[2] for sample in samples if len(sample) == 3]
-    return TextBatch(ids_BS, targets_BS, torch.tensor(tasks) if tasks else None)
+    sequence_ids_BS = None
+    if start_id is not None:
+        begins_BS = ids_BS == start_id
+        begins_BS[:, 0] = True  # what is left of a document that began in another window
+        sequence_ids_BS = (begins_BS.flatten().cumsum(0) - 1).view_as(ids_BS)
+    return TextBatch(ids_BS, targets_BS, torch.tensor(tasks) if tasks else None, sequence_ids_BS, attend_across)
 
 
-def byte_stream(spans: Sequence[Span]) -> np.ndarray:
-    """Map the bytes of a file part into memory without reading them; several parts are joined.
+def byte_stream(span: Span) -> np.ndarray:
+    """Map the bytes of a part of a file into memory without reading them.
 
     Raises:
-        UserError: a part is empty.
+        UserError: it is empty.
     """
-    parts = []
-    for path, start, end in spans:
-        size = path.stat().st_size
-        end = size if end is None else min(end, size)
-        if end <= start:
-            raise UserError(f"{path} is empty" if size == 0 else f"{path} has no bytes from {start} to {end}")
-        parts.append(np.memmap(path, dtype=np.uint8, mode="r", offset=start, shape=(end - start,)))
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    path, start, end = span
+    size = path.stat().st_size
+    end = size if end is None else min(end, size)
+    if end <= start:
+        raise UserError(f"{path} is empty" if size == 0 else f"{path} has no bytes from {start} to {end}")
+    return np.memmap(path, dtype=np.uint8, mode="r", offset=start, shape=(end - start,))
 
 
 def check_text(path: Path) -> None:
@@ -271,6 +295,15 @@ def _words(spans: Sequence[Span], progress: str) -> Iterator[str]:
                 yield END_OF_LINE
 
 
+def first_word_bytes(span: Span) -> int:
+    """Return how many bytes the first token of words takes, with the space before it."""
+    with span.path.open("rb") as file:
+        file.seek(span.start)
+        line = file.readline()
+    words = line.split()
+    return line.find(words[0]) + len(words[0]) if words else len(line)
+
+
 def _write_stream(words: Iterator[str], ids: dict[str, int], path: Path) -> None:
     dtype = np.uint16 if len(ids) <= 2**16 else np.uint32
     unknown = ids[UNKNOWN]
@@ -292,7 +325,7 @@ def _write_stream(words: Iterator[str], ids: dict[str, int], path: Path) -> None
     raw.unlink()
 
 
-def count_tokens(stream_N: np.ndarray, vocab_size: int) -> np.ndarray:
+def count_tokens(stream_N: Stream, vocab_size: int) -> np.ndarray:
     """Return how often each token id occurs, int64 `[V]`, reading the stream in parts."""
     counts_V = np.zeros(vocab_size, np.int64)
     for start in range(0, len(stream_N), 1 << 22):

@@ -52,7 +52,7 @@ def label_names(datamodule: Any) -> list[str]:
 
 def pieces(datamodule: Any, ids_S: Any) -> list[str]:
     """Return the text of each token; words with the space that follows."""
-    space = " " if getattr(datamodule, "unit", "bytes") == "words" else ""
+    space = " " if getattr(datamodule, "tokenizer", None) == "words" else ""
     return [datamodule.decode([int(index)]) + space for index in ids_S]
 
 

@@ -59,9 +59,22 @@ class Attention(nn.Module):
         self.out = nn.Linear(d_model, d_model, bias=False)
 
     def forward(
-        self, x_BSD: Tensor, rotation: Rotation, past: KeyValues | None, *, with_weights: bool = False
+        self,
+        x_BSD: Tensor,
+        rotation: Rotation,
+        past: KeyValues | None,
+        *,
+        with_weights: bool = False,
+        seen_B1SS: Tensor | None = None,
     ) -> tuple[Tensor, KeyValues, Tensor | None]:
         """Attend to this and earlier tokens.
+
+        Args:
+            x_BSD: hidden states.
+            rotation: of the tokens' positions.
+            past: keys and values of earlier tokens.
+            with_weights: return the attention weights.
+            seen_B1SS: True where a token may see another, instead of all that are not later.
 
         Returns:
             The output; the keys and values so far; and, where asked for, the attention weights before dropout,
@@ -73,7 +86,7 @@ class Attention(nn.Module):
         if past is not None:
             key, value = torch.cat([past.keys, key], dim=2), torch.cat([past.values, value], dim=2)
         # Without a past the mask is the usual triangle; a single new token sees everything.
-        mask = None
+        mask = seen_B1SS
         if past is not None and query.shape[2] > 1:
             mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
             mask = mask.tril(key.shape[2] - query.shape[2])
@@ -83,16 +96,17 @@ class Attention(nn.Module):
             value,
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=past is None,
+            is_causal=past is None and seen_B1SS is None,
         )
-        weights = _attention_weights(query, key) if with_weights else None
+        weights = _attention_weights(query, key, seen_B1SS) if with_weights else None
         return self.out(y_BHSF.transpose(1, 2).flatten(2)), KeyValues(key, value), weights
 
 
-def _attention_weights(query: Tensor, key: Tensor) -> Tensor:
+def _attention_weights(query: Tensor, key: Tensor, seen: Tensor | None) -> Tensor:
     """Return the causal attention weights, float32 `[tokens, heads, keys]`, which the fused kernel keeps to itself."""
     scores = (query.float() @ key.float().mT) * query.shape[-1] ** -0.5
-    seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=key.device).tril(key.shape[2] - query.shape[2])
+    if seen is None:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=key.device).tril(key.shape[2] - query.shape[2])
     weights: Tensor = scores.masked_fill(~seen, -torch.inf).softmax(-1).transpose(1, 2).flatten(0, 1)
     return weights
 
@@ -152,11 +166,16 @@ class Block(nn.Module):
         return isinstance(self.feed_forward, MoE) and "attention" in inner_router(self.feed_forward).requires
 
     def forward(
-        self, x_BSD: Tensor, rotation: Rotation, context: RoutingContext, past: KeyValues | None
+        self,
+        x_BSD: Tensor,
+        rotation: Rotation,
+        context: RoutingContext,
+        past: KeyValues | None,
+        seen_B1SS: Tensor | None = None,
     ) -> tuple[Tensor, KeyValues]:
         """Return the new hidden states and the attention's keys and values."""
         y_BSD, present, attention = self.attention(
-            self.attention_norm(x_BSD), rotation, past, with_weights=self.reads_attention
+            self.attention_norm(x_BSD), rotation, past, with_weights=self.reads_attention, seen_B1SS=seen_B1SS
         )
         if attention is not None:
             context = context.replace(attention=attention)
@@ -280,6 +299,8 @@ class Decoder(nn.Module):
         total_steps: int | None = None,
         process_group: ProcessGroup | None = None,
         context: RoutingContext | None = None,
+        sequence_ids_BS: Tensor | None = None,
+        attend_across: bool = True,
     ) -> tuple[Tensor, RoutingContext]:
         """Return next-token logits `[B, S, V]`, and the context with the routing of every MoE layer.
 
@@ -292,9 +313,21 @@ class Decoder(nn.Module):
             process_group: processes that train on parts of this batch; see `RoutingContext`.
             context: what routers may look at, one entry for each token, instead of what follows from the other
                 arguments: for sequences packed from several tasks, say.
+            sequence_ids_BS: the document of each token, where a row is packed from several, counted over the batch.
+                Routers see it, and positions from the beginning of each.
+            attend_across: whether attention crosses the boundaries of documents.
         """
         progress = (step, total_steps, process_group)
-        x_BSD, context, _ = self._run(ids_BS, None, padding_mask_BS, task_ids_B, progress, context=context)
+        x_BSD, context, _ = self._run(
+            ids_BS,
+            None,
+            padding_mask_BS,
+            task_ids_B,
+            progress,
+            context=context,
+            sequence_ids_BS=sequence_ids_BS,
+            attend_across=attend_across,
+        )
         return self.head(x_BSD), context
 
     def hidden(
@@ -321,18 +354,28 @@ class Decoder(nn.Module):
         seen: int = 0,
         cache: dict[Any, Any] | None = None,
         context: RoutingContext | None = None,
+        sequence_ids_BS: Tensor | None = None,
+        attend_across: bool = True,
     ) -> tuple[Tensor, RoutingContext, list[KeyValues]]:
         batch, length = ids_BS.shape
         positions_S = torch.arange(seen, seen + length, device=ids_BS.device)
+        seen_B1SS = None
+        # Attention only uses differences of positions; a router may have a table of them.
+        positions_BS = positions_S.clamp_max(self.max_length - 1).expand(batch, length)
+        if sequence_ids_BS is None:
+            sequence_ids_BS = torch.arange(batch, device=ids_BS.device).unsqueeze(1).expand(batch, length)
+        else:
+            begins_BS = F.pad(sequence_ids_BS.diff(dim=1) != 0, (1, 0), value=True)
+            positions_BS = positions_BS - (positions_BS * begins_BS).cummax(dim=1).values
+            if not attend_across:
+                same_BSS = sequence_ids_BS.unsqueeze(2) == sequence_ids_BS.unsqueeze(1)
+                seen_B1SS = same_BSS.tril().unsqueeze(1)
         if self.num_tasks is not None and task_ids_B is None:
             task_ids_B = ids_BS.new_zeros(batch)
         context = context or RoutingContext(
             token_ids=ids_BS.reshape(-1),
-            # Attention only uses differences of positions; a router may have a table of them.
-            positions=positions_S.clamp_max(self.max_length - 1).repeat(batch),
-            sequence_ids=torch.arange(batch, device=ids_BS.device).repeat_interleave(
-                length, output_size=batch * length
-            ),
+            positions=positions_BS.reshape(-1),
+            sequence_ids=sequence_ids_BS.reshape(-1),
             padding_mask=None if padding_mask_BS is None else padding_mask_BS.reshape(-1),
             task_ids=None if task_ids_B is None else task_ids_B.repeat_interleave(length, output_size=batch * length),
             step=progress[0],
@@ -346,9 +389,9 @@ class Decoder(nn.Module):
         for index, block in enumerate(self.blocks):
             earlier = None if past is None else past[index]
             if self.activation_checkpointing and self.training:
-                x_BSD, key_values = checkpoint(block, x_BSD, rotation, context, earlier, use_reentrant=False)
+                x_BSD, key_values = checkpoint(block, x_BSD, rotation, context, earlier, seen_B1SS, use_reentrant=False)
             else:
-                x_BSD, key_values = block(x_BSD, rotation, context, earlier)
+                x_BSD, key_values = block(x_BSD, rotation, context, earlier, seen_B1SS)
             present.append(key_values)
         return self.norm(x_BSD), context, present
 

@@ -172,6 +172,7 @@ class RunReport(Callback):
             )
         else:
             rows += [("best", self.best), (f"last (step {self._last_step})", self._last)]
+            rows += [("last, bits per byte", value) for value in self._bits_per_byte(trainer, name).values()]
             table = Table(title=f"validation {name}", title_justify="left", title_style="bold")
             for label, _ in rows:
                 table.add_column(label, justify="right")
@@ -192,9 +193,15 @@ class RunReport(Callback):
             "seconds": round(seconds, 1),
             name: self._last,
             f"best {name}": self.best,
+            **self._bits_per_byte(trainer, name),
         }
         self._save("fit", trainer, pl_module, {**results, f"step 0 {name}": self.metric_at_start})
         self._print_files(trainer)
+
+    def _bits_per_byte(self, trainer: Trainer, headline: str) -> dict[str, float]:
+        """Return what compares tokenizers, where another metric is the headline."""
+        value = trainer.callback_metrics.get("val/bpb")
+        return {} if value is None or headline == "bpb" else {"bpb": float(value)}
 
     def _training_costs(self, trainer: Trainer, task: MoETask) -> dict[str, Any]:
         """Return what training took: k may have changed over it, by a schedule or from token to token."""

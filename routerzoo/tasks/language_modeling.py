@@ -38,15 +38,21 @@ def reported(loss: Tensor, metric: TextMetric) -> Tensor:
 
 @final
 class MeanTextLoss(MeanMetric):
-    """Mean loss over tokens, reported as `bpb`, `bpc` or `ppl`."""
+    """Mean loss over tokens, reported as `bpb`, `bpc` or `ppl`.
 
-    def __init__(self, metric: TextMetric) -> None:
+    Args:
+        metric: what to report.
+        bytes_per_token: of the text, for `bpb`.
+    """
+
+    def __init__(self, metric: TextMetric, bytes_per_token: float = 1.0) -> None:
         super().__init__()
         self.metric: TextMetric = metric
+        self.bytes_per_token = bytes_per_token
 
     def compute(self) -> Tensor:
         """Report the mean."""
-        return reported(super().compute(), self.metric)
+        return reported(super().compute(), self.metric) / self.bytes_per_token
 
 
 class NextTokenPrediction(TextTask):
@@ -76,12 +82,25 @@ class NextTokenPrediction(TextTask):
         return "unigram", float(reported(torch.tensor(datamodule.unigram_baseline("val")), self.metric))
 
     def setup(self, stage: str) -> None:
-        """Refuse to generate where no process will have the whole model.
+        """Refuse what the model cannot do.
 
         Raises:
-            UserError: a sharded model.
+            UserError: token ids that the model does not have, or generation where no process has the whole model.
         """
         super().setup(stage)
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if (ids := getattr(data, "vocab_size", None)) is not None and ids > self.vocab_size:
+            raise UserError(
+                f"the tokenizer {getattr(data, 'tokenizer', 'of the data')} has {ids} token ids, and the model only "
+                f"{self.vocab_size}: set the model's vocab_size to {ids}, or choose the tokenizer that it was built for"
+            )
+        for metrics in self.evaluated.children():
+            assert isinstance(metrics, torch.nn.ModuleDict)
+            known = self.metric == "ppl" and hasattr(data, "bytes_per_token")
+            if known and "bpb" not in metrics:
+                metrics["bpb"] = MeanTextLoss("bpb").to(self.device)
+            elif self.metric == "ppl" and not known and "bpb" in metrics:
+                del metrics["bpb"]
         if stage == "predict" and self._device_mesh is not None:
             raise UserError(
                 "a sharded model cannot generate: predict with trainer.devices 1 and trainer.strategy auto, which read "
@@ -92,15 +111,37 @@ class NextTokenPrediction(TextTask):
         """Predict each next token."""
         counted_N = batch.targets_BS.flatten() != IGNORED_TARGET
         padding_BS = None if self.training or counted_N.all() else ~counted_N.view_as(batch.targets_BS)
+        packed = (
+            {"sequence_ids_BS": batch.sequence_ids_BS, "attend_across": batch.attend_across}
+            if batch.sequence_ids_BS is not None
+            else {}
+        )
         logits_BSV, context = self.net(
             batch.ids_BS,
             padding_mask_BS=padding_BS,
             task_ids_B=batch.task_ids_B if self.net.num_tasks is not None else None,
+            **packed,
             **(self.progress if self.training else {}),
         )
         logits_TV = in_full_precision(logits_BSV).flatten(0, 1)
         losses_T = F.cross_entropy(logits_TV, batch.targets_BS.flatten(), ignore_index=IGNORED_TARGET, reduction="none")
         return Prediction(logits_TV, losses_T.sum() / counted_N.sum(), losses_T, context, counted_N)
+
+    def on_validation_epoch_start(self) -> None:
+        """Reset the metrics, and count the bytes of the split's tokens."""
+        super().on_validation_epoch_start()
+        self._count_bytes("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Reset the metrics, and count the bytes of the split's tokens."""
+        super().on_validation_epoch_start()
+        self._count_bytes("test")
+
+    def _count_bytes(self, split: str) -> None:
+        for metrics in self.evaluated.children():
+            if self.metric == "ppl" and "bpb" in metrics:  # type: ignore[operator]
+                data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+                metrics["bpb"].bytes_per_token = data.bytes_per_token(split)  # type: ignore[index]
 
     def training_metrics(self, batch: TextBatch, prediction: Prediction, loss: Tensor) -> dict[str, Tensor]:
         """Return what papers report of the loss."""
@@ -127,7 +168,8 @@ class LanguageModeling(NextTokenPrediction, DecoderTask):
     """Language modeling: the task's loss is the mean cross-entropy of the next token, in nats.
 
     Reports `loss` and what papers report of it: `bpb` (bits per byte), `bpc` (bits per character), both `loss / ln 2`,
-    or `ppl` (perplexity per token, `exp(loss)`).
+    or `ppl` (perplexity per token, `exp(loss)`). Beside `ppl`, evaluations report `bpb` too, which compares tokenizers:
+    `loss / ln 2` by the bytes of the split's text for each token that is predicted.
 
     Args:
         metric: what is reported beside the loss; by default `bpb`. From the command line it is the data's.

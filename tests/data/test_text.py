@@ -99,7 +99,7 @@ def test_published_sets_have_checksums_and_splits():
 
 def test_the_bundled_text_is_the_known_one():
     data = TextData()
-    path = data._spans()[0]["train"][0].path
+    path = data._spans("tiny-shakespeare")["train"].path
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert digest == "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
     sizes = [len(data.stream(split)) for split in ("train", "val", "test")]
@@ -158,7 +158,10 @@ def test_a_short_text_names_the_way_out(tmp_path):
 def test_unknown_and_unreadable_sets_are_named(tmp_path):
     with pytest.raises(UserError, match="no data set or file is called 'enwik9'; the data sets are tiny-shakespeare"):
         TextData("enwik9").prepare_data()
-    with pytest.raises(UserError, match=r"lacks train.txt, val.txt, test.txt"):
+    with pytest.raises(UserError, match=r"holds no files: it should have train.txt, val.txt and test.txt, or files"):
+        TextData(str(tmp_path)).prepare_data()
+    (tmp_path / "train.txt").write_text("some words")
+    with pytest.raises(UserError, match=r"lacks val.txt, test.txt; a text folder has"):
         TextData(str(tmp_path)).prepare_data()
 
 
@@ -168,7 +171,7 @@ def test_words_come_from_the_training_split_alone(tmp_path):
     (folder / "train.txt").write_text("a b a\nc a\n")
     (folder / "val.txt").write_text("a d b\n")
     (folder / "test.txt").write_text("d\n")
-    data = TextData(str(folder), unit="words", root=str(tmp_path / "root"))
+    data = TextData(str(folder), tokenizer="words", root=str(tmp_path / "root"))
     assert data.metric == "ppl"
     assert data._words().words == ["a", "<eos>", "b", "c", "<unk>"]
     assert data.decode(data.stream("val")) == "a <unk> b <eos>"

@@ -165,7 +165,7 @@ class ByTask(Router):
     [
         ([], {}, "dataset must name at least one corpus"),
         (["enwik8", "enwik8"], {}, "and none twice"),
-        (["wikitext-2", "ptb"], {"unit": "words"}, "several corpora have no common vocabulary of words"),
+        (["wikitext-2", "ptb"], {"tokenizer": "words"}, "several corpora have no common vocabulary of words"),
     ],
 )
 def test_bad_lists_of_corpora(dataset, options, message):
