@@ -168,8 +168,8 @@ def audit(
     """
     start = time.perf_counter()
     observers, losses = observe(subject, record=bool(earlier))
-    layers = [_layer(index, observer, subject) for index, observer in enumerate(observers)]
     left_out = list(subject.left_out)
+    layers = [_layer(index, observer, subject, left_out) for index, observer in enumerate(observers)]
     _saturate(layers, _experts(observers), earlier)
     if not earlier:
         left_out.append("saturation: it compares checkpoints, and only one was given (--earlier)")
@@ -247,7 +247,7 @@ def _routing(experts_TK: Tensor) -> Routing:
     return Routing(experts_TK, (experts_TK >= 0).float())
 
 
-def _layer(index: int, observer: LayerObserver, subject: Subject) -> LayerAudit:
+def _layer(index: int, observer: LayerObserver, subject: Subject, left_out: list[str]) -> LayerAudit:
     layer, count = observer.layer, observer.layer.num_experts
     name = next(name for name, module in subject.net.named_modules() if module is layer)
     router = type(inner_router(layer)).__name__
@@ -255,11 +255,11 @@ def _layer(index: int, observer: LayerObserver, subject: Subject) -> LayerAudit:
     parameters_E = parameter_norms(layer.experts, count)
     outputs_E = observer.output_norms.norms_E.cpu()
     if parameters_E.isnan().all():
-        subject.left_out.append(f"MoE layer {index}, parameter norms: its weights are offloaded or sharded")
+        left_out.append(f"MoE layer {index}, parameter norms: its weights are offloaded or sharded")
     if outputs_E.isnan().all():
-        subject.left_out.append(f"MoE layer {index}, output norms: its experts' outputs cannot be told apart")
+        left_out.append(f"MoE layer {index}, output norms: its experts' outputs cannot be told apart")
     if observer.mixes:
-        subject.left_out.append(f"MoE layer {index}, gate, co-activation, specialization: {router} mixes tokens")
+        left_out.append(f"MoE layer {index}, gate, co-activation, specialization: {router} mixes tokens")
     gate = {name: float(value) for name, value in observer.gate.compute().items()} if observer.gate.tokens > 0 else {}
     together_EE, co_activation = None, {}
     if not observer.mixes and count > 1:
@@ -277,7 +277,7 @@ def _layer(index: int, observer: LayerObserver, subject: Subject) -> LayerAudit:
                 specialization[kind] = {key: float(result[key]) for key in ("specialization", "chance")}
                 shares[kind] = result["share_VE"].cpu().view(metric.num_labels, count)
         elif not index:
-            subject.left_out.append(f"specialization by {kind}: the data does not say which {kind} a token is of")
+            left_out.append(f"specialization by {kind}: the data does not say which {kind} a token is of")
     return LayerAudit(
         index=index,
         name=name,

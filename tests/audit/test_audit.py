@@ -1,0 +1,265 @@
+"""Audits find what was planted, and nothing else; counterfactuals cost what they cost by hand."""
+
+import json
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from routerzoo import LayerSpec, LinearRouter, MoE, Routing, RoutingContext
+from routerzoo.__main__ import main
+from routerzoo.audit import Losses, Subject, Thresholds, audit, record_experts
+from routerzoo.audit.counterfactuals import substitute, with_first
+from routerzoo.audit.documents import Document, cut, read_documents
+from routerzoo.audit.page import write_page
+from routerzoo.errors import UserError
+
+EXPERTS = 8
+
+
+class Net(nn.Module):
+    """Two MoE layers on embeddings whose first feature is constant, so that a router's weight of it is a bias."""
+
+    def __init__(self, router=LinearRouter, num_experts=EXPERTS):
+        super().__init__()
+        self.embedding = nn.Embedding(50, 16)
+        specs = [LayerSpec(16, num_experts, layer=i, num_layers=2, hidden_dim=8, vocab_size=50) for i in range(2)]
+        self.layers = nn.ModuleList(MoE(spec, router) for spec in specs)
+        with torch.no_grad():
+            self.embedding.weight[:, 0] = 1
+            for layer in self.layers:
+                if isinstance(layer.router, LinearRouter):
+                    layer.router.weight[:, 0] = 0
+
+    def forward(self, ids_BS):
+        sequences = torch.arange(len(ids_BS)).unsqueeze(1).expand_as(ids_BS)
+        context, x = RoutingContext(token_ids=ids_BS, sequence_ids=sequences), self.embedding(ids_BS)
+        return sum((layer(x, context) for layer in self.layers), x)
+
+
+def subject_of(net, batches=2):
+    torch.manual_seed(1)
+    given = [torch.randint(50, (8, 32)) for _ in range(batches)]
+
+    def losses(ids_BS):
+        y_BS = net(ids_BS).square().mean(-1)
+        return Losses(y_BS.sum(1), torch.full((len(ids_BS),), y_BS.shape[1]))
+
+    return Subject(
+        "net", "random ids", net, given, losses, lambda b: b, lambda b: torch.arange(8), "document", "abcdefgh"
+    )
+
+
+def test_a_balanced_model_is_healthy_and_stays_as_it_was():
+    net = Net()
+    before = [parameter.clone() for parameter in net.parameters()]
+    result = audit(subject_of(net))
+    assert result.findings == []
+    assert result.healthy
+    assert result.tokens == 512
+    layer = result.layers[1]
+    assert (layer.name, layer.router, layer.num_experts, layer.top_k) == ("layers.1", "LinearRouter", 8, 2)
+    assert sum(layer.relative_load) == pytest.approx(8)
+    assert layer.assignments == 1024
+    assert layer.specialization["token"]["chance"] == pytest.approx(0.25)
+    assert layer.specialization["token"]["specialization"] == 1  # the layer sees nothing but the id
+    assert set(layer.specialization) == {"token", "document"}
+    assert [name.partition(":")[0] for name in result.left_out] == ["saturation", "counterfactuals", "the best expert"]
+    assert net.training
+    assert not net.layers[0]._routing_hooks
+    assert not net.layers[0].experts._forward_hooks
+    assert all(torch.equal(*pair) for pair in zip(before, net.parameters(), strict=True))
+
+
+def dead(layer):
+    layer.router.weight[3, 0] = -100
+
+
+def exploding(layer):
+    layer.experts.down[5] *= 100
+
+
+def vanishing(layer):
+    for parameter in layer.experts.parameters():
+        parameter[2] *= 1e-4
+
+
+def not_a_number(layer):
+    layer.experts.up[6, 0, 0] = torch.nan
+
+
+def collapsed(layer):
+    layer.router.weight[[1, 4], 0] = 100
+
+
+@pytest.mark.parametrize(
+    ("plant", "found"),
+    [
+        (dead, [(3, "dead")]),
+        (exploding, [(5, "parameter norm exploding"), (5, "output norm exploding")]),
+        (vanishing, [(2, "parameter norm vanishing"), (2, "output norm vanishing")]),
+        (not_a_number, [(6, "parameters are NaN or inf"), (6, "outputs are NaN or inf")]),
+        (
+            collapsed,
+            [(e, "dead") for e in (0, 2, 3, 5, 6, 7)] + [(None, "routing collapsed onto experts 1, 4")],
+        ),
+    ],
+)
+def test_planted_faults_are_named_by_layer_and_expert(plant, found):
+    net = Net()
+    with torch.no_grad():
+        plant(net.layers[1])
+    result = audit(subject_of(net))
+    assert [(f.layer, f.expert, f.kind) for f in result.findings] == [(1, *one) for one in found]
+    text = str(result.findings[0])
+    assert text.startswith(f"MoE layer 1, expert {found[0][0]}: {found[0][1]}")
+    json.dumps(result.to_json(), allow_nan=False)  # NaN and inf are strings
+
+
+def test_thresholds_can_be_set_and_taken_away():
+    net = Net()
+    with torch.no_grad():
+        dead(net.layers[0])
+    none = Thresholds(min_load=None)
+    assert audit(subject_of(net), thresholds=none).healthy
+    strict = audit(
+        subject_of(Net()), thresholds=Thresholds(max_gate_entropy=0.1, min_random_cost=9.0), counterfactual_batches=1
+    )
+    assert {f.kind for f in strict.findings} == {"gate undecided", "a random first choice costs too little"}
+    with pytest.raises(UserError, match="the threshold min_load must be a number of at least 0, got -1"):
+        Thresholds(min_load=-1)
+
+
+def test_load_is_not_judged_on_too_few_tokens():
+    net = Net()
+    subject = subject_of(net)
+    subject.batches = [subject.batches[0][:1, :8]]
+    result = audit(subject)
+    assert result.healthy
+    assert any("layer 0: its load is not judged, 16 assignments are fewer than 20" in one for one in result.left_out)
+
+
+def test_saturation_compares_the_same_tokens():
+    net, other = Net(), Net()
+    earlier = [("same", record_experts(subject_of(net))), ("other", record_experts(subject_of(other)))]
+    layer = audit(subject_of(net), earlier=earlier).layers[0]
+    assert layer.saturation["same"] == {"saturation": 1.0, "chance": 0.25}
+    assert layer.saturation["other"]["saturation"] < 0.6
+    with pytest.raises(UserError, match="short routes 256 tokens, the audited model 512"):
+        audit(subject_of(net), earlier=[("short", record_experts(subject_of(net, 1)))])
+
+
+class Constant(nn.Module):
+    """Adds c_e to the loss of each token that expert e computes alone."""
+
+    def __init__(self, values, top_k=1):
+        super().__init__()
+        self.moe = MoE(LayerSpec(4, len(values), hidden_dim=2), partial(LinearRouter, top_k=top_k, renormalize=True))
+        with torch.no_grad():
+            for name, parameter in self.moe.experts.named_parameters():
+                parameter.zero_()
+                if name == "down_bias":
+                    parameter[:, 0] = torch.tensor(values)
+
+    def forward(self, x_BSD):
+        sequences = torch.arange(len(x_BSD)).unsqueeze(1).expand(x_BSD.shape[:2])
+        return self.moe(x_BSD, RoutingContext(sequence_ids=sequences))[..., 0].sum(1)
+
+
+def test_counterfactuals_cost_what_they_cost_by_hand():
+    values = torch.tensor([1.0, 2.0, 4.0, 8.0])
+    net = Constant(values.tolist())
+    x_BSD = torch.randn(16, 5, 4)
+    subject = Subject("net", "x", net, [x_BSD], lambda x: Losses(net(x), torch.full((16,), 5)))
+    result = audit(subject, counterfactual_batches=1, best_batches=1).layers[0]
+    order_TE = (x_BSD.flatten(0, 1) @ net.moe.router.weight.T).argsort(1, descending=True)
+    first_T, next_T = values[order_TE[:, 0]], values[order_TE[:, 1]]
+    assert result.costs["drop"] == pytest.approx(-float(first_T.mean()), rel=1e-5)
+    assert result.costs["next"] == pytest.approx(float((next_T - first_T).mean()), rel=1e-5)
+    # Seeded: of the other three, at random.
+    assert abs(result.costs["random"] - float(((15 - first_T) / 3 - first_T).mean())) < 1.0
+    best = result.best
+    assert best.tokens == 16  # one in each sequence
+    # Whatever the tokens were: expert 0 is the best one.
+    assert 0 <= best.gain <= 7
+    assert best.router_is_best <= 1
+    mean_first = best.gain + 1
+    assert best.random == pytest.approx((15 - mean_first) / 3 - mean_first, rel=1e-4)
+
+
+def test_a_first_choice_is_replaced_under_its_own_weight():
+    routing = Routing(torch.tensor([[0, 1], [2, -1], [-1, -1]]), torch.tensor([[0.3, 0.7], [1.0, 0.0], [0.0, 0.0]]))
+    changed = with_first(routing, torch.tensor([3, 3, 3]))
+    assert changed.experts_TK.tolist() == [[0, 3], [3, -1], [-1, -1]]
+    assert torch.equal(changed.weights_TK, routing.weights_TK)
+    dropped = with_first(routing, None, torch.tensor([True, False, False]))
+    assert dropped.experts_TK.tolist() == [[0, -1], [2, -1], [-1, -1]]
+    assert dropped.weights_TK.tolist() == [[pytest.approx(0.3), 0], [1, 0], [0, 0]]
+    assert dropped.may_drop
+    drawn = substitute(routing, "random", 4, torch.Generator().manual_seed(0)).experts_TK
+    assert drawn[0, 0] == 0
+    assert drawn[0, 1] in (2, 3)
+
+
+def test_what_cannot_be_measured_is_said():
+    result = audit(subject_of(Net("HashRouter")), counterfactual_batches=1, best_batches=1)
+    assert set(result.layers[0].costs) == {"drop", "random"}
+    assert "MoE layer 0, counterfactual 'next': HashRouter has no logits, hence no next choice" in result.left_out
+    assert result.layers[0].best.next is None
+    assert math.isfinite(result.layers[0].best.gain)
+
+
+def test_a_dense_model_and_empty_data_are_refused():
+    with pytest.raises(UserError, match="no routing to audit: net has no MoE layer, it is a dense model"):
+        Subject("net", "x", nn.Linear(2, 2), [0], lambda batch: None)
+    with pytest.raises(UserError, match="there is nothing to audit net on: x has no tokens"):
+        Subject("net", "x", Net(), [], lambda batch: None)
+
+
+def test_documents_are_cut_into_windows_of_their_own(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "abcde"}\n\n{"text": "fg"}\n')
+    (tmp_path / "more.txt").write_text("hij")
+    documents = list(read_documents(tmp_path))
+    assert documents == [Document("more.txt", "hij"), Document("rows.jsonl:1", "abcde"), Document("rows.jsonl:3", "fg")]
+    batches, names = cut(iter(documents), lambda text: [ord(c) for c in text], 4, 2, 9)
+    assert [batch.documents_B.tolist() for batch in batches] == [[0, 1], [2]]  # the window "e" predicts nothing
+    assert batches[0].ids_BS.tolist() == [[104, 105, 106, 0], [97, 98, 99, 100]]
+    assert batches[0].mask_BS.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert names == ["more.txt", "rows.jsonl:1", "rows.jsonl:3"]
+    (tmp_path / "rows.jsonl").write_text('{"txt": "abc"}\n')
+    with pytest.raises(UserError, match="line 1 is no JSON object with a field 'text'"):
+        list(read_documents(tmp_path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no text: there is no file"):
+        list(read_documents(tmp_path / "empty"))
+
+
+def test_the_command_says_what_it_cannot_audit(tmp_path, capsys):
+    for args, told in (
+        (["nothing"], "nothing does not exist: give the folder of a run, a checkpoint, or a model's folder"),
+        ([str(tmp_path)], "is neither a run with a checkpoint nor a folder of transformers"),
+        (["nothing", "--min-load", "-1"], "the threshold min_load must be a number of at least 0, got -1"),
+        (["nothing", "--batches", "0"], "--batches must be at least 1, got 0"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["audit", *args])
+        assert ended.value.code == 2
+        assert told in capsys.readouterr().err
+
+
+@pytest.mark.full
+def test_the_page_needs_no_other_file(tmp_path):
+    net = Net()
+    with torch.no_grad():
+        dead(net.layers[1])
+    subject = subject_of(net)
+    earlier = [("before", record_experts(subject))]
+    write_page(tmp_path / "audit.html", audit(subject, earlier=earlier, counterfactual_batches=1, best_batches=1))
+    page = (tmp_path / "audit.html").read_text()
+    assert "MoE layer 1, expert 3: dead (0; min_load is 0.02)" in page
+    for title in ("all tokens at once", "one token at a time", "Saturation", "Thresholds", "Load of each expert"):
+        assert title in page
+    assert page.count("data:image/png;base64,") == 5
+    assert "http" not in page
