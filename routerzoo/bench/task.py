@@ -222,9 +222,15 @@ def check_task(cls: type[BenchTask]) -> None:
     for what, values, limit in (("token id", ids_T, cls.vocab_size), ("domain", domain_T, cls.num_domains)):
         if values.shape != (tokens,):
             raise UserError(f"{cls.name}: a batch of {tokens} tokens has {what}s of shape {list(values.shape)}")
-        if values.max() >= limit:
-            raise UserError(f"{cls.name}: there is a {what} {int(values.max())}, and only {limit} of them")
-    if experts_TK.ndim != 2 or len(experts_TK) != tokens or experts_TK.max() >= cls.num_experts:
+        if values.max() >= limit or values.min() < -1:
+            wrong = values.max() if values.max() >= limit else values.min()
+            raise UserError(f"{cls.name}: there is a {what} {int(wrong)}, and only {limit} of them")
+    if (
+        experts_TK.ndim != 2
+        or len(experts_TK) != tokens
+        or not experts_TK.numel()
+        or experts_TK.max() >= cls.num_experts
+    ):
         raise UserError(
             f"{cls.name}: oracle must return experts below {cls.num_experts}, [tokens, k], got {list(experts_TK.shape)}"
         )

@@ -6,6 +6,7 @@ import torch
 from routerzoo import registry as routers
 from routerzoo.bench import registry
 from routerzoo.bench.registry import list_tasks, register_task, task_class
+from routerzoo.bench.run import check_passes
 from routerzoo.bench.task import Batch, BenchTask, apply_maps, check_task, linear_maps
 from routerzoo.bench.tasks.clusters import Clusters
 from routerzoo.errors import UserError
@@ -81,6 +82,11 @@ def batch_of(**changes):
         (batch_of(domain_T=lambda tokens: torch.full((tokens,), 8)), "wrong: there is a domain 8, and only 8 of them"),
         (batch_of(token_ids_T=lambda tokens: torch.zeros(2)), "a batch of 64 tokens has token ids of shape [2]"),
         ({"oracle": lambda self, batch: batch.domain_T}, "oracle must return experts below 16, [tokens, k], got [64]"),
+        ({"num_domains": 17}, "oracle must return experts below 16, [tokens, k], got [64, 0]"),
+        (
+            batch_of(domain_T=lambda tokens: torch.full((tokens,), -2)),
+            "wrong: there is a domain -2, and only 8 of them",
+        ),
         ({"batch": lambda self, *args: 1 / 0}, "the task wrong cannot be drawn: ZeroDivisionError"),
     ],
 )
@@ -88,6 +94,26 @@ def test_a_task_that_is_wrong_says_so(changes, message):
     with pytest.raises(UserError) as error:
         check_task(type("Wrong", (Clusters,), {"name": "wrong", **changes}))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            batch_of(target=lambda tokens: torch.zeros(tokens, 3)),
+            "the task wrong cannot be trained on: RuntimeError: The size of tensor a (32) must match",
+        ),
+        (
+            {"token_losses": lambda self, output, batch: output.square().mean()},
+            "wrong: token_losses must return a loss for each of 512 tokens, got []",
+        ),
+    ],
+)
+def test_a_task_whose_model_or_loss_is_wrong_says_so_before_the_runs(changes, message):
+    with pytest.raises(UserError) as error:
+        check_passes(type("Wrong", (Clusters,), {"name": "wrong", **changes}))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_maps_are_those_of_the_domain():
