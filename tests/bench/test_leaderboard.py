@@ -224,6 +224,12 @@ def test_what_cannot_be_compared_is_said(tmp_path, board):
         Board(alone)
     page = pages(Record((*ROWS, *runs("xor", "LinearRouter", 0.3)), (), FAMILIES), "board")["board.md"]
     assert "**Left out**, since no runs of oracle and blind have finished: xor." in page
+    turned = final("clusters", "oracle", SEEDS, 3.0), final("clusters", "blind", SEEDS, 1.0)
+    page = pages(Record((*ROWS, *turned), (), FAMILIES), "board")["board.md"]
+    assert "**No regret** of 1 seeds in clusters, which are left out: the blind control is no worse" in page
+    nowhere = Row("ids", "TaskRouter", "final", 0, 200, 0.03, 1.0, "not applicable", reason="it requires task_ids")
+    told = "\n".join(findings(Board(Record((*ROWS, nowhere, replace(nowhere, task="clusters")), (), FAMILIES))))
+    assert "**Not applicable in any task**: TaskRouter." in told
     path = tmp_path / "rows.csv"
     path.write_text(",".join(COLUMNS) + "\n" + "".join(map(row_text, ROWS)))
     with pytest.raises(UserError, match=r"two runs of seed 0 of HashRouter in clusters"):

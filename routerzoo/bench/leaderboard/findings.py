@@ -151,7 +151,8 @@ def _failed(board: Board) -> Iterator[str]:
 
 
 def _refused(board: Board) -> Iterator[str]:
-    nowhere = sorted({router for _, router in board.refused} - {router for _, router in board.found})
+    refused = Counter(router for task, router in board.refused if task in board.tasks)
+    nowhere = sorted(router for router, count in refused.items() if count == len(board.tasks))
     if nowhere:
         yield f"**Not applicable in any task**: {listed(nowhere)}."
 

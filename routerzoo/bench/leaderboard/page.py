@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jinja2 import Environment
 
@@ -20,7 +21,7 @@ from routerzoo.bench.leaderboard.pictures import heat_map, profiles
 from routerzoo.bench.leaderboard.record import Record, read_record
 from routerzoo.bench.realistic.scopes import SCOPES
 from routerzoo.bench.rows import Row
-from routerzoo.bench.scores import Summary
+from routerzoo.bench.scores import Summary, scales
 from routerzoo.report.statistics.intervals import around
 from routerzoo.report.statistics.margins import metric
 from routerzoo.runs.atomic import atomic_write
@@ -61,7 +62,7 @@ def pages(record: Record, stem: str) -> dict[str, str]:
     """Return the page and its pictures by the names of their files."""
     board = Board(record)
     names = {"regret": f"{stem}_regret.svg", "profiles": f"{stem}_profiles.svg"}
-    content = {
+    content: dict[str, Any] = {
         "stem": stem,
         "pictures": names,
         "findings": findings(board),
@@ -70,6 +71,7 @@ def pages(record: Record, stem: str) -> dict[str, str]:
         "standings": _standings(board),
         "regrets": _regrets(board),
         "settings": _settings(board),
+        "routing": _routing(board),
         "shares": _shares(board),
         "outcomes": _outcomes(board),
         "realistic": {task: _realistic(board, task) for task in board.realistic},
@@ -84,7 +86,9 @@ def pages(record: Record, stem: str) -> dict[str, str]:
     page = environment.from_string(text).render(content)
     found = {f"{stem}.md": re.sub(r"\n{3,}", "\n\n", page).strip() + "\n"}
     if board.tasks:
-        found |= {names["regret"]: heat_map(board), names["profiles"]: profiles(board)}
+        found[names["regret"]] = heat_map(board)
+    if content["shares"].rows:
+        found[names["profiles"]] = profiles(board)
     return found
 
 
@@ -180,6 +184,18 @@ def _setting(summary: Summary, has_common_k: bool) -> str:
     return text if has_common_k else f"{text}; k {_number(summary.mean('mean_k'), 1)}"
 
 
+def _routing(board: Board) -> Table:
+    """Return what the routing is like, means over tasks; the correlation with need is of the tasks that tell it."""
+    columns = {"nmi": 2, "dead_experts": 1, "max_load": 1, "load_entropy": 2, "need_correlation": 2}
+    rows = []
+    for one in board.standings:
+        means = {name: [board.found[task, one.router].mean(name) for task in one.tasks] for name in columns}
+        known = {name: [value for value in values if not math.isnan(value)] for name, values in means.items()}
+        cells = [_number(statistics.fmean(known[name]), columns[name]) if known[name] else "-" for name in columns]
+        rows.append([_label(one), *cells])
+    return Table(["router", "NMI", "dead experts", "largest load", "load entropy", "correlation of k and need"], rows)
+
+
 def _shares(board: Board) -> Table:
     places = [board.thresholds.index(tau) for tau in TAUS]
     complete = [one for one in board.standings if board.is_complete(one)]
@@ -254,6 +270,9 @@ def _provenance(board: Board) -> Iterator[str]:
     yield f"Code, by version and digest of the sources: {counted if len(codes) == 1 else f'**{counted}**'}."
     if board.left_out:
         yield f"**Left out**, since no runs of oracle and blind have finished: {', '.join(board.left_out)}."
+    without = Counter((task, why) for (task, _), why in scales(board.record.rows).items() if isinstance(why, str))
+    for (task, why), count in without.items():
+        yield f"**No regret** of {count} seeds in {task}, which are left out: {why}."
     for tier, tasks in (("Exact", board.tasks), ("Realistic", board.realistic)):
         rows = [row for row in final if row.task in tasks]
         if not rows:
@@ -261,8 +280,11 @@ def _provenance(board: Board) -> Iterator[str]:
         tried = [setting for setting in tuning if setting.task in tasks]
         how = "not tuned"
         if tried:
-            rates, scales = (sorted({getattr(one, key) for one in tried}) for key in ("lr", "aux_scale"))
-            how = f"tuned over learning rates {_numbers(rates)} and factors {_numbers(scales)} on auxiliary losses"
+            rates, factors = (sorted({getattr(one, key) for one in tried}) for key in ("lr", "aux_scale"))
+            how = f"tuned over learning rates {_numbers(rates)} and factors {_numbers(factors)} on auxiliary losses"
+            chosen = {(row.task, row.router): row.lr for row in rows}
+            edges = sum(lr in (rates[0], rates[-1]) for lr in chosen.values())
+            how += f" ({edges} of {len(chosen)} chose the lowest or highest rate, so that others may be better)"
         yield f"{tier} tier: {_seeds(rows)}; {_steps(rows)}; {how}."
         if command := _command(board.record, rows):
             yield f"Its runs: `{command}`"
@@ -288,7 +310,7 @@ def _seeds(rows: Sequence[Row]) -> str:
 
 def _steps(rows: Iterable[Row]) -> str:
     steps = sorted({row.steps for row in rows})
-    return f"{_numbers(steps)} steps" + (", by task" if len(steps) > 1 else "")
+    return f"{steps[0]} steps" if len(steps) == 1 else f"{steps[0]} to {steps[-1]} steps"
 
 
 def _numbers(values: Iterable[float]) -> str:
