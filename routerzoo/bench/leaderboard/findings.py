@@ -82,7 +82,11 @@ def _leader(board: Board) -> Iterator[str]:
     if baseline in standings and baseline != best.router:
         told += f"; {baseline} has {spread(standings[baseline].mean)}"
     rivals = [*best.as_good, *best.open]
-    told += f". Not shown to be worse: {listed(rivals)}." if rivals else ". All others with the common k are worse."
+    told += (
+        f". Not shown to be worse: {listed(rivals)}."
+        if rivals
+        else ". All others with the common k are significantly worse."
+    )
     if baseline and baseline != best.router:
         told += f" {_counts(board, best.router, baseline)}{cost(board, best.router, board.tasks)}."
     yield told
@@ -136,8 +140,8 @@ def _predicted(board: Board) -> Iterator[str]:
             for outcome in board.outcomes
             if outcome.verdict == "turned"
         ]
-        told = f"{counts['held']} held and {counts['inconclusive']} are inconclusive"
-        told += f"; the opposite was found of {listed(turned)}" if turned else "; the opposite was found of none"
+        told = f"{counts['held']} held, {counts['inconclusive']} are inconclusive, and "
+        told += f"{len(turned)} turned: {listed(turned)}" if turned else "none turned"
         yield f"**Of {made} predictions** from theory and papers {told}."
 
 
@@ -163,7 +167,11 @@ def _excess(board: Board, task: str) -> Iterator[str]:
         return
     rivals = [*best.as_good, *best.open]
     told = f"**In {task}, {best.router} has the lowest excess** over the reference"
-    yield f"{told}. Not shown to be worse: {listed(rivals)}." if rivals else f"{told}. All others are worse."
+    yield (
+        f"{told}. Not shown to be worse: {listed(rivals)}."
+        if rivals
+        else f"{told}. All others are significantly worse."
+    )
 
 
 def _is_baseline(board: Board, standing: Standing) -> bool:

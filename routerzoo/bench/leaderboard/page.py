@@ -272,7 +272,7 @@ def _provenance(board: Board) -> Iterator[str]:
         yield f"**Left out**, since no runs of oracle and blind have finished: {', '.join(board.left_out)}."
     without = Counter((task, why) for (task, _), why in scales(board.record.rows).items() if isinstance(why, str))
     for (task, why), count in without.items():
-        yield f"**No regret** of {count} seeds in {task}, which are left out: {why}."
+        yield f"**No regret** in {task} for {count} of its seeds, which are left out: {why}."
     for tier, tasks in (("Exact", board.tasks), ("Realistic", board.realistic)):
         rows = [row for row in final if row.task in tasks]
         if not rows:
