@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -107,13 +108,22 @@ def _counts(board: Board, router: str, baseline: str) -> str:
 
 
 def _best_by_task(board: Board) -> Iterator[str]:
+    best = {task: router for task in board.tasks if (router := board.best(task).router) is not None}
     tasks: dict[str, list[str]] = {}
-    for task in board.tasks:
-        if (best := board.best(task).router) is not None:
-            tasks.setdefault(best, []).append(f"{task}{cost(board, best, [task])}")
-    told = "; ".join(f"{router} in {listed(names)}" for router, names in tasks.items())
+    for task, router in best.items():
+        tasks.setdefault(router, []).append(f"{task}{cost(board, router, [task])}")
     if len(tasks) > 1:
-        yield f"**Which router is best depends on the task** (of those with the common k): {told}."
+        told = "; ".join(f"{router} in {listed(names)}" for router, names in tasks.items())
+        turns = any(
+            board.pairs[here][best[here], best[there]].verdict == "better"
+            and board.pairs[there][best[there], best[here]].verdict == "better"
+            for here, there in itertools.combinations(best, 2)
+            if best[here] != best[there]
+            and (best[here], best[there]) in board.pairs[here]
+            and (best[there], best[here]) in board.pairs[there]
+        )
+        head = "Which router is best depends on the task" if turns else "The lowest regret of each task"
+        yield f"**{head}** (of the routers with the common k): {told}."
 
 
 def _dense(board: Board) -> Iterator[str]:
@@ -124,7 +134,7 @@ def _dense(board: Board) -> Iterator[str]:
     parts = [
         f"a linear gate beats a dense network of equal active size in {listed(verdicts['worse'])}",
         f"is beaten by it in {listed(verdicts['better'])}",
-        f"does not differ significantly from it in {listed(verdicts[''])}",
+        f"is not shown to differ much from it in {listed(verdicts[''])}",
     ]
     known = [part for part, tasks in zip(parts, verdicts.values(), strict=True) if tasks]
     if known:
