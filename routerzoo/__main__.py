@@ -20,6 +20,7 @@ commands:
   predict    continue text, or classify images:  python -m routerzoo predict --ckpt_path best
   look       show the routing of text or images: python -m routerzoo look --ckpt_path best
   audit      judge the routing of a model:       python -m routerzoo audit runs/... --min-load 0.05
+  tokenize   train a tokenizer, encode a corpus: python -m routerzoo tokenize 'corpus/*.jsonl' --tokenizer bpe-8192
   configs    list the configs that are packaged: python -m routerzoo configs
   routers    list routers, sizes and papers:     python -m routerzoo routers
   sweep      run a grid, and go on with it:      python -m routerzoo sweep --config sweeps/quick
@@ -35,7 +36,7 @@ Configs can name classes of torch, Lightning, timm, routerzoo and installed plug
 
 
 # Those of their own; the others are LightningCLI's.
-COMMANDS = ("bench", "routers", "configs", "check", "plan", "sweep", "look", "audit", "report")
+COMMANDS = ("bench", "routers", "configs", "check", "plan", "sweep", "look", "audit", "report", "tokenize")
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -210,7 +210,9 @@ def encode_corpus(
     target.mkdir(exist_ok=True)
     with FileLock(f"{target}.lock"):
         missing = _missing(target, pieces)
-        with tqdm(total=len(pieces), initial=len(pieces) - len(missing), desc=f"encoding {name}", leave=False, delay=1) as bar:
+        with tqdm(
+            total=len(pieces), initial=len(pieces) - len(missing), desc=f"encoding {name}", leave=False, delay=1
+        ) as bar:
             for _ in _encode_pieces(missing, pieces, tokenizer, reading, target, num_workers):
                 bar.update()
     return TokenStore(target, len(pieces), name, reading)

@@ -196,9 +196,10 @@ class TextData(LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (("sequence_length", sequence_length), ("batch_size", batch_size), ("max_bytes", max_bytes)):
-            if size is not None and size < 1:
-                raise UserError(f"{name} must be at least 1, got {size}")
+        at_least_1 = {"sequence_length": sequence_length, "batch_size": batch_size, "max_bytes": max_bytes}
+        for name, size in {**at_least_1, "min_bytes": min_bytes, "num_workers": num_workers}.items():
+            if size is not None and size < (least := 0 if name == "num_workers" else 1):
+                raise UserError(f"{name} must be at least {least}, got {size}")
         self.corpora = [dataset] if isinstance(dataset, str) else list(dataset)
         if not self.corpora or len(set(self.corpora)) < len(self.corpora):
             raise UserError(f"dataset must name at least one corpus, and none twice, got {dataset}")
@@ -286,6 +287,11 @@ class TextData(LightningDataModule):
         each = [self._store(corpus).counts(split) for corpus in self.corpora]
         return Counts(*map(sum, zip(*each, strict=True)))
 
+    @property
+    def shard_folders(self) -> list[Path]:
+        """Folders of the token shards that have been opened."""
+        return [store.folder for store in self._stores.values()]
+
     def verify(self) -> None:
         """Compare all token shards with their checksums.
 
@@ -310,11 +316,15 @@ class TextData(LightningDataModule):
     def _encoder(self) -> Tokenizer:
         if self._loaded is None:
             size = bpe_size(self.tokenizer)
-            self._loaded = load_tokenizer(self.tokenizer if size is None else str(self._trained_bpe(size)))
+            self._loaded = load_tokenizer(self.tokenizer if size is None else str(self.trained_tokenizer))
         return self._loaded
 
-    def _trained_bpe(self, size: int) -> Path:
-        """Return the file of a BPE of the training split, which may be trained now."""
+    @property
+    def trained_tokenizer(self) -> Path:
+        """The file of a BPE of the training split, which may be trained now."""
+        size = bpe_size(self.tokenizer)
+        if size is None:
+            raise UserError(f"the tokenizer {self.tokenizer} is not trained here: bpe-8192 is")
         corpora = [(self._pieces(corpus), self._reading(corpus)) for corpus in self.corpora]
         key = json.dumps([corpus_key(pieces, reading) for pieces, reading in corpora])
         name = f"{self.tokenizer}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
