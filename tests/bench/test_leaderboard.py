@@ -226,10 +226,12 @@ def test_the_realistic_tier_has_excess_bits():
 
 def test_what_cannot_be_compared_is_said(tmp_path, board):
     alone = Record(tuple(runs("ids", "LinearRouter", 0.3)), (), FAMILIES)
-    with pytest.raises(UserError, match="no task with finished runs of oracle and blind"):
+    with pytest.raises(UserError, match="no task with runs of a router, and of oracle and blind"):
         Board(alone)
-    page = pages(Record((*ROWS, *runs("xor", "LinearRouter", 0.3)), (), FAMILIES), "board")["board.md"]
-    assert "**Left out**, since no runs of oracle and blind have finished: xor." in page
+    page = pages(Record((*ROWS, *controls("skew"), *runs("xor", "LinearRouter", 0.3)), (), FAMILIES), "board")[
+        "board.md"
+    ]
+    assert "**Left out**, since they have no runs of a router beside oracle and blind: skew, xor." in page
     turned = final("clusters", "oracle", SEEDS, 3.0), final("clusters", "blind", SEEDS, 1.0)
     page = pages(Record((*ROWS, *turned), (), FAMILIES), "board")["board.md"]
     assert "**No regret** in clusters for 1 of its seeds, which are left out: the blind control is no worse" in page

@@ -105,7 +105,7 @@ class Board:
         realistic: likewise.
         refused: the row that says why, by task and router that are not applicable.
 
-        left_out: tasks without finished runs of the controls that regret is measured between.
+        left_out: tasks without runs of a router, or of the controls that regret is measured between.
 
     Raises:
         UserError: all are left out.

@@ -269,7 +269,7 @@ def _provenance(board: Board) -> Iterator[str]:
     counted = ", ".join(f"{code} ({count:,} runs)" for code, count in codes.items())
     yield f"Code, by version and digest of the sources: {counted if len(codes) == 1 else f'**{counted}**'}."
     if board.left_out:
-        yield f"**Left out**, since no runs of oracle and blind have finished: {', '.join(board.left_out)}."
+        yield f"**Left out**, since they have no runs of a router beside oracle and blind: {', '.join(board.left_out)}."
     without = Counter((task, why) for (task, _), why in scales(board.record.rows).items() if isinstance(why, str))
     for (task, why), count in without.items():
         yield f"**No regret** in {task} for {count} of its seeds, which are left out: {why}."
