@@ -15,9 +15,7 @@ from routerzoo.report.statistics.intervals import Interval, interval
 from routerzoo.report.statistics.margins import metric
 from routerzoo.report.statistics.power import can_show_equivalence, detectable_difference, seeds_to_settle
 from routerzoo.report.statistics.ranks import improvement, mean_ranks
-
-UNEQUAL = 0.05
-"""Relative difference of k, or of training FLOPs, above which two budgets are not equal."""
+from routerzoo.sweep.plan import TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -102,9 +100,9 @@ class TaskAnalysis:
             if baseline not in self.results.values:
                 continue
             own, other = self.task.budget(name), self.task.budget(baseline)
-            if abs(own.k - other.k) > UNEQUAL * other.k:
+            if abs(own.k - other.k) > TOLERANCE * other.k:
                 found["k"].append(name)
-            if abs(own.flops - other.flops) > UNEQUAL * other.flops:
+            if abs(own.flops - other.flops) > TOLERANCE * other.flops:
                 found["FLOPs"].append(name)
         return {key: names for key, names in found.items() if names}
 

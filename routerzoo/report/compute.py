@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from routerzoo.report.analysis import UNEQUAL, Analysis, TaskAnalysis
+from routerzoo.report.analysis import Analysis, TaskAnalysis
 from routerzoo.report.collect import Sweep
 from routerzoo.report.statistics.intervals import Interval, interval
 from routerzoo.report.statistics.scaling import FEWEST_BUDGETS, ScalingFit, fit_scaling
+from routerzoo.sweep.plan import TOLERANCE
 
 BUDGET_AXES = ("max_steps", "max_epochs")
 """Axes of a grid that are budgets: what differs in these alone is one scaling curve."""
@@ -41,7 +42,7 @@ class Compute:
     def is_equal(self) -> bool:
         """Whether all training took the same FLOPs, but for what is not worth a word."""
         flops = [flops for _, flops in self.points]
-        return not flops or max(flops) <= (1 + UNEQUAL) * min(flops)
+        return not flops or max(flops) <= (1 + TOLERANCE) * min(flops)
 
 
 def by_compute(sweep: Sweep, analysis: Analysis) -> list[Compute]:

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from routerzoo.costs import short
-from routerzoo.report.analysis import UNEQUAL, Analysis, TaskAnalysis
+from routerzoo.report.analysis import Analysis, TaskAnalysis
 from routerzoo.report.collect import Sweep
 from routerzoo.report.compute import Compute
 from routerzoo.report.statistics.comparisons import Comparison
 from routerzoo.report.statistics.intervals import Interval
+from routerzoo.sweep.plan import TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def _title(found: TaskAnalysis) -> str:
     flops = [flops for n in task.values if not math.isnan(flops := task.budget(n).flops)]
     if not flops:
         return name
-    if max(flops) <= (1 + UNEQUAL) * min(flops):
+    if max(flops) <= (1 + TOLERANCE) * min(flops):
         return f"{name}: at {short(sum(flops) / len(flops))} training FLOPs"
     return f"{name}: at {short(min(flops))} to {short(max(flops))} training FLOPs"
 
@@ -89,7 +90,7 @@ def _answer(found: TaskAnalysis) -> tuple[str, bool]:
         return f"No router can be told from the best. The best mean is that of {best.router}, {mean}.", False
     flops = {name: found.task.budget(name).flops for name in names}
     least = min((other for other in flops.values() if not math.isnan(other)), default=math.nan)
-    if flops[best.router] > (1 + UNEQUAL) * least:
+    if flops[best.router] > (1 + TOLERANCE) * least:
         times = f"{flops[best.router] / least:.2g}"
         return f"{best.router} has the best mean, {mean}, with up to {times} times the FLOPs of others.", False
     if best.is_settled:

@@ -69,9 +69,24 @@ def ranking(ranks: Mapping[str, Interval], known: Mapping[str, Style]) -> Figure
 
 
 def curves(
-    by_router: Mapping[str, Sequence[Curve]], known: Mapping[str, Style], xlabel: str, ylabel: str, *, log: bool = False
+    by_router: Mapping[str, Sequence[Curve]],
+    known: Mapping[str, Style],
+    xlabel: str,
+    ylabel: str,
+    *,
+    log: bool = False,
+    zero: bool = False,
 ) -> Figure | None:
-    """Draw curves by router: the mean over seeds, and their range as a band."""
+    """Draw curves by router: the mean over seeds, and their range as a band.
+
+    Args:
+        by_router: a curve for each seed.
+        known: the styles.
+        xlabel: of the axis.
+        ylabel: likewise.
+        log: x may be logarithmic.
+        zero: mark 0, which is the baseline.
+    """
     drawn = {name: found for name, found in by_router.items() if any(map(len, found))}
     if not drawn:
         return None
@@ -93,10 +108,12 @@ def curves(
             _log_scale(ax)
         else:
             ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        if zero:
+            ax.axhline(0.0, color=INK, linestyle="--", lw=1)
+        elif ax.get_ylim()[0] < 0 <= ax.dataLim.y0:  # a margin below 0 would show impossible values
+            ax.set_ylim(bottom=0)
         _label_ends(ax, ends, known)
         ax.set(xlabel=xlabel, ylabel=ylabel)
-        if ax.get_ylim()[0] < 0 <= ax.dataLim.y0:  # a margin below 0 would show impossible values
-            ax.set_ylim(bottom=0)
     return figure
 
 
@@ -254,27 +271,21 @@ def _label_ends(ax: Axes, ends: Mapping[str, tuple[float, float]], known: Mappin
                 at[below] -= lack / 2
                 at[above] += lack / 2
     at += max(0.0, 0.03 - at[0])  # above the labels of the axis
-    for name, y in zip(names, at, strict=True):
+    for name, y in zip(names, at, strict=True):  # in the color of text, which all can read, with the router's marker
+        style = known[name]
+        line = {"arrowstyle": "-", "color": style.color, "lw": 0.7, "shrinkA": 0, "shrinkB": 4, "relpos": (0, 0.5)}
         text = ax.annotate(
             name,
             ends[name],
-            (1.03, y),
+            (1.075, y),
             textcoords="axes fraction",
-            color=known[name].color,
             va="center",
             fontsize=8.5,
             annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": known[name].color,
-                "lw": 0.5,
-                "alpha": 0.6,
-                "shrinkA": 0,
-                "shrinkB": 4,
-                "relpos": (0, 0.5),
-            },
+            arrowprops=line,
         )
-        _own([text], known[name], name)
+        marker = ax.plot([1.05], [y], style.marker, color=style.color, ms=4, transform=ax.transAxes, clip_on=False)
+        _own([text, *marker], style, name)
 
 
 def _log_scale(ax: Axes) -> None:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from routerzoo.costs import short
 from routerzoo.report import pictures, tables
 from routerzoo.report.analysis import Analysis, TaskAnalysis
-from routerzoo.report.collect import Sweep, Task, tested_k
+from routerzoo.report.collect import Curve, Sweep, Task, tested_k
 from routerzoo.report.compute import Compute
 from routerzoo.report.palette import Style
 from routerzoo.report.statistics.intervals import Interval, interval
@@ -165,6 +165,12 @@ def of_task(found: TaskAnalysis, known: Mapping[str, Style], anchor: str) -> Sec
     drawn.append(("Learning curves", f"Means over seeds; {SEEDS}", figure))
     if figure is None:
         notes.append("No learning curves: nothing was validated while training, or the logs are gone.")
+    baseline = next(iter(found.results.baselines.values()), "")
+    gaps = {router: _gaps(task, router, baseline) for router in task.curves if router != baseline}
+    figure = pictures.curves(gaps, known, "step", f"validation {task.metric}, difference", log=True, zero=True)
+    drawn.append(
+        ("Learning curves beside the baseline's", f"{baseline} at the same seed is the dashed line; {SEEDS}", figure)
+    )
     values = {router: task.finished(router) for router in task.values if task.finished(router)}
     means = {router: found.mean(router) for router in values}
     figure = pictures.by_router(values, means, known) if values else None
@@ -189,6 +195,15 @@ def of_task(found: TaskAnalysis, known: Mapping[str, Style], anchor: str) -> Sec
     shown = [_picture(task.name, title, caption, figure) for title, caption, figure in drawn if figure is not None]
     listed = [table for table in (_table_by_k(task, known), _table_of_routing(task, known)) if table.rows]
     return Section(anchor, f"Training and routing: {_named(task)}", notes, shown, listed)
+
+
+def _gaps(task: Task, router: str, baseline: str) -> list[Curve]:
+    """Return a router's learning curves less those of the baseline, by seed."""
+    name, found = f"val/{task.metric}", []
+    for seed, curves in task.curves[router].items():
+        other = dict(task.curves.get(baseline, {}).get(seed, {}).get(name, []))
+        found.append([(step, value - other[step]) for step, value in curves.get(name, []) if step in other])
+    return found
 
 
 def tuned(sweep: Sweep, analysis: Analysis, known: Mapping[str, Style], means: tables.Rows) -> list[Section]:
