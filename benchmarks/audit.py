@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from routerzoo import LanguageModeling, LinearRouter
+from routerzoo import LanguageModeling, LinearRouter, tune_cpu
 from routerzoo.audit import Subject, audit, subject_of_task
 from routerzoo.audit.observation import evaluating
 from routerzoo.data import TextData
@@ -36,6 +36,7 @@ def main() -> None:
         max_length=256,
         router=partial(LinearRouter, top_k=2),
     )
+    tune_cpu()
     subject = subject_of_task(
         task, TextData(sequence_length=256, batch_size=8), name="model", num_batches=options.batches
     )

@@ -17,8 +17,8 @@ from routerzoo.audit.observation import LayerObserver, mean_loss, observe
 from routerzoo.audit.subject import Subject
 from routerzoo.audit.thresholds import FEWEST_ASSIGNMENTS, Finding, Thresholds, judge
 from routerzoo.errors import UserError
-from routerzoo.metrics import RouterSaturation, parameter_norms
-from routerzoo.metrics.expert_norms import norm_statistics, relative_norms
+from routerzoo.metrics import RouterSaturation
+from routerzoo.metrics.expert_norms import norm_statistics, parameter_norms, relative_norms
 from routerzoo.moe.layer import inner_router
 from routerzoo.routing import Routing
 
@@ -255,7 +255,7 @@ def _layer(index: int, observer: LayerObserver, subject: Subject, left_out: list
     parameters_E = parameter_norms(layer.experts, count)
     outputs_E = observer.output_norms.norms_E.cpu()
     if parameters_E.isnan().all():
-        left_out.append(f"MoE layer {index}, parameter norms: its weights are offloaded or sharded")
+        left_out.append(f"MoE layer {index}, parameter norms: its weights are offloaded, sharded or quantized")
     if outputs_E.isnan().all():
         left_out.append(f"MoE layer {index}, output norms: its experts' outputs cannot be told apart")
     if observer.mixes:

@@ -4,7 +4,7 @@ from routerzoo.metrics.co_activation import CoActivation
 from routerzoo.metrics.collapse import RepresentationCollapse
 from routerzoo.metrics.confidence import GateConfidence
 from routerzoo.metrics.consistency import InterRunConsistency
-from routerzoo.metrics.expert_norms import ExpertNorms, norm_statistics, parameter_norms
+from routerzoo.metrics.expert_norms import ExpertNorms
 from routerzoo.metrics.load import ExpertLoad
 from routerzoo.metrics.sets import expert_sets
 from routerzoo.metrics.specialization import Specialization
@@ -22,6 +22,4 @@ __all__ = [
     "RoutingFluctuation",
     "Specialization",
     "expert_sets",
-    "norm_statistics",
-    "parameter_norms",
 ]

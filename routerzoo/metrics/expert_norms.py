@@ -17,15 +17,15 @@ def parameter_norms(experts: nn.Module, num_experts: int) -> Tensor:
     """Return the norm of each expert's parameters, float32 `[num_experts]`, without a copy of them.
 
     Parameters are those that are stacked over experts; a norm that is NaN counts as infinite. All are NaN where the
-    weights are not at hand (offloaded or sharded).
+    weights are not at hand (offloaded, sharded or quantized).
     """
     stacked = [p for p in experts.parameters() if p.ndim and p.shape[0] == num_experts]
-    at_hand = stacked and all(type(p) is nn.Parameter and not p.is_meta for p in stacked)
+    at_hand = stacked and all(type(p) is nn.Parameter and not p.is_meta and p.itemsize > 1 for p in stacked)
     if not at_hand:
         return torch.full((num_experts,), torch.nan)
     # One expert at a time: a norm in another dtype than the weights' may upcast all of what it is given.
     rows = [
-        torch.stack([torch.linalg.vector_norm(part, dtype=torch.float32) for part in p.detach().unbind(0)])
+        torch.stack([torch.linalg.vector_norm(part, dtype=_wide(part)).float() for part in p.detach().unbind(0)])
         for p in stacked
     ]
     norms_E: Tensor = torch.linalg.vector_norm(torch.stack(rows), dim=0)
@@ -95,7 +95,7 @@ class ExpertNorms(RoutingMetric):
         """
         if len(ends_E) != self.num_experts:
             raise ValueError(f"there are {len(ends_E)} experts, the metric is of num_experts = {self.num_experts}")
-        norms_N = torch.linalg.vector_norm(y_ND.detach(), dim=1, dtype=torch.float32).double()
+        norms_N = torch.linalg.vector_norm(y_ND.detach(), dim=1, dtype=_wide(y_ND)).to(self.sums_E.dtype)
         norms_N = norms_N.nan_to_num(nan=torch.inf)
         rows_N = torch.arange(len(norms_N), device=norms_N.device, dtype=ends_E.dtype)
         expert_N = torch.searchsorted(ends_E, rows_N, right=True)
@@ -112,6 +112,10 @@ class ExpertNorms(RoutingMetric):
     def compute(self) -> dict[str, Tensor]:
         """Return `norm_statistics` of the means."""
         return norm_statistics(self.norms_E)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 class OutputHook:

@@ -67,6 +67,19 @@ def gate_confidence(batches):
     }
 
 
+def by_expert(batch):
+    """Rows sorted by an expert, the label's, and where each expert's end; the last expert has none."""
+    experts = batch[4] % (E - 1)
+    order = np.argsort(experts, kind="stable")
+    return torch.from_numpy(batch[3][order]), torch.from_numpy(np.bincount(experts, minlength=E).cumsum())
+
+
+def expert_norms(batches):
+    *_, x, labels = joined(batches)
+    norms = np.array([np.linalg.norm(x[labels % (E - 1) == expert], axis=1).mean() for expert in range(E - 1)])
+    return {"largest": norms.max() / np.median(norms), "smallest": norms.min() / np.median(norms)}
+
+
 def co_activation(batches):
     chosen = sets(joined(batches)[0]).astype(float)
     pairs = chosen.T @ chosen
@@ -160,6 +173,7 @@ class Case:
 
 CASES = {
     "ExpertLoad": Case(lambda **o: metrics.ExpertLoad(E, **o), lambda i, b: (routing(b[0], b[2]),), expert_load),
+    "ExpertNorms": Case(lambda **o: metrics.ExpertNorms(E, **o), lambda i, b: by_expert(b), expert_norms),
     "GateConfidence": Case(
         lambda **o: metrics.GateConfidence(E, **o), lambda i, b: (routing(b[0], b[2]),), gate_confidence
     ),
