@@ -123,7 +123,7 @@ class Board:
         self.labels = {task: labels for task, labels in self.labels.items() if set(labels) - CONTROLS.keys()}
         if not self.labels:
             raise UserError(
-                "there is no task with runs of a router, and of oracle and blind of the same seed, so nothing to compare"
+                "there is no task with runs of a router, and of oracle and blind of its seed: nothing to compare"
             )
         self.tasks = sorted(task for task in self.labels if tier(task) == "exact")
         self.realistic = sorted(self.labels.keys() - set(self.tasks))
