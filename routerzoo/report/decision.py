@@ -146,7 +146,7 @@ def _shown(middle: Interval, digits: int = 2) -> str:
 
 
 def _detectable(found: TaskAnalysis) -> str:
-    pairs = [pair for name in found.results.values if (pair := found.against_best(name))]
+    pairs = [pair for name in found.best.open or found.results.values if (pair := found.against_best(name))]
     sizes = [size for pair in pairs if not math.isnan(size := found.outlook(pair).detectable)]
     if not sizes or math.isinf(max(sizes)):
         return ""

@@ -18,14 +18,12 @@ from routerzoo.errors import UserError
 from routerzoo.runs.atomic import atomic_write
 from routerzoo.sweep.engine import LocalEngine
 from routerzoo.sweep.ledger import Ledger
-from routerzoo.sweep.plan import STEPS, TUNED, Cell, Plan
+from routerzoo.sweep.plan import STEPS, TOLERANCE, TUNED, Cell, Plan
 from routerzoo.sweep.planned import PlannedTraining, planned_training
 from routerzoo.sweep.tested_k import KEY, with_possible_k
 from routerzoo.sweep.tuning import Tuning, trial_score
 
 RUNS = "runs"
-TOLERANCE = 0.03
-"""A relative difference of training FLOPs, or of k, that is not worth a word."""
 _SEED = re.compile(r"(?m)^seed_everything: .*$")
 
 

@@ -33,6 +33,8 @@ ROUTER_KEYS = ("label", "config", "class_path", "init_args", "set", "tasks")
 TUNE_KEYS = ("space", "trials", "seeds", "rungs", "factor", "set", "untuned")
 ROUTER = "model.init_args.router"
 STEPS = "trainer.max_steps"
+TOLERANCE = 0.03
+"""A relative difference of training FLOPs, or of k, above which budgets are not equal."""
 TUNED = "tuned"
 Stage = Literal["final", "trial"]
 Budget = Literal["steps", "flops"]

@@ -105,7 +105,7 @@ def test_a_mean_over_fewer_seeds_is_not_called_the_best():
     ("fits", "expected"),
     [
         ({"trained k": 2, "training FLOPs": 1e9}, None),
-        ({"trained k": 2.01, "training FLOPs": 1.04e9}, None),
+        ({"trained k": 2.01, "training FLOPs": 1.02e9}, None),
         ({"trained k": 1, "training FLOPs": 1e9}, "Not trained with equal k (LinearRouter 2, HashRouter 1)."),
         (
             {"trained k": 2, "training FLOPs": 4e9},
