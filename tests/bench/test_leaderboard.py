@@ -172,7 +172,7 @@ def test_the_pictures_have_the_numbers_of_the_page(board):
     row = texts[texts.index("HashRouter") :]
     assert row[1:4] == ["0.70", "1.00", "0.40"]
     incomplete = texts[texts.index("TopPRouter *") :]
-    assert incomplete[1:4] == ["0.10", "0.10", "n/a"]
+    assert incomplete[1:4] == ["(0.10)", "0.10", "n/a"]
     assert "dense" in texts
     lines = list(ET.fromstring(page["board_profiles.svg"]).iter("{http://www.w3.org/2000/svg}polyline"))
     assert len(lines) == 4  # routers with all tasks

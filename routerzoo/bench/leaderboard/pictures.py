@@ -47,8 +47,7 @@ def heat_map(board: Board) -> str:
         {
             "router": standing.router + ("" if standing.is_comparable else " *"),
             "is_control": standing.family == "control",
-            "tiles": [_tile(standing.mean.mean, f"{standing.router}, mean over its tasks")]
-            + [_cell(board, task, standing.router) for task in board.tasks],
+            "tiles": [_mean(board, standing)] + [_cell(board, task, standing.router) for task in board.tasks],
         }
         for standing in board.standings
     ]
@@ -93,6 +92,12 @@ def _x(tau: float) -> float:
 
 def _y(share: float) -> float:
     return 320 - 300 * share
+
+
+def _mean(board: Board, standing: Standing) -> Tile:
+    """Return the mean over tasks; in brackets and without a color where it is of fewer tasks."""
+    mean, where = standing.mean.mean, f"{standing.router}, mean of {len(standing.tasks)} tasks"
+    return _tile(mean, where) if board.is_complete(standing) else Tile(f"({mean:.2f})", "", "", where)
 
 
 def _cell(board: Board, task: str, router: str) -> Tile:
