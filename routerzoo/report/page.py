@@ -20,7 +20,7 @@ from routerzoo.report.collect import Sweep, differences
 from routerzoo.report.compute import by_compute
 from routerzoo.report.decision import Decision, decide
 from routerzoo.report.findings import findings
-from routerzoo.report.palette import GRID, INK, PAPER, styles
+from routerzoo.report.palette import GLYPHS, GRID, INK, PAPER, styles
 from routerzoo.runs.atomic import atomic_write
 from routerzoo.runs.folder import CONFIG, LOGS, RESULTS
 from routerzoo.sweep.ledger import THEN, Run
@@ -65,6 +65,7 @@ def write_report(sweep: Sweep, *, refresh: float | None = None) -> Report:
         "sweep": sweep,
         "refresh": refresh,
         "styles": known,
+        "glyphs": GLYPHS,
         "colors": {INK: "currentColor", GRID: "var(--grid)", PAPER: "var(--paper)"},
         "decisions": (decisions := decide(sweep, analysis, computes)),
         "findings": (sentences := findings(sweep, analysis)),

@@ -10,6 +10,8 @@ INK, GRID, PAPER = "#010203", "#040506", "#070809"
 # Okabe and Ito 2008. Not their yellow, which is too light for lines; their black is the ink.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+GLYPHS = dict(zip(MARKERS, "●■▲◆▼✚✖", strict=True))
+"""Markers as characters."""
 LINES = ("-", "--", ":", "-.")
 
 LOOK: dict[Any, Any] = {
