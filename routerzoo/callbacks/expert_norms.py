@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, final
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from routerzoo.callbacks.steps import completes_step, steps_taken
