@@ -40,6 +40,7 @@ _LAZY = {
     "KSchedule": "routerzoo.callbacks",
     "LabelledText": "routerzoo.data",
     "LanguageModeling": "routerzoo.tasks",
+    "PretrainedLanguageModeling": "routerzoo.tasks",
     "RouterHooks": "routerzoo.callbacks",
     "RoutingMonitor": "routerzoo.callbacks",
     "ShardedStrategy": "routerzoo.distributed.strategy",
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from routerzoo.distributed.strategy import ShardedStrategy as ShardedStrategy
     from routerzoo.tasks import ImageClassification as ImageClassification
     from routerzoo.tasks import LanguageModeling as LanguageModeling
+    from routerzoo.tasks import PretrainedLanguageModeling as PretrainedLanguageModeling
     from routerzoo.tasks import TextClassification as TextClassification
 
 __all__ = [

@@ -80,6 +80,8 @@ def router_name(config: Any) -> str:
     if init_arg(config, "moe_blocks") in ("none", []):
         return "dense"
     router = init_arg(config, "router")
+    if isinstance(router, str):
+        return router  # keep, of a released model
     return str(router["class_path"]).rpartition(".")[2] if router else "LinearRouter"
 
 

@@ -2,6 +2,7 @@
 
 from routerzoo.tasks.image_classification import ImageClassification
 from routerzoo.tasks.language_modeling import LanguageModeling
+from routerzoo.tasks.pretrained_language_modeling import PretrainedLanguageModeling
 from routerzoo.tasks.text_classification import TextClassification
 
-__all__ = ["ImageClassification", "LanguageModeling", "TextClassification"]
+__all__ = ["ImageClassification", "LanguageModeling", "PretrainedLanguageModeling", "TextClassification"]

@@ -321,9 +321,13 @@ class MoETask(LightningModule, ABC):
 
             average_gradients(self.parameters())
 
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        """Return the trainable parameters in groups."""
+        return parameter_groups(self)
+
     def configure_optimizers(self) -> Any:
         """Build optimizer and schedule, which advances by the step."""
-        groups = parameter_groups(self)
+        groups = self.optimizer_groups()
         if self.is_sharded:
             # Fused and foreach kernels require parameters that are sharded alike; these are not.
             groups = [{**group, **dict.fromkeys(EXECUTION, False)} for group in groups]
@@ -436,7 +440,7 @@ class MoETask(LightningModule, ABC):
         if not self.is_sharded and states and any(isinstance(name, str) for name in states[0]["state"]):
             from routerzoo.checkpoints.sharded import by_number
 
-            checkpoint["optimizer_states"] = [by_number(states[0], parameter_groups(self), self)]
+            checkpoint["optimizer_states"] = [by_number(states[0], self.optimizer_groups(), self)]
 
 
 def _refuse_another_accumulation(checkpoint: Mapping[str, Any], trainer: Trainer) -> None:

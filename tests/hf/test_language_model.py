@@ -1,0 +1,215 @@
+"""`PretrainedLanguageModeling`, in Python and on the command line."""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Trainer
+from torch.testing import assert_close
+
+from routerzoo import HashRouter, HyperRouter, LinearRouter, PretrainedLanguageModeling, TextData, moe_layers
+from routerzoo.cli import main as cli
+from routerzoo.errors import UserError
+from tests.hf.models import GQA, LOCAL, build
+
+transformers = pytest.importorskip("transformers")
+hf = pytest.importorskip("routerzoo.hf")
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
+SIZES = {**{key: value for key, value in GQA.items() if "token" not in key}, "max_position_embeddings": 512}
+LLAMA = {"model_type": "llama", **SIZES}
+MIXTRAL = {"model_type": "mixtral", **SIZES, **LOCAL}
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "pretrained").glob("*.yaml"))
+QUIET = {
+    "accelerator": "cpu",
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "logger": False,
+    "num_sanity_val_steps": 0,
+    "enable_checkpointing": False,
+}
+
+
+def task_of(source, **options):
+    return PretrainedLanguageModeling(source, **{"max_length": 16, "metric": "bpb", **options})
+
+
+def fitted(task, steps=2):
+    trainer = Trainer(**QUIET, max_steps=steps, limit_val_batches=1)
+    trainer.fit(task, TextData(sequence_length=16, batch_size=2))
+    return trainer
+
+
+def trained_parts(task):
+    routers, experts = (
+        {p for layer in moe_layers(task) for p in getattr(layer, part).parameters()} for part in ("router", "experts")
+    )
+    return {
+        "lora" if "lora" in name else "routers" if p in routers else "experts" if p in experts else "rest"
+        for name, p in task.named_parameters()
+        if p.requires_grad
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"train": "all-but-experts"}, {"rest", "routers"}),
+        ({"train": "routers", "router": HyperRouter}, {"routers"}),
+        ({"lora": {"r": 2}}, {"lora"}),
+        ({"lora": {"r": 2, "modules_to_save": ["moe.router"]}}, {"lora", "routers"}),
+    ],
+    ids=["all-but-experts", "routers", "lora", "lora-and-routers"],
+)
+def test_what_is_chosen_is_trained_and_nothing_else(options, parts):
+    task = task_of({**MIXTRAL, "vocab_size": 256}, **options)
+    assert trained_parts(task) == parts
+    before = {name: parameter.clone() for name, parameter in task.named_parameters()}
+    fitted(task)
+    for name, parameter in task.named_parameters():
+        if not parameter.requires_grad:
+            assert torch.equal(parameter, before[name]), name
+    assert any(not torch.equal(parameter, before[name]) for name, parameter in task.named_parameters())
+
+
+def test_an_upcycled_model_starts_as_the_dense_one(tmp_path):
+    dense = build("Llama")
+    dense.save_pretrained(tmp_path)
+    task = task_of(str(tmp_path), num_experts=4, router=partial(LinearRouter, top_k=2)).eval()
+    ids_BS = torch.randint(3, 40, (2, 10), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits_BSV, context = task.net(ids_BS, step=3, total_steps=7)
+        expected_BSV = dense(input_ids=ids_BS).logits
+    assert_close(logits_BSV, expected_BSV, rtol=0, atol=1e-5 * expected_BSV.std().item())
+    assert (context.step, context.total_steps, len(context.routings)) == (3, 7, 2)
+    costs = task.costs()
+    # Two of four experts of 3 x 16 x 24 parameters idle, in two layers.
+    assert costs.total - costs.active == 2 * 2 * 3 * 16 * 24
+
+
+@torch.no_grad()
+def test_documents_that_are_kept_apart_do_not_see_each_other():
+    task = task_of({**MIXTRAL, "vocab_size": 256}).eval()
+    ids_BS = torch.randint(256, (1, 9), generator=torch.Generator().manual_seed(0))
+    sequences_BS = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 2, 2]])
+    padding_BS = torch.tensor([[False] * 8 + [True]])
+    options = {"sequence_ids_BS": sequences_BS, "padding_mask_BS": padding_BS}
+    apart_BSV, context = task.net(ids_BS, attend_across=False, **options)
+    assert context.positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1]
+    assert context.routings[0].routing.expert_load(8).sum() == 2 * 8
+    assert_close(apart_BSV[:, 4:7], task.net(ids_BS[:, 4:7])[0], rtol=1e-4, atol=1e-5)
+    joined_BSV, context = task.net(ids_BS, **options)
+    assert context.sequence_ids.tolist() == sequences_BS[0].tolist()
+    assert_close(joined_BSV[:, :8], task.net(ids_BS)[0][:, :8], rtol=1e-4, atol=1e-5)
+    sliding = {**LLAMA, "model_type": "gemma2", "vocab_size": 256, "sliding_window": 4}
+    with pytest.raises(UserError, match=r"Gemma2ForCausalLM cannot keep documents apart.*marked or joined"):
+        task_of(sliding, num_experts=2, router=LinearRouter).net(ids_BS, attend_across=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("/nowhere/model", {}, "there is no folder /nowhere/model"),
+        ({"model_type": "lama"}, {}, "names no architecture of transformers; did you mean 'llama'"),
+        ({"hidden_size": 8}, {}, "names no architecture of transformers, such as llama"),
+        ({**LLAMA, "hiden_size": 8}, {}, "the config of llama has no 'hiden_size'; did you mean 'hidden_size'"),
+        (LLAMA, {}, "LlamaForCausalLM has no gate that is known.*set num_experts"),
+        (LLAMA, {"num_experts": 4}, "is dense and has no router to keep"),
+        (MIXTRAL, {"num_experts": 4}, "MixtralForCausalLM has experts already: leave num_experts out"),
+        (MIXTRAL, {"num_shared_experts": 1}, "num_shared_experts is for dense models"),
+        (MIXTRAL, {"lora": {"rank": 4}}, "lora: .*'rank'"),
+        (MIXTRAL, {"lora": {"r": 4}, "train": "routers"}, "LoRA trains its adapters alone"),
+        (MIXTRAL, {"router": partial(HashRouter, top_k=1), "train": "routers"}, "nothing would be trained"),
+        ({**MIXTRAL, "vocab_size": 100}, {"vocab_size": 256}, "the data has 256 token ids, and the model 100"),
+        (MIXTRAL, {"max_length": 600}, "positions up to 512, and the data's sequence_length is 600"),
+    ],
+)
+def test_what_does_not_fit_is_said_in_a_sentence(source, options, message):
+    if isinstance(source, dict) and "vocab_size" not in source:
+        source = {**source, "vocab_size": 256}
+    with pytest.raises(UserError, match=message):
+        task_of(source, **options)
+
+
+def test_a_model_of_another_vocabulary_is_refused(tmp_path):
+    build("Mixtral").save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=f"the data has 20 token ids, and the model 40: set data.tokenizer to {tmp_path}"
+    ):
+        task_of(str(tmp_path), vocab_size=20)
+
+
+def test_without_transformers_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "routerzoo.hf.language_model", None)
+    with pytest.raises(UserError, match=r"needs transformers: pip install 'routerzoo\[hf\]'"):
+        task_of(LLAMA)
+
+
+@pytest.mark.full
+def test_a_saved_model_of_ours_keeps_its_routers_or_gets_others(tmp_path):
+    hf.upcycle(build("Llama"), num_experts=4, router=partial(HyperRouter, top_k=1)).save_pretrained(tmp_path)
+    kept = task_of(str(tmp_path))
+    assert {type(layer.router) for layer in moe_layers(kept)} == {HyperRouter}
+    other = task_of(str(tmp_path), router=LinearRouter)
+    assert {(type(layer.router), layer.router.top_k) for layer in moe_layers(other)} == {(LinearRouter, 1)}
+
+
+@pytest.mark.full
+def test_routers_have_a_learning_rate_of_their_own():
+    task = task_of({**MIXTRAL, "vocab_size": 256}, router_options={"lr": 0.5}, lr_scheduler=None)
+    trainer = fitted(task)
+    groups = trainer.optimizers[0].param_groups
+    own = {p for group in groups if group["lr"] == 0.5 for p in group["params"]}
+    assert own == {layer.router.weight for layer in moe_layers(task)}
+
+
+@pytest.mark.full
+def test_checkpointed_activations_give_the_same_gradients():
+    gradients = []
+    for flag in (False, True):
+        torch.manual_seed(0)
+        task = task_of({**MIXTRAL, "vocab_size": 256}, activation_checkpointing=flag)
+        ids_BS = torch.arange(32).view(2, 16)
+        task.net(ids_BS)[0].square().mean().backward()
+        gradients.append({name: p.grad for name, p in task.named_parameters()})
+    assert_close(*gradients)
+
+
+@pytest.mark.full
+def test_a_checkpoint_is_a_task_again_and_goes_out_as_a_plain_model(tmp_path):
+    task = task_of({**MIXTRAL, "vocab_size": 256})
+    trainer = fitted(task)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    again = PretrainedLanguageModeling.load_from_checkpoint(tmp_path / "last.ckpt").eval()
+    hf.to_transformers(again.net.model).save_pretrained(tmp_path / "plain")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert type(plain) is transformers.MixtralForCausalLM
+    ids_BS = torch.arange(16).view(2, 8)
+    with torch.no_grad():
+        assert_close(plain(input_ids=ids_BS).logits, task.eval().net(ids_BS)[0], rtol=1e-5, atol=1e-5)
+
+
+def run(command, folder, *options):
+    cli.main([command, "--run_dir", str(folder), "--trainer.enable_progress_bar", "false", *options])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_trains_resumes_and_reports(config, tmp_path):
+    short = ["--trainer.val_check_interval", "2", "--trainer.limit_val_batches", "2"]
+    named = ["--config", str(config), *short]
+    named += ["--model.lr_scheduler", "null"]  # those of the tasks depend on where a run ends
+    run("fit", tmp_path / "straight", *named, "--trainer.max_steps", "4")
+    run("fit", tmp_path / "resumed", *named, "--trainer.max_steps", "2")
+    run("fit", tmp_path / "resumed", "--ckpt_path", "last", "--trainer.max_steps", "4")
+    straight, resumed = (
+        json.loads((tmp_path / name / "results.json").read_text())["fit"] for name in ("straight", "resumed")
+    )
+    assert resumed["bpb"] == straight["bpb"]
+    assert straight["training FLOPs"] > 0
+    run("test", tmp_path / "straight", "--ckpt_path", "last", "--trainer.limit_test_batches", "1")
+    run("predict", tmp_path / "straight", "--ckpt_path", "last", "--model.predict_tokens", "3")
+    assert (tmp_path / "straight" / "predictions.jsonl").is_file()
