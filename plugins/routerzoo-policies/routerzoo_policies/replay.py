@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal, final
 
+import torch
 from torch import Tensor, nn
 
 from routerzoo import LayerSpec, MoE, Router, RouterWrapper, Routing, RoutingContext, register_router
@@ -15,6 +16,8 @@ from routerzoo.functional.recomputation import in_backward
 from routerzoo_policies.swapping import wrapped_routers
 
 Weights = Literal["current", "recorded"]
+UNKNOWN = -2
+"""In a recording, the expert of a token that nothing is known of: it is routed as the inner router would."""
 
 
 @register_router
@@ -71,6 +74,8 @@ class ReplayRouter(RouterWrapper):
                     f"{type(self.router).__name__} cannot weight experts that it did not select; replay the recorded "
                     "weights"
                 )
+            forced = _completed(forced, routing)
+            assert forced.experts_TK is not None  # as before
             weights_TK = self.router.combine_weights(routing.logits_TE, forced.experts_TK)
             forced = replace(forced, weights_TK=weights_TK)
         return replace(
@@ -100,6 +105,22 @@ class ReplayRouter(RouterWrapper):
         return call
 
 
+def _completed(forced: Routing, routing: Routing) -> Routing:
+    """Return a recording whose unknown tokens have the experts that the router selects."""
+    assert forced.experts_TK is not None
+    unknown_TK, own_TK = forced.experts_TK == UNKNOWN, routing.experts_TK
+    if own_TK is None or own_TK.shape != forced.experts_TK.shape:
+        if not unknown_TK.any():
+            return forced
+        own = "no fixed number of" if own_TK is None else own_TK.shape[1]
+        raise ValueError(
+            f"the recording has {forced.experts_TK.shape[1]} experts for each token, and tokens without any, where the "
+            f"router would select {own}: give the router the recording's top_k"
+        )
+    experts_TK = torch.where(unknown_TK, own_TK, forced.experts_TK)
+    return replace(forced, experts_TK=experts_TK, may_drop=forced.may_drop or routing.may_drop)
+
+
 @contextmanager
 def replay(
     model: nn.Module, routings: Mapping[int | MoE, Sequence[Routing]], *, weights: Weights = "current"
@@ -115,8 +136,11 @@ def replay(
         weights: the router's weights for those experts, or the recorded ones.
 
     Raises:
-        ValueError: no such layer.
+        ValueError: no such layer, or recorded weights of a recording that has none, such as an engine's.
     """
+    recorded = [one for calls in routings.values() for one in calls if weights == "recorded"]
+    if any(one.weights_TK is not None and bool(one.weights_TK.isnan().any()) for one in recorded):
+        raise ValueError("the recording has no weights, as those of inference engines: replay with weights='current'")
 
     def build(spec: LayerSpec, router: Callable[[LayerSpec], Router], forced: Sequence[Routing]) -> ReplayRouter:
         replayed = ReplayRouter(spec, router=router, weights=weights)
