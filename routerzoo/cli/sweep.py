@@ -98,7 +98,9 @@ def _sweep(plan: Plan, folder: Path, cores: int, options: argparse.Namespace) ->
         _print_commands(folder, ledger.runs(), options.threads, console)
         if not entries.is_complete:
             console.print("# further trials, and the final runs at what is best, follow from the results of these")
-        return 0
+        for label, reason in entries.refused.items():
+            console.print(f"# refused: {label}: {reason}", markup=False)
+        return len(entries.refused)
     local.slots = options.workers or _fitting(rows, cores, gpus, options)
     if options.retry_failed:
         ledger.retry_failed()

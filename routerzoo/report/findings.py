@@ -33,6 +33,10 @@ def _conditions(sweep: Sweep, analysis: Analysis) -> Iterable[str]:
     for task in dict.fromkeys(run.task for run in sweep.runs if run.status == "failed"):
         if task not in analysis.tasks:
             yield f"{task}: no run has finished."
+    measured = {found.task.metric for found in analysis.tasks.values()}
+    for name in sweep.margins if measured else ():
+        if name not in measured:
+            yield f"The margin for {name} has no effect: the tasks are measured in {_list(sorted(measured))}."
 
 
 def _of_task(name: str, found: TaskAnalysis, baseline: str) -> Iterable[str]:

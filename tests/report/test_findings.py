@@ -56,6 +56,13 @@ def test_a_settled_task_names_the_best_the_equals_and_the_worse():
     )
 
 
+def test_a_margin_for_another_metric_has_no_effect_and_says_so():
+    values = {"LinearRouter": BASE, "HashRouter": shifted(0.5, 0.01)}
+    assert told(values, margins={"bpd": 0.1, "bpb": 0.1}).startswith(
+        "The margin for bpd has no effect: the tasks are measured in bpb. language: "
+    )
+
+
 def test_what_is_open_comes_with_what_would_settle_it():
     sentence = told({"LinearRouter": BASE, "XMoERouter": shifted(0.02, 0.03)})
     # Differences 0.05, -0.01, 0.05, -0.01, 0.05: mean 0.026, standard deviation 0.0329.

@@ -112,7 +112,8 @@ def test_a_sweep_finishes_what_can_be_and_says_why_the_rest_is_not(write, tmp_pa
     assert before == after
 
     # A point is a config; by hand it gives the same numbers.
-    printed = run(tmp_path, [*command, "--print"])
+    printed = run(tmp_path, [*command, "--print"], code=1)
+    assert "# refused: text impossible seed 0: " in printed
     fit, test = _commands(printed)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for arguments in (fit, test):
