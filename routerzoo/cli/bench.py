@@ -216,7 +216,7 @@ def _bench(
         console.print(f"not applicable: {row.router} in {row.task}: {row.reason}", markup=False)
     without = Counter((task, scale) for (task, _), scale in scales(rows).items() if isinstance(scale, str))
     for (name, reason), count in without.items():
-        console.print(f"no regret: {count} seeds of {name} are left out: {reason}", markup=False)
+        console.print(f"no regret in {name} at {count} of its seeds: {reason}", markup=False)
     failed = [row for row in rows if row.status == "failed" and row.stage == "final"]
     for (router, name, reason), count in Counter((row.router, row.task, row.reason) for row in failed).items():
         console.print(f"failed: {router} in {name}, {count} of its runs: {reason}", markup=False)

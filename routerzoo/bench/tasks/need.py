@@ -38,6 +38,9 @@ class Need(BenchTask):
     the others than three do, and top-p spends most where least is needed. The correlation of k and need says which it
     is. DA-MoE (Aghdam et al. 2024, arXiv:2409.06669) takes k from the attention that a token receives; here it is in
     proportion to the need, as that method assumes of important tokens.
+
+    The domain of a token, for the mutual information, is one of its components at random. The oracle names that one
+    first; a router that is as good and prefers another component has a lower value.
     """
 
     name = "need"
