@@ -57,7 +57,7 @@ def _compared(found: TaskAnalysis) -> dict[str, str]:
     return {
         "As good": _as_good(found),
         "Open": _open(found),
-        "Worse": _list(found.best.worse),
+        "Worse": _list([f"{n} (all failed)" if found.results.has_failed(n) else n for n in found.best.worse]),
         "Cost of choosing wrong": _cost(found),
         "Detectable": _detectable(found),
         "To settle it": _settle(found),

@@ -44,17 +44,19 @@ def _of_task(name: str, found: TaskAnalysis, baseline: str) -> Iterable[str]:
     if best.router is None:
         yield f"{name}: no router has finished."
         return
+    worse = [router for router in best.worse if not found.results.has_failed(router)]
     mean = f"the best mean {found.task.metric} is {found.mean(best.router).mean:.4f}, of {best.router}"
-    if best.is_settled and best.worse:
-        yield f"{name}: {mean}, significantly better than {'all others' if not best.as_good else _list(best.worse)}."
+    if best.is_settled and worse:
+        is_all = len(worse) == len(found.results.values) - 1
+        yield f"{name}: {mean}, significantly better than {'all others' if is_all else _list(worse)}."
     else:
         yield f"{name}: {mean}."
     if best.as_good:
         yield f"As good, within {stated}: {_list(best.as_good)}."
     if best.open:
         yield f"Not significantly different from it, nor shown to be as good: {_list(best.open)}."
-    if best.worse and not best.is_settled:
-        yield f"Significantly worse: {_list(best.worse)}."
+    if worse and not best.is_settled:
+        yield f"Significantly worse: {_list(worse)}."
     if best.left_out:
         yield f"Left out, with fewer seeds: {_list(best.left_out)}."
     yield from _against_baseline(found, baseline)

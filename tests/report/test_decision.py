@@ -70,6 +70,10 @@ def test_where_nothing_is_told_apart_it_says_so_and_what_would_settle_it():
             "Nothing can be decided: one seed shows no spread. XMoERouter had the best run, bpb 2.9.",
         ),
         ({"LinearRouter": dict.fromkeys(BASE, math.nan)}, "Every run failed."),
+        (
+            {"LinearRouter": {0: 3.0}, "XMoERouter": {0: math.nan}},
+            "Nothing can be decided: one seed shows no spread. LinearRouter had the best run, bpb 3.",
+        ),
     ],
 )
 def test_what_cannot_be_decided(values, answer):

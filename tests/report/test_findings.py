@@ -90,6 +90,14 @@ def test_failed_runs_are_told_and_never_the_best():
     assert "Failed runs: XMoERouter 1, HashRouter 5." in sentence
 
 
+def test_what_failed_is_not_called_significantly_worse():
+    sentence = told({"LinearRouter": {0: 3.0}, "XMoERouter": {0: math.nan}})
+    assert (
+        "the best mean bpb is 3.0000, of LinearRouter. Against LinearRouter, failed at every seed: XMoERouter."
+        in sentence
+    )
+
+
 def test_a_report_of_a_running_sweep_is_provisional():
     values = {"LinearRouter": BASE, "XMoERouter": shifted(0.03, 0.01)}  # p = 0.008
     assert "worse: XMoERouter" in told(values)
