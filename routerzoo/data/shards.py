@@ -105,7 +105,7 @@ class TokenStream:
             begin = end - len(array_N)
             found.append(array_N[start - begin : min(stop, end) - begin])
             start, place = min(stop, end), place + 1
-        return np.concatenate(found) if len(found) != 1 else found[0]
+        return found[0] if len(found) == 1 else np.concatenate([np.empty(0, np.uint8), *found])
 
 
 class TokenStore:
