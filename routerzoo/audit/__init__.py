@@ -4,18 +4,21 @@
 `subject_of_task` and `subject_of_transformers` make subjects of what is trained here and of released models.
 """
 
+from routerzoo.audit.compression import Compression, compress
 from routerzoo.audit.result import Audit, LayerAudit, audit, record_experts
 from routerzoo.audit.subject import Losses, Subject, subject_of_task
 from routerzoo.audit.thresholds import Finding, Thresholds
 
 __all__ = [
     "Audit",
+    "Compression",
     "Finding",
     "LayerAudit",
     "Losses",
     "Subject",
     "Thresholds",
     "audit",
+    "compress",
     "record_experts",
     "subject_of_task",
 ]

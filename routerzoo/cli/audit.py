@@ -17,7 +17,7 @@ import torch
 from lightning import LightningDataModule, LightningModule
 from rich.console import Console
 
-from routerzoo.audit import Audit, Thresholds, audit, record_experts, subject_of_task
+from routerzoo.audit import Audit, Compression, Thresholds, audit, compress, record_experts, subject_of_task
 from routerzoo.audit.page import write_page
 from routerzoo.audit.subject import Subject
 from routerzoo.checkpoints.names import under_own_names
@@ -54,7 +54,8 @@ def main(args: Sequence[str]) -> None:
         options.out.mkdir(parents=True, exist_ok=True) if options.out else folder.mkdir(parents=True, exist_ok=True)
         folder = options.out or folder
         write_page(folder / PAGE, result, "python -m routerzoo audit " + shlex.join(args))
-        atomic_write(folder / RESULT, json.dumps(result.to_json(), indent=1) + "\n")
+        numbers = {**result.to_json(), **({} if options.cut is None else {"compression": options.cut._asdict()})}
+        atomic_write(folder / RESULT, json.dumps(numbers, indent=1) + "\n")
     except UserError as error:
         _fail(str(error))
     except OSError as error:
@@ -67,10 +68,19 @@ def main(args: Sequence[str]) -> None:
     for finding in result.findings:
         console.print(str(finding))
     console.print(f"{'healthy' if result.healthy else 'not healthy'}: {result.model}, {result.tokens} tokens")
+    if options.cut is not None:
+        console.print(_told(options.cut))
     console.print(f"page: {folder / PAGE}")
     console.print(f"numbers: {folder / RESULT}")
     if not result.healthy:
         raise SystemExit(UNHEALTHY)
+
+
+def _told(cut: Compression) -> str:
+    left = f"{len(cut.kept[0])} experts left in each layer, {cut.parameters_after / cut.parameters_before:.0%} of the"
+    if cut.loss_before is None or cut.loss_after is None:
+        return f"{left} parameters"
+    return f"{left} parameters: the loss goes from {cut.loss_before:.4f} to {cut.loss_after:.4f} nats"
 
 
 def _fail(reason: str) -> None:
@@ -103,6 +113,11 @@ def _parser() -> CommandParser:
     parser.add_argument("--batch-size", type=int, default=4, help="windows of a batch, for a model of transformers")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="for the same")
     parser.add_argument("--out", type=Path, help="folder of page and numbers; by default the run's, or audit")
+    cut = parser.add_mutually_exclusive_group()
+    cut.add_argument("--prune", type=int, metavar="N", help="leave N experts in each layer, and report the loss then")
+    cut.add_argument("--merge", type=int, metavar="N", help="the same, with the others merged into these")
+    parser.add_argument("--by", choices=("load", "output"), default="output", help="what decides which are left")
+    parser.add_argument("--save", type=Path, help="folder for the pruned or merged model of transformers")
     group = parser.add_argument_group("thresholds", "a number, or none to judge nothing")
     for field in dataclasses.fields(Thresholds):
         shown = "none" if field.default is None else field.default
@@ -122,9 +137,10 @@ def _limit(text: str) -> float | None:
 def _audited(
     options: argparse.Namespace, rest: list[str], thresholds: Thresholds, parser: CommandParser
 ) -> tuple[Audit, Path]:
-    measure = partial(
-        audit, thresholds=thresholds, counterfactual_batches=options.counterfactuals, best_batches=options.best
-    )
+    measure = partial(_measured, options=options, thresholds=thresholds)
+    options.cut = None
+    if options.save is not None and options.prune is None and options.merge is None:
+        parser.error("--save keeps a pruned or merged model: give --prune or --merge too")
     if not options.model.exists():
         raise UserError(f"{options.model} does not exist: give the folder of a run, a checkpoint, or a model's folder")
     if (options.model / "config.json").is_file():
@@ -134,13 +150,36 @@ def _audited(
         for path in options.earlier:
             earlier.append((str(path), record_experts(_released(path, options))))
             gc.collect()  # before the next one is loaded
-        return measure(_released(options.model, options), earlier=earlier), Path("audit")
+        subject = _released(options.model, options)
+        result = measure(subject, earlier=earlier)
+        if options.save is not None:
+            released: Any = subject.net
+            released.save_pretrained(options.save)
+        return result, Path("audit")
+    if options.save is not None:
+        raise UserError(f"--save keeps models of transformers, {options.model} is a run: save its task from Python")
     checkpoint = _checkpoint(options.model)
     given = ["test", "--ckpt_path", str(checkpoint), *rest]
     if options.data is not None:
         given += ["--data.dataset", options.data]
     run(given, partial(_AuditCLI, options=options, measure=measure))
-    result: tuple[Audit, Path] = options.result
+    found: tuple[Audit, Path] = options.result
+    return found
+
+
+def _measured(subject: Subject, *, earlier: Any, options: argparse.Namespace, thresholds: Thresholds) -> Audit:
+    result = audit(
+        subject,
+        thresholds=thresholds,
+        earlier=earlier,
+        counterfactual_batches=options.counterfactuals,
+        best_batches=options.best,
+    )
+    number = options.prune if options.merge is None else options.merge
+    if number is not None:
+        options.cut = compress(
+            subject, result, number, method="prune" if options.merge is None else "merge", by=options.by
+        )
     return result
 
 

@@ -79,6 +79,12 @@ def test_models_of_transformers_are_audited(tmp_path, capsys):
     # The loss is the plain model's.
     ids = torch.tensor([list(TEXT.encode()[:64])])
     assert result["loss"] == pytest.approx(float(model(input_ids=ids, labels=ids).loss.detach()), rel=0.1)
+    assert code_of("mixtral", *given, "--out", "two", "--prune", 3, "--save", "pruned", "--max-load", 9) == 0
+    assert "3 experts left in each layer" in capsys.readouterr().out
+    cut = json.loads((tmp_path / "two" / "audit.json").read_text())["compression"]
+    assert cut["loss_before"] == pytest.approx(result["loss"])
+    assert code_of("pruned", *given, "--out", "three", "--max-load", 9) == 0
+    assert json.loads((tmp_path / "three" / "audit.json").read_text())["loss"] == pytest.approx(cut["loss_after"])
     with torch.no_grad():
         model.model.layers[1].mlp.experts.down_proj[3] *= 100
     model.save_pretrained("broken")
