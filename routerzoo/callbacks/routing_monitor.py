@@ -5,17 +5,18 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import Any, Literal, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
 
 from routerzoo.callbacks.steps import completes_step, planned_steps, steps_taken
 from routerzoo.metrics import ExpertLoad, GateConfidence
 from routerzoo.metrics.figures import load_over_training
+from routerzoo.metrics.over_layers import over_layers
 from routerzoo.moe.layer import MoE, RoutingHookHandle, inner_router, moe_layers
 from routerzoo.routing import LayerRouting, RoutingContext
 
@@ -36,13 +37,22 @@ class RoutingMonitor(Callback):
     the load of the most and of the least loaded expert of all layers, relative to the mean load, as `load_max` and
     `load_min`. Training is unaffected.
 
+    A model of many layers has hundreds of these. Where a logger sends them elsewhere (Weights & Biases, MLflow), there
+    are five of all layers instead, `<stage>/moe/<metric>`; see `routerzoo.metrics.over_layers`.
+
     Args:
         picture: file, relative to the run's folder, for a picture of every expert's load over training; drawn at each
             validation and shown in TensorBoard too. None for no picture.
+        detail: `detailed` for the metrics of every layer, `brief` for five of all layers; `auto` is brief where a
+            logger is neither TensorBoard's nor one of CSV files.
     """
 
-    def __init__(self, picture: str | None = "routing.png") -> None:
-        self.picture = picture
+    def __init__(
+        self, picture: str | None = "routing.png", detail: Literal["auto", "brief", "detailed"] = "auto"
+    ) -> None:
+        if detail not in ("auto", "brief", "detailed"):
+            raise ValueError(f"detail must be auto, brief or detailed, got {detail!r}")
+        self.picture, self.detail = picture, detail
         self.folder: Path | None = None
         self.steps_R: list[int] = []
         self.loads_R: list[Tensor] = []
@@ -104,6 +114,10 @@ class RoutingMonitor(Callback):
             metrics.load.update(published.routing)
             metrics.confidence.update(published.routing)
 
+    def _is_brief(self, trainer: Trainer) -> bool:
+        local = all(isinstance(logger, (CSVLogger, TensorBoardLogger)) for logger in trainer.loggers)
+        return self.detail == "brief" or (self.detail == "auto" and not local)
+
     def _finish(self, pl_module: LightningModule, stage: str) -> None:
         """Log what was recorded."""
         self.last_statistics = []
@@ -111,8 +125,12 @@ class RoutingMonitor(Callback):
             statistics = {**metrics.load.compute(), **metrics.confidence.compute()}
             known = {name: value for name, value in statistics.items() if not value.isnan()}
             # Reduced over all ranks already; Lightning warns unless it averages the equal values too.
-            pl_module.log_dict({f"{stage}/moe{index}/{n}": v for n, v in known.items()}, sync_dist=True)
+            if not self._is_brief(pl_module.trainer):
+                pl_module.log_dict({f"{stage}/moe{index}/{n}": v for n, v in known.items()}, sync_dist=True)
             self.last_statistics.append({name: float(value) for name, value in known.items()})
+        if self._is_brief(pl_module.trainer):
+            brief = over_layers(self.last_statistics)
+            pl_module.log_dict({f"{stage}/moe/{name}": value for name, value in brief.items()}, sync_dist=True)
         self._metrics = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

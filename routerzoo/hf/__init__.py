@@ -11,5 +11,14 @@ if find_spec("transformers") is None:
 from routerzoo.hf.decoder import from_decoder
 from routerzoo.hf.export import to_transformers
 from routerzoo.hf.pretrained import freeze_experts, replace_routers, train_routers_only, upcycle
+from routerzoo.hf.trainer import RoutingCallback
 
-__all__ = ["freeze_experts", "from_decoder", "replace_routers", "to_transformers", "train_routers_only", "upcycle"]
+__all__ = [
+    "RoutingCallback",
+    "freeze_experts",
+    "from_decoder",
+    "replace_routers",
+    "to_transformers",
+    "train_routers_only",
+    "upcycle",
+]

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import peft
 import torch
 import torch.nn.functional as F
 import transformers
@@ -62,7 +61,7 @@ class LanguageModel(nn.Module):
     @property
     def base(self) -> Any:
         """The model of transformers itself."""
-        return self.model.get_base_model() if isinstance(self.model, peft.PeftModel) else self.model
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # of PEFT
 
     def _context(self, *args: Any, **kwargs: Any) -> RoutingContext:
         return self._inputs(*args, **kwargs).replace(**self._known)
@@ -291,6 +290,10 @@ def _config(values: dict[str, Any], vocab_size: int | None) -> PreTrainedConfig:
 
 
 def _adapted(model: Any, lora: dict[str, Any]) -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError("LoRA needs peft: pip install 'routerzoo[hf]'") from error
     layer = next(moe_layers(model), None)
     if layer is None:
         raise UserError("LoRA here is that of experts, and the model has none")
