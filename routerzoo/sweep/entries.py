@@ -254,7 +254,7 @@ class Entries:
         """Return a tuning for each place of the grid, before its first trial.
 
         Raises:
-            UserError: it is not known how many steps a run takes.
+            UserError: it is not known how many steps a run takes, or the configs of all trials are refused.
         """
         tune = self.plan.tune
         if tune is None:
@@ -272,6 +272,10 @@ class Entries:
             if steps < 1:
                 raise UserError(f"{self.plan.path}: tune needs trainer.max_steps, which {base.task} does not set")
             tunings.append(Tuning(base, tune, steps))
+        trials = [cell for tuning in tunings for cell in tuning.cells()]
+        self._resolve(trials)
+        if trials and all(cell.label in self.refused for cell in trials):
+            raise UserError(f"{self.plan.path}: no trial of tune can be made: {self.refused[trials[0].label]}")
         return tunings
 
 

@@ -155,6 +155,15 @@ def _commands(printed):
 
 
 @pytest.mark.full
+def test_a_key_of_the_tuning_that_no_config_has_is_an_error_before_any_run(write, tmp_path):
+    tune = {"space": {"model.init_args.nonsense": [1, 2]}, "seeds": [100]}
+    out = run(tmp_path, write(tune=tune), code=1)
+    assert "no trial of tune can be made: " in out
+    assert "nonsense" in out
+    assert not Ledger(tmp_path / "out").runs()
+
+
+@pytest.mark.full
 def test_a_killed_sweep_goes_on_where_it_was(write, tmp_path):
     command = write(set={"trainer.max_steps": 120})
     (tmp_path / "whole").mkdir()
