@@ -14,6 +14,9 @@ from routerzoo.report.statistics.comparisons import Comparison
 from routerzoo.report.statistics.intervals import Interval
 from routerzoo.sweep.plan import TOLERANCE
 
+LISTED = 7
+"""Names in a line, before the rest are counted."""
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -130,7 +133,7 @@ def _cost(found: TaskAnalysis) -> str:
     if bounds := {name: high for name, high in highs.items() if not math.isnan(high)}:
         most = max(bounds, key=lambda name: bounds[name])
         less = ", the others less" if len(bounds) > 1 else ""
-        told.append(f"{most} at most {max(0.0, bounds[most]):.2g} {unit}{less}")
+        told.append(f"{most} at most {_number(max(0.0, bounds[most]))} {unit}{less}")
     if unknown := [name for name in highs if name not in bounds]:
         told.append(f"{_list(unknown)} not known")
     worse = {name: cost(found, found.pairs[name, best.router or ""].difference) for name in best.worse}
@@ -141,8 +144,8 @@ def _cost(found: TaskAnalysis) -> str:
 
 
 def _shown(middle: Interval, digits: int = 2) -> str:
-    bounds = "" if math.isnan(middle.low) else f" ({middle.low:.{digits}g} to {middle.high:.{digits}g})"
-    return f"{middle.mean:.{digits}g}{bounds}"
+    bounds = "" if math.isnan(middle.low) else f" ({_number(middle.low, digits)} to {_number(middle.high, digits)})"
+    return f"{_number(middle.mean, digits)}{bounds}"
 
 
 def _detectable(found: TaskAnalysis) -> str:
@@ -151,7 +154,7 @@ def _detectable(found: TaskAnalysis) -> str:
     if not sizes or math.isinf(max(sizes)):
         return ""
     seeds = max(pair.seeds for pair in pairs)
-    return f"differences of {max(sizes):.2g} {found.results.metric.unit}, with {seeds} seeds and 80 % power"
+    return f"differences of {_number(max(sizes))} {found.results.metric.unit}, with {seeds} seeds and 80 % power"
 
 
 def _settle(found: TaskAnalysis) -> str:
@@ -227,4 +230,9 @@ def _routers(found: Mapping[str, TaskAnalysis]) -> Iterable[str]:
 
 
 def _list(names: Sequence[str]) -> str:
-    return ", ".join(names)
+    more = [f"and {len(names) - LISTED} more"] if len(names) > LISTED else []
+    return ", ".join([*names[:LISTED], *more])
+
+
+def _number(value: float, digits: int = 2) -> str:
+    return f"{value:.{digits}g}" if abs(value) < 100 else f"{value:.0f}"

@@ -6,7 +6,7 @@ A figure is as wide as a telephone: wider pages put several side by side.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -28,7 +28,7 @@ WIDTH, HEIGHT = 5.2, 3.2
 
 
 @contextmanager
-def _panel(height: float = HEIGHT) -> Iterator[tuple[Figure, Axes]]:
+def _panel(height: float) -> Iterator[tuple[Figure, Axes]]:
     with matplotlib.rc_context(LOOK):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         FigureCanvasAgg(figure)
@@ -36,6 +36,11 @@ def _panel(height: float = HEIGHT) -> Iterator[tuple[Figure, Axes]]:
         ax.grid(linewidth=0.6)
         ax.set_axisbelow(True)
         yield figure, ax
+
+
+def _high_enough(names: Collection[str]) -> float:
+    """Return a height with room for a label each."""
+    return max(HEIGHT, 0.8 + 0.17 * len(names))
 
 
 def by_router(
@@ -90,7 +95,7 @@ def curves(
     drawn = {name: found for name, found in by_router.items() if any(map(len, found))}
     if not drawn:
         return None
-    with _panel() as (figure, ax):
+    with _panel(_high_enough(drawn)) as (figure, ax):
         ends = {}
         for name, found in drawn.items():
             by_x: dict[float, list[float]] = {}
@@ -119,7 +124,7 @@ def curves(
 
 def front(points: Mapping[tuple[str, float], Interval], known: Mapping[str, Style], task: Task) -> Figure:
     """Draw the metric against training FLOPs, and the front: what no other point beats in both."""
-    with _panel() as (figure, ax):
+    with _panel(_high_enough({name for name, _ in points})) as (figure, ax):
         ends: dict[str, tuple[float, float]] = {}
         for (name, flops), middle in points.items():
             _mark(ax, middle, flops, known[name], name, upright=True)
@@ -135,7 +140,7 @@ def front(points: Mapping[tuple[str, float], Interval], known: Mapping[str, Styl
 
 def differences(found: Mapping[tuple[str, float], Interval], known: Mapping[str, Style], ylabel: str) -> Figure:
     """Draw differences from the baseline at the same place of the grid, by training FLOPs."""
-    with _panel() as (figure, ax):
+    with _panel(_high_enough({name for name, _ in found})) as (figure, ax):
         ends: dict[str, tuple[float, float]] = {}
         for name in dict.fromkeys(name for name, _ in found):
             own = sorted((flops, middle) for (router, flops), middle in found.items() if router == name)
@@ -171,7 +176,7 @@ def scaling(
     fit: ScalingFit, means: Mapping[tuple[str, float], Interval], known: Mapping[str, Style], ylabel: str
 ) -> Figure:
     """Draw losses by training FLOPs with the fitted laws and their bands."""
-    with _panel(HEIGHT + 0.4) as (figure, ax):
+    with _panel(_high_enough(fit.routers)) as (figure, ax):
         ends = {}
         for name in fit.routers:
             style = known[name]
