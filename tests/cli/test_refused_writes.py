@@ -132,7 +132,7 @@ def sweep(tmp_path):
     for value in (1.0, 2.0):
         run = ledger.claim("code")
         ledger.finish(run.key, "finished", results={"fit": results, "test": {**results, "bpb": value}})
-    Path("shared", "plan.json").write_text('{"config": "s.yaml", "baseline": "LinearRouter", "margin": 0.01}')
+    Path("shared", "plan.json").write_text('{"config": "s.yaml", "baseline": "LinearRouter", "margins": {}}')
 
 
 def test_a_sweep_that_is_read_only_is_reported_elsewhere(sweep, capsys, tmp_path):
