@@ -216,8 +216,8 @@ def read_plan(path: Path) -> Plan:
     if twice := {label for label in labels if labels.count(label) > 1}:
         raise UserError(f"{path}: two routers are called {min(twice)!r}; give one a label of its own")
     seeds = content.get("seeds", [0])
-    if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
-        raise UserError(f"{path}: seeds must be a list of whole numbers, got {seeds!r}")
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise UserError(f"{path}: seeds must be a list of whole numbers from 0 on, got {seeds!r}")
     if len(set(seeds)) < len(seeds):
         raise UserError(f"{path}: a seed is there twice: {seeds}")
     grid = _mapping(path, content, "grid")
@@ -289,8 +289,9 @@ def _tune(path: Path, content: dict[str, Any], seeds: tuple[int, ...], grid: Map
             raise UserError(f"{path}: tune.{name} must be a whole number from {least} to {most}, got {value!r}")
         numbers[name] = value
     own = content.get("seeds", list(known.seeds))
-    if not isinstance(own, list) or not own or not all(type(seed) is int for seed in own) or len(set(own)) < len(own):
-        raise UserError(f"{path}: tune.seeds must be a list of different whole numbers, got {own!r}")
+    are_seeds = isinstance(own, list) and own and all(type(seed) is int and seed >= 0 for seed in own)
+    if not are_seeds or len(set(own)) < len(own):
+        raise UserError(f"{path}: tune.seeds must be a list of different whole numbers from 0 on, got {own!r}")
     if shared := set(own) & set(seeds):
         raise UserError(f"{path}: the seed {min(shared)} is among seeds too, but tuning needs seeds of its own")
     untuned = content.get("untuned", True)
