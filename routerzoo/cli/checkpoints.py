@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import glob
 import importlib
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,15 @@ def run_name(config: Any) -> str:
     data = config.get("data") or {}
     dataset = (data.get("init_args") or {}).get("dataset") or str(data.get("class_path", "run")).rpartition(".")[2]
     names = dataset if isinstance(dataset, list) else [dataset]
-    return f"{'+'.join(Path(str(name)).stem for name in names)}-{router_name(config)}"
+    return f"{'+'.join(_corpus_name(str(name)) for name in names)}-{router_name(config)}"
+
+
+def _corpus_name(dataset: str) -> str:
+    """Return a part of a folder's name: of a pattern of paths, what stands before it."""
+    path = Path(dataset)
+    while glob.has_magic(str(path)):
+        path = path.parent
+    return path.stem.replace(":", "-") or "data"
 
 
 def _differences(prefix: str, saved: Any, asked: Any) -> list[str]:

@@ -15,6 +15,7 @@ import torch
 from lightning import Trainer
 
 from routerzoo import LanguageModeling, LinearRouter
+from routerzoo.cli.checkpoints import run_name
 from routerzoo.data import TextData, shards
 from routerzoo.data.documents import find_pieces, read, split_of, text_pieces
 from routerzoo.data.shards import Reading, TokenStream, encode_corpus
@@ -386,6 +387,15 @@ def test_data_sets_of_hugging_face(corpus, tmp_path):
         data_of(f"hf:{tmp_path}/nowhere", tmp_path).prepare_data()
 
 
+def test_a_pattern_of_paths_names_no_folder_with_a_star():
+    def name(dataset):
+        return run_name({"data": {"init_args": {"dataset": dataset}}, "model": {}})
+
+    assert name("corpus/**/*.jsonl") == "corpus-LinearRouter"
+    assert name("hf:allenai/c4:en") == "c4-en-LinearRouter"
+    assert name(["a/b.txt", "*.txt"]) == "b+data-LinearRouter"
+
+
 COMMAND = [sys.executable, "-m", "routerzoo", "tokenize"]
 
 
@@ -399,7 +409,7 @@ def contents(root):
     return {path.name: path.read_bytes() for path in root.glob("encoded/*/*") if path.suffix in (".bin", ".json")}
 
 
-def write_large(folder, files=6, documents=3000):
+def write_large(folder, files=3, documents=3000):
     draw = np.random.default_rng(0)
     words = [bytes(draw.integers(97, 123, size).tolist()).decode() for size in draw.integers(2, 9, 3000)]
     for number in range(files):
@@ -432,20 +442,24 @@ def test_shards_are_the_same_in_parallel_and_after_kills(tmp_path):
 
 
 MEMORY = """
-import resource, sys
+import re, resource, sys
+from pathlib import Path
 from routerzoo.data import TextData
+
+def anonymous():  # mapped files are no burden: the system drops their pages when it needs memory
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
 data = TextData(sys.argv[1], tokenizer=sys.argv[2], root=sys.argv[3], sequence_length=1024, batch_size=8)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak, before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, anonymous()
 data.prepare_data()
-tokens = len(data.stream("train"))
-batches = 0
-for batch in data.train_dataloader():
-    batches += 1
+encoding = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) / 1024
+largest = 0
+for batches, batch in enumerate(data.train_dataloader(), 1):
+    largest = max(largest, anonymous())
     if batches == 200:
         break
-data.bytes_per_token("train")
 data.token_counts()
-print(tokens, batches, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print(len(data.stream("train")), batches, encoding, max(largest, anonymous()) - before)
 """
 
 
@@ -462,8 +476,8 @@ def test_a_corpus_may_be_larger_than_memory(tmp_path):
     command = [sys.executable, "-c", MEMORY, str(tmp_path / "c"), "bytes", str(tmp_path / "root")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    tokens, batches, mebibytes = done.stdout.split()
-    assert int(tokens) > 240_000_000
-    assert int(batches) == 200
+    tokens, batches, *mebibytes = map(float, done.stdout.split())
+    assert tokens > 240_000_000
+    assert batches == 200
     print(done.stdout)
-    assert float(mebibytes) < 450
+    assert max(mebibytes) < 100
