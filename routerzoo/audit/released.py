@@ -78,11 +78,16 @@ def load(folder: Path, device: str = "cpu") -> Any:
     Raises:
         UserError: a dense model, one whose gates are not known, or one that takes no text.
     """
-    import transformers
+    try:
+        import transformers
 
-    from routerzoo import hf
-
-    config = transformers.AutoConfig.from_pretrained(folder)
+        from routerzoo import hf
+    except ImportError as error:
+        raise UserError(f"{folder} is a model of transformers: {error}") from None
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except ValueError as error:
+        raise UserError(f"{folder} is no model that transformers knows: {' '.join(str(error).split())[:200]}") from None
     classes = getattr(config, "architectures", None) or [""]
     causal = classes[0].endswith("ForCausalLM")
     auto_class = transformers.AutoModelForCausalLM if causal else transformers.AutoModel

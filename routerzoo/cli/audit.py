@@ -8,6 +8,7 @@ import gc
 import json
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -64,6 +65,9 @@ def main(args: Sequence[str]) -> None:
         if isinstance(error.code, str):
             _fail(error.code.removeprefix("error: "))
         raise
+    except Exception:  # Python's exit code would say "not healthy"
+        traceback.print_exc()
+        raise SystemExit(FAILED) from None
     console = Console(highlight=False, soft_wrap=True, markup=False)
     for finding in result.findings:
         console.print(str(finding))

@@ -249,6 +249,15 @@ def test_the_command_says_what_it_cannot_audit(tmp_path, capsys):
         assert told in capsys.readouterr().err
 
 
+def test_a_crash_is_no_verdict(tmp_path, capsys, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr("routerzoo.cli.audit._released", lambda *args: 1 / 0)
+    with pytest.raises(SystemExit) as ended:
+        main(["audit", str(tmp_path)])
+    assert ended.value.code == 2
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
 @pytest.mark.full
 def test_the_page_needs_no_other_file(tmp_path):
     net = Net()

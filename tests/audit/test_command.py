@@ -96,7 +96,10 @@ def test_models_of_transformers_are_audited(tmp_path, capsys):
     assert "there is no routing to audit in dense: no gate of LlamaForCausalLM is known" in capsys.readouterr().err
     hf.upcycle(dense, num_experts=4).save_pretrained("upcycled")
     assert code_of("upcycled", *given, "--max-load", 9) in (0, 1)
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text('{"model_type": "nothing-of-the-kind"}')
     for args, told in (
+        (["odd", *given], "odd is no model that transformers knows"),
         (["mixtral"], "mixtral comes with no text: give --data"),
         (["mixtral", "--data", "none.txt"], "the text none.txt does not exist"),
         (["mixtral", *given[:2]], "mixtral has no tokenizer: give --tokenizer a name, a path or bytes"),
