@@ -8,7 +8,7 @@ import math
 import os
 import signal
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -36,6 +36,7 @@ from routerzoo.cli.arguments import CommandParser
 from routerzoo.errors import UserError
 from routerzoo.runs.atomic import atomic_write
 from routerzoo.sweep.code import code_version
+from routerzoo.sweep.plan import TOLERANCE
 
 CORE = ["LinearRouter", "HyperRouter", "StableMoERouter", "XMoERouter", "HashRouter", "RandomFrozenRouter"]
 QUICK_TASKS = ["clusters", "skew", "ids", "xor"]
@@ -334,6 +335,8 @@ def _show(task: str, found: Sequence[Summary], protocol: Protocol, console: Cons
     if edges := _at_edges(ordered, protocol):
         console.print(f"  at the edge of the learning rates that were tried, so that others may be better: {edges}")
     by_name = {summary.router: summary for summary in found}
+    if protocol.budget == "flops" and (unmatched := _unmatched(by_name)):
+        console.print(f"  trained with other FLOPs than were counted before training: {unmatched}")
     for prediction in cls.predictions:
         if prediction.better not in by_name or prediction.worse not in by_name:
             continue
@@ -351,6 +354,14 @@ def _at_edges(found: Sequence[Summary], protocol: Protocol) -> str:
     ends = (min(lrs), max(lrs)) if len(lrs) > 1 else ()
     names = {lr: ", ".join(summary.router for summary in found if summary.scores[0].row.lr == lr) for lr in ends}
     return "; ".join(f"{lr:g} by {who}" for lr, who in names.items() if who)
+
+
+def _unmatched(found: Mapping[str, Summary]) -> str:
+    """Return whose training FLOPs are not those of the dense control, whose cost never changes; empty where all are."""
+    flops = {name: summary.mean("train_flops") for name, summary in found.items()}
+    wanted = flops.get("dense", math.nan)
+    shares = {name: value / wanted for name, value in flops.items()}
+    return ", ".join(f"{name} {share:.2f} times" for name, share in shares.items() if abs(share - 1) > TOLERANCE)
 
 
 def _number(value: float, digits: int) -> str:

@@ -10,7 +10,7 @@ from routerzoo.bench.protocol import Protocol
 from routerzoo.bench.registry import list_tasks
 from routerzoo.bench.rows import Row, read_rows
 from routerzoo.bench.scores import Score, Summary
-from routerzoo.cli.bench import CORE, QUICK_TASKS, _at_edges
+from routerzoo.cli.bench import CORE, QUICK_TASKS, _at_edges, _unmatched
 from routerzoo.registry import list_routers
 
 SMALL = ["--seeds", "2", "--tuning-seeds", "0"]
@@ -73,6 +73,15 @@ def test_the_overview_names_the_command_and_quick_what_there_is(capsys):
     assert set(CORE) <= set(list_routers())
     main([])
     assert "python -m routerzoo bench --quick" in capsys.readouterr().out
+
+
+def test_flops_that_are_not_those_that_were_matched_are_named():
+    flops = {"dense": 2.8e9, "HashRouter": 2.79e9, "TopPRouter": 1.12e9, "failed": None}
+    found = {}
+    for name, value in flops.items():
+        row = Row("clusters", name, "final", 0, 200, 0.03, 1.0, "finished", train_flops=value)
+        found[name] = Summary("clusters", name, (Score(row, 0.5, 9),))
+    assert _unmatched(found) == "TopPRouter 0.40 times"
 
 
 @pytest.mark.full
