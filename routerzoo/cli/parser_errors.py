@@ -226,6 +226,15 @@ def explain_bare_help(arguments: Sequence[str]) -> None:
             raise UserError(f"{argument} explains a class: give it {' or '.join(names) or 'the name of one'}")
 
 
+def missing_package(error: BaseException | None) -> str | None:
+    """Return which package a class lacks, such as a logger's, where that is why an option was refused."""
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError):
+            return " ".join(str(error).split()).replace(". HINT: Try running", ": run")
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def refused_by_libraries(error: Exception) -> str | None:
     """Return in a sentence what a library refuses: an option, or the content of a file; None for other errors."""
     told = " ".join(str(error).split())

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from routerzoo import HashRouter, HyperRouter, LayerSpec, LinearRouter, MLPExperts, MoE, SwiGLUExperts, moe_layers
 from routerzoo.moe.dispatch import apply_experts
+from routerzoo.moe.quantization import modules_to_skip, quantize_experts
 from routerzoo.optim import parameter_groups
 from tests.hf.models import build, inputs_of
 
@@ -313,3 +314,22 @@ def test_a_config_of_nothing_known_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "routerzoo"}))
     with pytest.raises(ValueError, match="names no model type that transformers knows"):
         transformers.AutoConfig.from_pretrained(tmp_path)
+
+
+@torch.no_grad()
+def test_a_quantizer_of_transformers_skips_routers_and_eight_bits_keep_their_choices():
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    model = hf.upcycle(build("Llama"), num_experts=4, router=partial(HyperRouter, top_k=2)).eval()
+    skipped = modules_to_skip(model)
+    assert skipped == ["model.layers.0.mlp.router", "model.layers.1.mlp.router"]
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert not [name for name in names if ".router" in name and should_convert_module(name, skipped)]
+    assert should_convert_module("model.layers.0.self_attn.q_proj", skipped)
+    inputs = inputs_of(model)
+    model(**inputs)
+    before = [published.routing.experts_TK for published in model.routing.context.routings]
+    quantize_experts(model)
+    model(**inputs)
+    after = [published.routing.experts_TK for published in model.routing.context.routings]
+    assert all(map(torch.equal, before, after))
