@@ -18,7 +18,7 @@ from routerzoo.routing import LayerSpec
 
 
 @final
-class ReleasedExperts(Experts):
+class _ReleasedExperts(Experts):
     """Experts of a released model that compute something else than `SwiGLUExperts`: clamped or interleaved ones.
 
     Weights have the names and the layout of transformers, and are the model's own. So is the function between the two
@@ -63,7 +63,7 @@ def experts_of(bank: nn.Module, spec: LayerSpec, architecture: Architecture) -> 
     transposed = getattr(bank, "is_transposed", architecture.transposed)
     activation = None if transposed else _activation(bank)
     if activation is None:
-        return ReleasedExperts(spec, bank=bank, transposed=transposed)
+        return _ReleasedExperts(spec, bank=bank, transposed=transposed)
     weights: Any = bank
     with torch.device("meta"):
         experts = SwiGLUExperts(spec, activation=activation, bias=bool(getattr(bank, "has_bias", False)))
@@ -77,7 +77,7 @@ def put_back(experts: Experts, bank: nn.Module) -> None:
     """Give a bank of transformers the weights of what `experts_of` made of one like it."""
     for name, _ in list(bank.named_parameters(recurse=False)):
         setattr(
-            bank, name, getattr(experts, name if isinstance(experts, ReleasedExperts) else name.replace("_proj", ""))
+            bank, name, getattr(experts, name if isinstance(experts, _ReleasedExperts) else name.replace("_proj", ""))
         )
 
 
