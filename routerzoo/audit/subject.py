@@ -18,7 +18,7 @@ from routerzoo.errors import UserError
 from routerzoo.moe.layer import moe_layers
 from routerzoo.tasks.base import MoETask, in_full_precision
 from routerzoo.tasks.classification import Classification
-from routerzoo.tasks.language_modeling import LanguageModeling
+from routerzoo.tasks.language_modeling import NextTokenPrediction
 
 
 class Losses(NamedTuple):
@@ -76,7 +76,7 @@ def subject_of_task(
     Raises:
         UserError: a task of another kind than language modeling and classification, no MoE layer, or no data.
     """
-    if not isinstance(task, (LanguageModeling, Classification)):
+    if not isinstance(task, (NextTokenPrediction, Classification)):
         raise UserError(f"an audit reads language modeling and classification, not {type(task).__name__}")
     datamodule.prepare_data()
     datamodule.setup("test" if split == "test" else "validate")
@@ -106,7 +106,7 @@ def subject_of_task(
     )
 
 
-def _losses(task: LanguageModeling | Classification, batch: Any) -> Losses:
+def _losses(task: NextTokenPrediction | Classification, batch: Any) -> Losses:
     if isinstance(task, Classification):
         logits_BL = in_full_precision(task(batch)[0])
         losses_B = F.cross_entropy(logits_BL, batch.labels_B, reduction="none")

@@ -408,7 +408,8 @@ class MoETask(LightningModule, ABC):
         """Save the random state, so that dropout continues as in an uninterrupted run."""
         checkpoint["random_state"] = torch.get_rng_state()
         checkpoint["trained"] = self.trained.numbers()
-        checkpoint["accumulation"] = accumulation(self.trainer)
+        if self._trainer is not None:
+            checkpoint["accumulation"] = accumulation(self._trainer)
         checkpoint[FORMAT_KEY] = FORMAT
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import routerzoo.callbacks
 import routerzoo.runs
 from routerzoo.callbacks import (
+    ExpertNormMonitor,
     ExpertSpecialization,
     FineTune,
     KSchedule,
@@ -36,6 +37,7 @@ from routerzoo.runs.routing_pictures import RoutingPictures
 from tests.callbacks.plain import BATCHES, QUIET, Plain, loader
 
 BUILD = {
+    "ExpertNormMonitor": lambda folder: ExpertNormMonitor(),
     "ExpertSpecialization": lambda folder: ExpertSpecialization(),
     "FinalValidation": lambda folder: FinalValidation(),
     "FineTune": lambda folder: FineTune(str(folder / "start.ckpt"), freeze_router=False, freeze_experts=False),

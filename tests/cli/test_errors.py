@@ -141,7 +141,7 @@ OPTIONS = [
     (["--trainer.devices", "x"], "`devices` selected with `CPUAccelerator` should be an int > 0"),
     (["--trainer.accumulate_grad_batches", "0"], "trainer.accumulate_grad_batches must be at least 1, got 0"),
     (["--model.optimizer.betas", "[2,3]"], "Invalid beta parameter at index 0: 2.0"),
-    (["--data.num_workers", "-1"], "num_workers option should be non-negative"),
+    (["--data.num_workers", "-1"], "num_workers must be at least 0, got -1"),
     (["--ckpt_path", "nope.ckpt"], "the checkpoint nope.ckpt does not exist"),
     (["--ckpt_path", "config.yaml"], "config.yaml is not a checkpoint, or a broken one"),
     (["--data.dataset", "tiny-shakespear"], "no data set or file is called 'tiny-shakespear'"),

@@ -225,6 +225,7 @@ COEFFICIENTS = {
     "ExpertChoiceRouter": {},
     "ExpertThresholdRouter": {},
     "GShardRouter": {"balance": 0.01},  # as Switch
+    "Gemma4Router": {},
     "HashFirstRouter": {},
     "HashRouter": {},
     "HyperRouter": {},
@@ -244,6 +245,7 @@ COEFFICIENTS = {
     "SoftMoERouter": {},
     "StableMoERouter": {"balance": 0.3, "distillation": 0.3},
     "SteeredRouter": {"balance": 0.01, "z": 0.001},  # those of the router inside
+    "SparseMixerRouter": {},
     "SwitchRouter": {"balance": 0.01},
     "TaskRouter": {},
     "TemplateRouter": {"balance": 0.01},

@@ -73,7 +73,7 @@ def test_evaluation_weighs_every_token_alike():
     trainer.validate(task, data, verbose=False)
     total = tokens = 0.0
     with torch.no_grad():
-        for ids, targets, _ in data.val_dataloader():
+        for ids, targets, *_ in data.val_dataloader():
             logits, _ = task.net(ids)
             total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
             tokens += (targets >= 0).sum()
