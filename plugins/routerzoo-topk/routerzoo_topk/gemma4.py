@@ -24,7 +24,7 @@ class Gemma4Router(LogitRouter):
 
     Args:
         spec: sizes of the layer the router sits in.
-        top_k: experts per token.
+        top_k: experts per token; Gemma 4 takes 8.
         eps: added to the mean square.
         init_std: standard deviation of the gate's initial weights.
     """
@@ -34,7 +34,7 @@ class Gemma4Router(LogitRouter):
     nonnegative = False
     trains_at_top_1 = True  # by the scales
 
-    def __init__(self, spec: LayerSpec, *, top_k: int = 8, eps: float = 1e-6, init_std: float = 0.02) -> None:
+    def __init__(self, spec: LayerSpec, *, top_k: int = 2, eps: float = 1e-6, init_std: float = 0.02) -> None:
         super().__init__(spec, top_k=top_k)
         self.eps = eps
         self.weight = nn.Parameter(torch.randn(spec.num_experts, spec.d_model) * init_std)
