@@ -81,7 +81,8 @@ def loss_names(context):
     (router,) = {type(entry.layer.router): entry.layer.router for entry in context.routings}.values()
     routing = context.routings[0].routing
     generic = ROUTING_LOSSES if routing.for_losses.logits_TE is not None and routing.experts_TK is not None else ()
-    return sorted({*routing.losses, *router.default_loss_weights, *generic})
+    own = {"local_balance"}  # of each process by itself, so that it depends on their number
+    return sorted({*routing.losses, *router.default_loss_weights, *generic} - own)
 
 
 def noise_by_place():
