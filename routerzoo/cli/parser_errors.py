@@ -21,7 +21,7 @@ from routerzoo.cli.arguments import unrecognized
 from routerzoo.errors import UserError
 from routerzoo.moe.experts import Experts
 from routerzoo.optim import PLATEAU
-from routerzoo.tasks.class_paths import refusal
+from routerzoo.tasks.class_paths import LIBRARIES, refusal
 
 FUNCTION = "takes a function, which no config can hold"
 BUILT = "takes schedules that are built already, which no config can hold"
@@ -182,6 +182,8 @@ def class_names(key: str) -> list[str]:
         return registry.list_routers()
     ours = "routerzoo" if key in ("experts", "model", "data") else ""
     found = {cls for cls in _subclasses(KINDS[key]) if not inspect.isabstract(cls) and ours in cls.__module__}
+    if key == "lr_scheduler":  # other libraries have some that none but their own loop can step
+        found = {cls for cls in found if cls.__module__.partition(".")[0] in LIBRARIES}
     return sorted({cls.__name__ for cls in found if not cls.__name__.startswith("_")} - UNUSABLE.keys())
 
 

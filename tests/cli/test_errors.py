@@ -49,7 +49,7 @@ def said(capsys, *arguments):
 
 
 COMMANDS = [
-    (["fitt"], "there is no command 'fitt'; did you mean 'fit'? Commands: fit, validate, test, predict, look, "),
+    (["fitt"], "there is no command 'fitt'; did you mean 'fit'? Commands: fit, validate, test, predict, look, audit"),
     (["fit"], "there is no data and no model: give --config language/HyperRouter, for example"),
     (["plan"], "there is no data and no model: give --config language/HyperRouter, for example"),
     (["test"], "test needs a checkpoint: --ckpt_path best"),

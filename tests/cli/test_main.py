@@ -249,7 +249,7 @@ def test_a_checkpoint_that_carries_code_is_refused_and_nothing_runs(tmp_path, co
         (["--data", "TextDat"], "no class is called 'TextDat'; did you mean 'TextData'?"),
         (["--model.num_expert", "3"], "LanguageModeling has no option 'num_expert'; did you mean 'num_experts'?"),
         (["--model.lr_scheduler", "ExponentialLR"], "ExponentialLR also needs gamma: add --model.lr_scheduler.gamma"),
-        (["--model.lr_scheduler", "LambdaLR"], "LambdaLR takes a function, which no config can hold: take "),
+        (["--model.lr_scheduler", "LambdaLR"], "LambdaLR takes a function, which no config can hold: take Cons"),
         (["--model.lr_scheduler", "ReduceLROnPlateau"], "model.lr_scheduler: ReduceLROnPlateau follows a metric"),
         (["--model.lr_scheduler.total_steps", "3"], "'warmup_steps'? It takes: warmup_steps, final_share."),
         (["--model.num_experts", "few"], "model.num_experts: expected int, got 'few'"),
@@ -271,7 +271,7 @@ def test_bad_options_are_explained_in_a_sentence(config, capsys, options, messag
         (["--model.moe_blocks", "[7]"], "error: moe_blocks names block 7; the model has 2, from 0 to 1"),
         (
             ["--model.loss_weights", "{entropy: 1.0}"],
-            "HyperRouter has no loss 'entropy'; it has balance, ",
+            "HyperRouter has no loss 'entropy'; it has balance, global_balance, importance, load",
         ),
         (["--model.vocab_size", "3"], "error: model.vocab_size is 3, but the data decides it: TextData has 256"),
         (["--data.dataset", "enwik9"], "error: no data set or file is called 'enwik9'"),
