@@ -49,8 +49,8 @@ class ByteLanguageModel(BenchTask):
     """A causal language model of bytes; each micro-batch is text of one domain.
 
     The idea is that of the MoE Routing Testbed (arXiv, April 2026, of which only the abstract was read): on a mix of
-    clearly distinct domains, a reference router that is told the domain bounds from above what routing is worth, and
-    small models differ visibly. The reference (`oracle`) gives each domain k experts of its own, with equal weights. It
+    clearly distinct domains, a reference router that receives the domain label bounds from above what routing is worth,
+    and small models differ visibly. The reference (`oracle`) gives each domain k experts of its own, with equal weights. It
     is a strong bound rather than a proven one: a router that shares experts between domains, or specializes by token
     within one, may pass it.
 
