@@ -59,8 +59,8 @@ LEVEL = 0.95
 
 EPILOG = """\
 Each task has a latent domain that decides which experts a token needs. Regret is 0 where a router does as well as one
-that receives the domain label (oracle), and 1 where it does no better than a random expert for each token (blind). The third
-control is a dense network of the active size. All else is equal bit for bit between the routers of a seed.
+that receives the domain label (oracle), and 1 where it does no better than a random expert for each token (blind). The
+third control is a dense network of the active size. All else is equal bit for bit between the routers of a seed.
 
 examples:
   python -m routerzoo bench --quick                         six routers, four tasks: three minutes on two cores
