@@ -50,7 +50,7 @@ class ByteLanguageModel(BenchTask):
 
     The idea is that of the MoE Routing Testbed (arXiv, April 2026, of which only the abstract was read): on a mix of
     clearly distinct domains, a reference router that receives the domain label bounds from above what routing is worth,
-    and small models differ visibly. The reference (`oracle`) gives each domain k experts of its own, with equal weights.
+    and small models differ visibly. The reference (`oracle`) gives each domain k experts, with equal weights.
     It is a strong bound rather than a proven one: a router that shares experts between domains, or specializes by token
     within one, may pass it.
 
