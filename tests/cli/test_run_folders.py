@@ -168,6 +168,7 @@ def interrupted(config, monkeypatch):
             return trainer
 
         handler = signal.getsignal(signal.SIGINT)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
         with monkeypatch.context() as patch:
             patch.setattr(cli.RouterZooCLI, "instantiate_trainer", with_interrupt)
             fails("fit", "--config", config, *options, code=128 + number)
