@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,14 +100,14 @@ def _plain_config(model: Any) -> Any:
 def _released(model: Any) -> Any:
     config = _plain_config(model)
     with torch.device("meta"):  # modules without weights
-        plain = plain_class(model)(config)
+        plain: Any = plain_class(model)._from_config(config, dtype=model.dtype)  # type: ignore[no-untyped-call]
     sites = list(released_sites(plain))
     for site in sites:  # a refusal leaves the model as it was
         _check_router(site, plain, inner_router(model.get_submodule(site.name).experts.moe))
     for site in sites:
         block = model.get_submodule(site.name)
         moe, bank = block.experts.moe, site.block.get_submodule("experts")
-        _write_gate(site, inner_router(moe), model.dtype)
+        _write_gate(site, inner_router(moe), plain)
         put_back(moe.experts, bank)
         setattr(block, site.place, site.gate.train(block.training))
         block.experts = bank.train(block.training)
@@ -136,13 +137,20 @@ def _attribute(router: Any, argument: str) -> Any:
 
 
 @torch.no_grad()
-def _write_gate(site: Site, router: Router, dtype: torch.dtype) -> None:
+def _write_gate(site: Site, router: Router, plain: Any) -> None:
     for ours, theirs in site.architecture.tensors.items():
         value, old = gate_tensor(router, ours), gate_tensor(site.gate, theirs)
         if ours == "table":
             value = value[:, : old.shape[1]].contiguous()
-        narrow = isinstance(old, nn.Parameter) and value.is_floating_point()
-        _set(site.gate, theirs, (value.to(dtype) if narrow else value).view(old.shape))
+        if isinstance(old, nn.Parameter):
+            value = value.to(_loaded_dtype(plain, f"{site.name}.{site.place}.{theirs}", old))
+        _set(site.gate, theirs, value.view(old.shape))
+
+
+def _loaded_dtype(plain: Any, name: str, parameter: Tensor) -> torch.dtype:
+    """Return the dtype in which `from_pretrained` loads a parameter: some gates stay in float32."""
+    kept = any(re.search(pattern.replace("*", ".*"), name) for pattern in plain._get_dtype_plan(plain.dtype))
+    return torch.float32 if kept else parameter.dtype
 
 
 def _set(module: nn.Module, path: str, value: Tensor) -> None:

@@ -7,6 +7,7 @@ that it was and the changes. Importing `routerzoo.hf` makes `AutoConfig`, and wi
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -118,7 +119,7 @@ def drop_plans(model: nn.Module) -> None:
 
 def record_change(model: Any, change: Mapping[str, Any]) -> None:
     """Make a model that was changed one of a class of ours, whose config tells the change."""
-    config, swapped = model.config, change["change"] == "replace_routers"
+    config, swapped = _own_config(model), change["change"] == "replace_routers"
     if hasattr(config, "routing"):
         changes = config.routing["changes"]
         if swapped:  # of all its layers
@@ -134,6 +135,16 @@ def record_change(model: Any, change: Mapping[str, Any]) -> None:
     model._weight_conversions = []
     drop_plans(model)
     add_context(model)
+
+
+def _own_config(model: Any) -> Any:
+    """Give a model a config of its own: the caller, or another model, may hold the one that it was built from."""
+    copies: dict[int, Any] = {}
+    own = copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        if id(held := getattr(module, "config", None)) in copies:
+            module.config = copies[id(held)]
+    return own
 
 
 def plain_class(model: PreTrainedModel) -> type[PreTrainedModel]:

@@ -107,6 +107,16 @@ def test_sixteen_bits_leave_routers_in_float32(name, tmp_path):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("name", RELEASED)
+def test_gates_go_out_in_the_precision_of_the_model(name, tmp_path):
+    build(name).save_pretrained(tmp_path)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    exported = hf.to_transformers(hf.replace_routers(tmp_path, dtype=torch.bfloat16))
+    assert_same_weights(exported, plain)
+    assert {k: v.dtype for k, v in exported.state_dict().items()} == {k: v.dtype for k, v in plain.state_dict().items()}
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_checkpointing_gives_the_same_gradients(name):
     model = changed(name).train()

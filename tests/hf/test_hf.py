@@ -119,6 +119,18 @@ def test_the_config_names_router_and_arguments(tmp_path):
     assert (layer.router.router.top_k, layer.num_shared_experts) == (1, 1)
 
 
+def test_the_config_that_was_given_stays_as_it_was():
+    model = build("Llama")
+    config = model.config
+    twin, before = type(model)(config), config.to_dict()
+    for source, num_experts in ((config, 4), (config, 8), (model, 2)):
+        built = hf.upcycle(source, num_experts=num_experts)
+        assert built.config.model_type == "routerzoo"
+        assert all(module.config is built.config for module in built.modules() if hasattr(module, "config"))
+    assert type(twin.config) is transformers.LlamaConfig
+    assert config.to_dict() == before
+
+
 def test_routers_are_replaced_again_and_saved(tmp_path):
     model = hf.upcycle(build("Llama"), num_experts=4, router=partial(LinearRouter, top_k=3))
     hf.replace_routers(model, "XMoERouter")
