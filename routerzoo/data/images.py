@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast, final
 
@@ -80,8 +81,8 @@ class ImageBatch(NamedTuple):
     labels_B: Tensor
 
 
-class _Split(NamedTuple):
-    """One split before any transform: an image by index, and all labels."""
+class Split(NamedTuple):
+    """One split before any transform: an image by index, all labels, and the names of the classes."""
 
     image: Callable[[int], Any]
     labels: Sequence[int]
@@ -98,7 +99,7 @@ class Images(Dataset[tuple[Tensor, int]]):
             has nothing random.
     """
 
-    def __init__(self, split: _Split, transform: v2.Transform, seed: int | None = None) -> None:
+    def __init__(self, split: Split, transform: v2.Transform, seed: int | None = None) -> None:
         self.split, self.transform, self.seed = split, transform, seed
 
     def __len__(self) -> int:
@@ -160,7 +161,7 @@ class ImageData(LightningDataModule):
         self.image_size = image_size or (self.published.image_size if self.published is not None else 224)
         self.batch_size, self.augment, self.num_workers = batch_size, augment, num_workers
         self.seed = order_seed(seed)
-        self._splits: dict[str, _Split] = {}
+        self._splits: dict[str, Split] = {}
         if self.published is None and not Path(dataset).expanduser().is_dir():
             raise UserError(
                 f"no data set or folder is called {dataset!r}; the data sets are {', '.join(IMAGE_SETS)}, and a folder "
@@ -192,19 +193,24 @@ class ImageData(LightningDataModule):
     @property
     def class_names(self) -> list[str]:
         """Names of the classes by label. May download the data set."""
-        return list(self._split("train").names)
+        return list(self.split("train").names)
 
     def most_frequent_class_accuracy(self, split: str) -> float:
         """Return a split's accuracy when every image is given the training split's most frequent class."""
-        labels = list(self._split("train").labels)
+        labels = list(self.split("train").labels)
         most_frequent = max(set(labels), key=labels.count)
-        return float(np.mean(np.asarray(self._split(split).labels) == most_frequent))
+        return float(np.mean(np.asarray(self.split(split).labels) == most_frequent))
 
     def prepare_data(self) -> None:
         """Download what is not there yet."""
-        self._split("train")
+        self.split("train")
 
-    def _split(self, name: str) -> _Split:
+    def split(self, name: str) -> Split:
+        """Return `train`, `val` or `test` before any transform. May download the data set.
+
+        Raises:
+            UserError: a folder without that split.
+        """
         if not self._splits:
             if self.published is None:
                 self._splits = _folder_splits(Path(self.dataset).expanduser())
@@ -219,28 +225,11 @@ class ImageData(LightningDataModule):
         return self._splits[name]
 
     def _transform(self, training: bool) -> v2.Transform:
-        size = self.image_size
-        steps: list[Any] = [v2.ToImage()]
-        if self.published is None:
-            mean, std = FOLDER_MEAN, FOLDER_STD
-            if training and self.augment:
-                steps += [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
-            else:
-                steps += [v2.Resize(round(size / 0.875), antialias=True), v2.CenterCrop(size)]
-        else:
-            mean, std = self.published.mean, self.published.std  # type: ignore[assignment]
-            if size != self.published.image_size:
-                steps.append(v2.Resize([size, size], antialias=True))
-            if training and self.augment:
-                steps.append(v2.RandomCrop(size, padding=max(size // 8, 1)))
-                if self.published.flip:
-                    steps.append(v2.RandomHorizontalFlip())
-        steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
-        return cast(v2.Transform, v2.Compose(steps))
+        return image_transform(self.published, self.image_size, augment=training and self.augment)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled, augmented images of the training split."""
-        images = Images(self._split("train"), self._transform(training=True), self.seed if self.augment else None)
+        images = Images(self.split("train"), self._transform(training=True), self.seed if self.augment else None)
         if len(images) < self.batch_size:
             raise UserError(
                 f"the training split of {self.dataset} has {len(images)} images, "
@@ -263,10 +252,37 @@ class ImageData(LightningDataModule):
         return self._evaluation_loader("test")
 
     def _evaluation_loader(self, split: str) -> DataLoader[Any]:
-        images = Images(self._split(split), self._transform(training=False))
+        images = Images(self.split(split), self._transform(training=False))
         return evaluation_loader(
             images, batch_size=self.batch_size, collate_fn=collate, num_workers=self.num_workers, pin_memory=_pin()
         )
+
+
+def image_transform(published: ImageSet | None, size: int, *, augment: bool) -> v2.Transform:
+    """Return what brings images to a size and normalizes them, and may augment them.
+
+    Args:
+        published: the set that they are of; None for a folder's, which are normalized as ImageNet's.
+        size: height and width, pixels.
+        augment: crop, pad and mirror at random.
+    """
+    steps: list[Any] = [v2.ToImage()]
+    if published is None:
+        mean, std = FOLDER_MEAN, FOLDER_STD
+        if augment:
+            steps += [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
+        else:
+            steps += [v2.Resize(round(size / 0.875), antialias=True), v2.CenterCrop(size)]
+    else:
+        mean, std = published.mean, published.std  # type: ignore[assignment]
+        if size != published.image_size:
+            steps.append(v2.Resize([size, size], antialias=True))
+        if augment:
+            steps.append(v2.RandomCrop(size, padding=max(size // 8, 1)))
+            if published.flip:
+                steps.append(v2.RandomHorizontalFlip())
+    steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
+    return cast(v2.Transform, v2.Compose(steps))
 
 
 def collate(samples: Sequence[tuple[Tensor, int]]) -> ImageBatch:
@@ -274,7 +290,7 @@ def collate(samples: Sequence[tuple[Tensor, int]]) -> ImageBatch:
     return ImageBatch(torch.stack([image for image, _ in samples]), torch.tensor([label for _, label in samples]))
 
 
-def _check_labels(split: _Split, name: str) -> None:
+def _check_labels(split: Split, name: str) -> None:
     if len(split.labels) == 0:
         raise UserError(f"the {name} has no images")
     lowest, highest = min(split.labels), max(split.labels)
@@ -285,11 +301,11 @@ def _check_labels(split: _Split, name: str) -> None:
         )
 
 
-def _array_split(images_MHWC: np.ndarray, labels_M: np.ndarray, names: Sequence[str]) -> _Split:
-    return _Split(lambda index: images_MHWC[index], labels_M.tolist(), names)
+def _array_split(images_MHWC: np.ndarray, labels_M: np.ndarray, names: Sequence[str]) -> Split:
+    return Split(lambda index: images_MHWC[index], labels_M.tolist(), names)
 
 
-def _bundled_splits() -> dict[str, _Split]:
+def _bundled_splits() -> dict[str, Split]:
     path = Path(str(importlib.resources.files("routerzoo.data") / "bundled" / "fashion-mini.npz"))
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -301,7 +317,7 @@ def _bundled_splits() -> dict[str, _Split]:
         raise UserError(f"{path} is broken ({error}); install routerzoo again") from error
 
 
-def _torchvision_splits(published: ImageSet, root: Path) -> dict[str, _Split]:
+def _torchvision_splits(published: ImageSet, root: Path) -> dict[str, Split]:
     cls = getattr(datasets, str(published.torchvision))
     try:
         with warnings.catch_warnings():
@@ -326,22 +342,31 @@ def _torchvision_splits(published: ImageSet, root: Path) -> dict[str, _Split]:
     }
 
 
-def _folder_splits(folder: Path) -> dict[str, _Split]:
-    splits: dict[str, _Split] = {}
+def _folder_splits(folder: Path) -> dict[str, Split]:
+    splits: dict[str, Split] = {}
     for name in ("train", "val", "test"):
         path = folder / name
         if not path.is_dir():
             if name == "test":
                 continue
             raise UserError(f"the image folder {folder} has no {name}/; it needs train/<class>/ and val/<class>/")
-        try:
-            images = datasets.ImageFolder(str(path))
-        except (FileNotFoundError, OSError) as error:
-            raise UserError(f"cannot use the image folder {path}: {error}") from error
-        if "train" in splits and list(images.classes) != list(splits["train"].names):
-            raise UserError(f"{path} has the classes {images.classes}, train has {list(splits['train'].names)}")
-        splits[name] = _Split(lambda index, images=images: _read_image(images, index), images.targets, images.classes)  # type: ignore[misc]
+        splits[name] = class_folders(path)
+        if splits[name].names != splits["train"].names:
+            raise UserError(f"{path} has the classes {splits[name].names}, train has {splits['train'].names}")
     return splits
+
+
+def class_folders(path: Path) -> Split:
+    """Return the images of a folder that has a folder of images for each class.
+
+    Raises:
+        UserError: it has not.
+    """
+    try:
+        images = datasets.ImageFolder(str(path))
+    except (FileNotFoundError, OSError) as error:
+        raise UserError(f"cannot use the image folder {path}: {error}") from error
+    return Split(partial(_read_image, images), images.targets, list(images.classes))
 
 
 def _read_image(images: Any, index: int) -> Any:

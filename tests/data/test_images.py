@@ -4,14 +4,14 @@ import torch
 from PIL import Image
 
 from routerzoo.data import ImageData
-from routerzoo.data.images import IMAGE_SETS, _check_labels, _Split
+from routerzoo.data.images import IMAGE_SETS, Split, _check_labels
 from routerzoo.errors import UserError
 
 
 def test_the_bundled_images_are_balanced():
     data = ImageData()
-    assert [len(data._split(name).labels) for name in ("train", "val", "test")] == [6000, 1000, 1000]
-    assert (np.bincount(data._split("train").labels) == 600).all()
+    assert [len(data.split(name).labels) for name in ("train", "val", "test")] == [6000, 1000, 1000]
+    assert (np.bincount(data.split("train").labels) == 600).all()
     assert (data.num_classes, data.in_channels, data.image_size) == (10, 1, 28)
     assert data.most_frequent_class_accuracy("val") == pytest.approx(0.1)
 
@@ -81,7 +81,7 @@ def test_unknown_sets_and_sizes_are_refused():
 
 def test_a_label_out_of_range_is_refused():
     with pytest.raises(UserError, match="has labels from 0 to 7, but 3 classes, 0 to 2"):
-        _check_labels(_Split(lambda index: None, [0, 7], ["a", "b", "c"]), "train split of it")
+        _check_labels(Split(lambda index: None, [0, 7], ["a", "b", "c"]), "train split of it")
 
 
 def test_a_set_that_cannot_be_loaded_says_where_it_was_looked_for(tmp_path, monkeypatch):
@@ -107,7 +107,7 @@ def test_images_of_16_bits_keep_their_values(folder, kind):
     ramp = np.arange(0, 65536, 16).reshape(64, 64)
     save_16_bits(folder / "val" / "cat" / f"ramp.{kind}", ramp)
     data = ImageData(str(folder), image_size=56, batch_size=5)
-    image = data._split("val").image(2)
+    image = data.split("val").image(2)
     assert image.shape == (64, 64, 3)
     assert (image[..., 0] == (ramp / 65535).astype(np.float32)).all()
     # Resized to 64 and cropped to 56: the 4th row and column begin.
@@ -125,7 +125,7 @@ def test_images_of_32_bits_are_refused(folder):
         path = folder / "val" / "cat" / "0.tiff"
         Image.fromarray(np.full((40, 50), 70_000, dtype), mode=None).save(path)
         with pytest.raises(UserError, match=rf"0.tiff has pixels of 32 bits \(mode {mode}\), whose largest value"):
-            ImageData(str(folder), batch_size=1)._split("val").image(1)
+            ImageData(str(folder), batch_size=1).split("val").image(1)
 
 
 def test_patches_are_as_large_as_the_data_says():
