@@ -41,6 +41,7 @@ _LAZY = {
     "LabelledText": "routerzoo.data",
     "LanguageModeling": "routerzoo.tasks",
     "PretrainedLanguageModeling": "routerzoo.tasks",
+    "PretrainedTextClassification": "routerzoo.tasks",
     "RouterHooks": "routerzoo.callbacks",
     "RoutingMonitor": "routerzoo.callbacks",
     "ShardedStrategy": "routerzoo.distributed.strategy",
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from routerzoo.tasks import ImageClassification as ImageClassification
     from routerzoo.tasks import LanguageModeling as LanguageModeling
     from routerzoo.tasks import PretrainedLanguageModeling as PretrainedLanguageModeling
+    from routerzoo.tasks import PretrainedTextClassification as PretrainedTextClassification
     from routerzoo.tasks import TextClassification as TextClassification
 
 __all__ = [

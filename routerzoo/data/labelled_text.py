@@ -1,5 +1,5 @@
-"""`LabelledText`: texts with labels, byte by byte, for classification."""
-# Shape suffixes: B texts, S bytes of the longest one.
+"""`LabelledText`: texts with labels, for classification."""
+# Shape suffixes: B texts, S tokens of the longest one, V token ids.
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from routerzoo.data.download import default_root, download
 from routerzoo.data.loading import TrainingLoader, evaluation_loader, order_seed
+from routerzoo.data.tokenizer import load_tokenizer
 from routerzoo.errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -33,7 +34,7 @@ class Example(NamedTuple):
 
 
 class LabelledBatch(NamedTuple):
-    """`ids_BS` int64 bytes, padded on the right; `padding_mask_BS` True where they are; `labels_B` int64."""
+    """`ids_BS` int64 token ids, padded on the right; `padding_mask_BS` True where they are; `labels_B` int64."""
 
     ids_BS: Tensor
     padding_mask_BS: Tensor
@@ -138,13 +139,15 @@ IMDB_CHECKSUM = "md5:7c2ac02c03563afcf9b574c7e56c153a"  # as in torchtext
 
 @final
 class LabelledText(LightningDataModule):
-    """Texts with labels, for `TextClassification`. A text is its UTF-8 bytes, the first `sequence_length` of them.
+    """Texts with labels, for `TextClassification` and `PretrainedTextClassification`.
 
     Args:
         dataset: `sst-2`, `sst-5`, `imdb`, `banking77`; or a CSV file with the columns text and label (cut 80/10/10
             after a shuffle), or a folder with train.csv, test.csv and, if there is one, val.csv.
+        tokenizer: `bytes`, or what `load_tokenizer` takes: the model's own, by name or path. Texts begin and end with
+            the tokens that it has for that; bytes stand alone.
         root: folder that downloads are kept in; by default `$ROUTERZOO_DATA`, or `~/.cache/routerzoo`.
-        sequence_length: bytes of a text that are read.
+        sequence_length: tokens of a text that are read, with those that begin and end it.
         batch_size: texts per batch and process.
         num_workers: processes that load data.
         seed: seed of the order, by default torch's (`seed_everything`). Splits that the data set lacks are cut by it
@@ -158,6 +161,7 @@ class LabelledText(LightningDataModule):
         self,
         dataset: str = "sst-2",
         *,
+        tokenizer: str = "bytes",
         root: str | None = None,
         sequence_length: int = 256,
         batch_size: int = 16,
@@ -171,12 +175,24 @@ class LabelledText(LightningDataModule):
         self.dataset, self.sequence_length, self.batch_size = dataset, sequence_length, batch_size
         self.root = Path(root).expanduser() if root is not None else default_root()
         self.num_workers, self.seed, self._split_seed = num_workers, order_seed(seed), seed or 0
+        self.tokenizer, self._encoder = tokenizer, load_tokenizer(tokenizer)
+        self._marks = ((), ()) if tokenizer == "bytes" else (self._encoder.start, self._encoder.end)
+        if sequence_length <= (marks := sum(map(len, self._marks))):
+            raise UserError(
+                f"sequence_length is {sequence_length}, and the tokenizer {tokenizer} begins and ends a text with "
+                f"{marks} tokens: raise it"
+            )
         self._splits: dict[str, list[Example]] | None = None
+        self._ids: dict[str, list[np.ndarray]] = {}
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids: bytes."""
-        return 256
+        """Number of token ids."""
+        return self._encoder.vocab_size
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids."""
+        return self._encoder.decode([int(index) for index in ids])
 
     @property
     def max_length(self) -> int:
@@ -284,16 +300,21 @@ class LabelledText(LightningDataModule):
         return sum(example.label == most for example in self.examples(split)) / len(self.examples(split))
 
     def token_counts(self) -> np.ndarray:
-        """Return how often each byte occurs in what is read of the training split, int64 `[256]`."""
-        counts_V = np.zeros(256, np.int64)
-        for example in self.examples("train"):
-            read = np.frombuffer(example.text.encode()[: self.sequence_length], np.uint8)
-            counts_V += np.bincount(read, minlength=256)
-        return counts_V
+        """Return how often each token id occurs in what is read of the training split, int64 `[V]`."""
+        return np.bincount(np.concatenate(self._encoded("train")), minlength=self.vocab_size)
+
+    def _encoded(self, split: str) -> list[np.ndarray]:
+        """Return what is read of each text of a split, int64."""
+        if split not in self._ids:
+            (start, end), texts = self._marks, [example.text for example in self.examples(split)]
+            room = self.sequence_length - len(start) - len(end)
+            encoded = self._encoder.encode(texts)
+            self._ids[split] = [np.array([*start, *ids[:room], *end], np.int64) for ids in encoded]
+        return self._ids[split]
 
     def _texts(self, split: str) -> _Texts:
         places = {name: place for place, name in enumerate(self.class_names)}
-        return _Texts(self.examples(split), places, self.sequence_length)
+        return _Texts(self._encoded(split), [places[example.label] for example in self.examples(split)])
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled texts of the training split."""
@@ -323,15 +344,15 @@ class LabelledText(LightningDataModule):
 
 
 class _Texts(Dataset[tuple[Tensor, int]]):
-    def __init__(self, examples: Sequence[Example], places: dict[str, int], length: int) -> None:
-        self.examples, self.places, self.length = examples, places, length
+    def __init__(self, ids: Sequence[np.ndarray], labels: Sequence[int]) -> None:
+        self.ids, self.labels = ids, labels
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.ids)
 
     def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, int]:
-        text, label = self.examples[index[1] if isinstance(index, tuple) else index]
-        return torch.tensor(list(text.encode()[: self.length])), self.places[label]
+        place = index[1] if isinstance(index, tuple) else index
+        return torch.from_numpy(self.ids[place]), self.labels[place]
 
 
 def collate(samples: Sequence[tuple[Tensor, int]]) -> LabelledBatch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import itertools
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -59,7 +60,7 @@ class ByteTokenizer:
 
 
 class SubwordTokenizer:
-    """A tokenizer of the library `tokenizers`. The text of a special token is encoded as any other text.
+    """A tokenizer of the library `tokenizers`. The name of a special token is encoded as any other text.
 
     Args:
         backend: a `tokenizers.Tokenizer`, which is changed.
@@ -77,8 +78,33 @@ class SubwordTokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the token ids of each text, without special tokens."""
+        return [
+            self._without_marks(text) if self._has_marks(ids) else ids
+            for text, ids in zip(texts, self._ids(texts), strict=True)
+        ]
+
+    def _ids(self, texts: Sequence[str]) -> list[np.ndarray]:
         encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(found.ids, np.uint32) for found in encoded]
+
+    def _has_marks(self, ids: np.ndarray) -> bool:
+        return any(bool((ids == mark).any()) for mark in (*self.start, *self.end))
+
+    def _without_marks(self, text: str) -> np.ndarray:
+        """Encode a text in parts, so that no word of it is the name of `start` or `end`: some vocabularies hold these.
+
+        Raises:
+            UserError: they are tokens of other text too.
+        """
+        names = [re.escape(self.backend.id_to_token(mark)) for mark in (*self.start, *self.end)]
+        places = [0, *(found.start() + 1 for found in re.finditer("|".join(names), text)), len(text)]
+        parts = [text[start:end] for start, end in itertools.pairwise(places)]
+        ids = np.concatenate(self._ids(parts))
+        if self._has_marks(ids):
+            raise UserError(
+                f"the tokenizer encodes text as {' or '.join(names)}, which is to begin or end documents: take another"
+            )
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text, special tokens included."""
@@ -116,7 +142,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     """Load `bytes`, the path of a `tokenizer.json`, or a tokenizer of transformers by name or path.
 
     A tokenizer of transformers starts documents with its beginning-of-sequence token and ends them with its
-    end-of-sequence token; where it has one of the two, or both are the same, that one starts them.
+    end-of-sequence token (of encoders [CLS] and [SEP]); where it has one of the two, or both are the same, that one
+    starts them.
 
     Raises:
         UserError: there is none, it has no token to start documents with, or an extra is missing.
@@ -138,7 +165,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         raise UserError(f"the tokenizer {name} is written in Python alone: take one that has a tokenizer.json")
     begin, end = loaded.bos_token_id, loaded.eos_token_id
     if begin is None and end is None:
-        begin = loaded.cls_token_id  # of encoders
+        begin, end = loaded.cls_token_id, loaded.sep_token_id  # of encoders
     if begin is None and end is None:
         raise UserError(f"the tokenizer {name} has no token that begins or ends a sequence: add one to it")
     start = begin if begin is not None else end

@@ -10,6 +10,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torchmetrics import Metric
 
+from routerzoo.errors import UserError
 from routerzoo.models.decoder import Decoder
 from routerzoo.moe.experts import MLPExperts
 from routerzoo.moe.layer import ExpertsFactory, RouterFactory
@@ -30,6 +31,20 @@ class TextTask(MoETask):
 
     net: Any
     vocab_size: int
+
+    def setup(self, stage: str) -> None:
+        """Refuse data with other tokens.
+
+        Raises:
+            UserError: token ids that the model does not have.
+        """
+        super().setup(stage)
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if (ids := getattr(data, "vocab_size", None)) is not None and ids > self.vocab_size:
+            raise UserError(
+                f"the tokenizer {getattr(data, 'tokenizer', 'of the data')} has {ids} token ids, and the model only "
+                f"{self.vocab_size}: set the model's vocab_size to {ids}, or choose the tokenizer that it was built for"
+            )
 
     def token_counts(self) -> Tensor | None:
         """Count the token ids of the training split, where the data module can."""

@@ -28,12 +28,15 @@ class Continuation(NamedTuple):
     sampled_ids: list[int]
 
 
-def reported(loss: Tensor, metric: TextMetric) -> Tensor:
+def reported(loss: Tensor, metric: TextMetric, bytes_per_token: float = 1.0) -> Tensor:
     """Convert a mean loss, in nats per token, to the metric that papers report.
 
-    `bpb` and `bpc` are bits per byte and per character, `loss / ln 2`; `ppl` is perplexity per token, `exp(loss)`.
+    `bpb` are bits per byte, `loss / ln 2` by the bytes for each token; `bpc` are bits per character, of characters that
+    are tokens; `ppl` is perplexity per token, `exp(loss)`.
     """
-    return loss.exp() if metric == "ppl" else loss / math.log(2)
+    if metric == "ppl":
+        return loss.exp()
+    return loss / math.log(2) / (bytes_per_token if metric == "bpb" else 1.0)
 
 
 @final
@@ -52,7 +55,7 @@ class MeanTextLoss(MeanMetric):
 
     def compute(self) -> Tensor:
         """Report the mean."""
-        return reported(super().compute(), self.metric) / self.bytes_per_token
+        return reported(super().compute(), self.metric, self.bytes_per_token)
 
 
 class NextTokenPrediction(TextTask):
@@ -69,6 +72,7 @@ class NextTokenPrediction(TextTask):
     predict_tokens: int
     temperature: float
     top_p: float
+    _trained_bytes = 1.0
 
     @property
     def headline_metric(self) -> str:
@@ -79,21 +83,19 @@ class NextTokenPrediction(TextTask):
         """Predict every token by its frequency in the training split."""
         if not isinstance(datamodule, TextData):
             return None
-        return "unigram", float(reported(torch.tensor(datamodule.unigram_baseline("val")), self.metric))
+        loss = torch.tensor(datamodule.unigram_baseline("val"))
+        return "unigram", float(reported(loss, self.metric, self._bytes_per_token(datamodule, "val")))
 
     def setup(self, stage: str) -> None:
         """Refuse what the model cannot do.
 
         Raises:
-            UserError: token ids that the model does not have, or generation where no process has the whole model.
+            UserError: generation where no process has the whole model.
         """
         super().setup(stage)
         data: Any = getattr(self.trainer, "datamodule", None)
-        if (ids := getattr(data, "vocab_size", None)) is not None and ids > self.vocab_size:
-            raise UserError(
-                f"the tokenizer {getattr(data, 'tokenizer', 'of the data')} has {ids} token ids, and the model only "
-                f"{self.vocab_size}: set the model's vocab_size to {ids}, or choose the tokenizer that it was built for"
-            )
+        if stage == "fit" and self.metric == "bpb":
+            self._trained_bytes = self._bytes_per_token(data, "train")
         for metrics in self.evaluated.children():
             assert isinstance(metrics, torch.nn.ModuleDict)
             known = self.metric == "ppl" and hasattr(data, "bytes_per_token")
@@ -139,13 +141,16 @@ class NextTokenPrediction(TextTask):
 
     def _count_bytes(self, split: str) -> None:
         for metrics in self.evaluated.children():
-            if self.metric == "ppl" and "bpb" in metrics:  # type: ignore[operator]
-                data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-                metrics["bpb"].bytes_per_token = data.bytes_per_token(split)  # type: ignore[index]
+            if "bpb" in metrics:  # type: ignore[operator]
+                data: Any = getattr(self.trainer, "datamodule", None)
+                metrics["bpb"].bytes_per_token = self._bytes_per_token(data, split)  # type: ignore[index]
+
+    def _bytes_per_token(self, data: Any, split: str) -> float:
+        return float(data.bytes_per_token(split)) if hasattr(data, "bytes_per_token") else 1.0
 
     def training_metrics(self, batch: TextBatch, prediction: Prediction, loss: Tensor) -> dict[str, Tensor]:
         """Return what papers report of the loss."""
-        return {self.metric: reported(loss, self.metric)}
+        return {self.metric: reported(loss, self.metric, self._trained_bytes)}
 
     def evaluate(self, batch: TextBatch, metrics: Mapping[str, Metric]) -> None:
         """Add a batch's tokens."""

@@ -1,5 +1,5 @@
 """`TextClassification`: labels of texts, from the last hidden state of a decoder."""
-# Shape suffixes: B texts, S bytes of the longest one, D model width, L labels, T tokens.
+# Shape suffixes: B texts, S tokens of the longest one, D model width, L labels, T tokens.
 
 from __future__ import annotations
 
@@ -12,15 +12,24 @@ from torch import Tensor, nn
 from routerzoo.data.labelled_text import LabelledBatch
 from routerzoo.routing import RoutingContext
 from routerzoo.tasks.classification import Classification, accuracies
-from routerzoo.tasks.decoder import DecoderTask
+from routerzoo.tasks.decoder import DecoderTask, TextTask
+
+
+class TextLabels(Classification, TextTask):
+    """Predicts labels of texts, in batches of `LabelledText`."""
+
+    def token_losses(self, losses_B: Tensor, batch: LabelledBatch, context: RoutingContext) -> Tensor:
+        """Return the loss of each token: its text's, 0 for padding."""
+        losses_T = super().token_losses(losses_B, batch, context)
+        return losses_T.masked_fill(batch.padding_mask_BS.flatten(), 0.0)
 
 
 @final
-class TextClassification(Classification, DecoderTask):
+class TextClassification(TextLabels, DecoderTask):
     """Text classification: the task's loss is the mean cross-entropy, in nats. Reports `loss` and `accuracy`.
 
     The model is the decoder of `LanguageModeling`, with a linear classifier of the hidden state at each text's last
-    byte. Its weights have the names that they have there, so that `FineTune` starts from a language model's checkpoint:
+    token. Its weights have the names that they have there: `FineTune` starts from a language model's checkpoint.
 
         --config configs/schedules/from-a-language-model.yaml --trainer.callbacks.checkpoint best.ckpt
 
@@ -46,8 +55,3 @@ class TextClassification(Classification, DecoderTask):
         last_B = (~batch.padding_mask_BS).sum(1).clamp_min(1) - 1
         last_BD = x_BSD[torch.arange(len(last_B), device=last_B.device), last_B]
         return self.classifier(last_BD), context
-
-    def token_losses(self, losses_B: Tensor, batch: LabelledBatch, context: RoutingContext) -> Tensor:
-        """Return the loss of each byte: its text's, 0 for padding."""
-        losses_T = super().token_losses(losses_B, batch, context)
-        return losses_T.masked_fill(batch.padding_mask_BS.flatten(), 0.0)
