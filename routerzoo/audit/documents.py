@@ -3,25 +3,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from routerzoo.data.documents import Document, Piece, find_pieces, has_documents, read
+from routerzoo.data.text import TEXT_SETS, TextData
 from routerzoo.data.tokens import check_text
-from routerzoo.errors import UserError
-
-SUFFIXES = (".txt", ".md", ".jsonl")
-
-
-class Document(NamedTuple):
-    """A text and what it is called."""
-
-    name: str
-    text: str
 
 
 class Windows(NamedTuple):
@@ -32,36 +24,42 @@ class Windows(NamedTuple):
     documents_B: Tensor
 
 
-def read_documents(path: Path) -> Iterator[Document]:
-    """Yield the texts of a file, or of a folder's files: one for each file, or for each row of JSON lines.
+def read_documents(corpus: str | Path, text_field: str = "text", split: str = "test") -> Iterator[tuple[str, Document]]:
+    """Yield the documents of a corpus, and what each is called: its file, and its number there where it has several.
+
+    Of a corpus whose splits are named, those of one split, and else all. Long texts come in parts.
+
+    Args:
+        corpus: as `TextData` takes it.
+        text_field: name of the text in JSON, Parquet and data sets of Hugging Face.
+        split: `val` or `test`; where there is no such split, the other one.
 
     Raises:
-        UserError: nothing there, no text, or a row without the field `text`.
+        UserError: nothing there, files that cannot be read, or a document without text.
     """
-    if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
-        if not found:
-            raise UserError(f"the folder {path} holds no text: there is no file {', '.join(SUFFIXES)}")
-        for file in found:
-            yield from read_documents(file)
-        return
-    check_text(path)
-    if path.suffix != ".jsonl":
-        yield Document(path.name, path.read_text(encoding="utf-8"))
-        return
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{path}, line {number} is no JSON object with a field 'text'") from None
-            yield Document(f"{path.name}:{number}", str(text))
+    numbers: Counter[str] = Counter()
+    for piece in _pieces(str(corpus), split):
+        for document in read(piece, text_field):
+            name = Path(piece.name).name
+            if piece.kind != "text":
+                numbers[piece.name] += 1
+                name = f"{name}:{numbers[piece.name]}"
+            yield name, document
+
+
+def _pieces(corpus: str, split: str) -> list[Piece]:
+    path = Path(corpus).expanduser()
+    if corpus not in TEXT_SETS and path.is_file() and not has_documents(corpus):
+        check_text(path)
+        return [Piece("text", str(path), None, 0, path.stat().st_size)]
+    pieces = find_pieces(corpus, whole=True) if has_documents(corpus) else TextData(corpus).pieces(corpus)
+    splits = {piece.split for piece in pieces}
+    taken = next((name for name in (split, "test", "val") if name in splits), None)
+    return [piece for piece in pieces if piece.split == taken]
 
 
 def cut(
-    documents: Iterator[Document],
+    documents: Iterable[tuple[str, Document]],
     encode: Callable[[str], Sequence[int]],
     length: int,
     batch_size: int,
@@ -70,15 +68,18 @@ def cut(
     """Cut documents into windows that never cross from one to the next, and return batches of them, and their names."""
     rows: list[tuple[list[int], int]] = []
     names: list[str] = []
-    for document in documents:
+    begins = True
+    for name, document in documents:
         if len(rows) >= batch_size * num_batches:
             break
+        begins = begins or document.begins
         ids = list(encode(document.text))
         cuts = [ids[start : start + length] for start in range(0, len(ids), length)]
         windows = [window for window in cuts if len(window) > 1]  # one token predicts nothing
-        if windows:
-            rows += [(window, len(names)) for window in windows]
-            names.append(document.name)
+        if windows and begins:
+            names.append(name)
+            begins = False
+        rows += [(window, len(names) - 1) for window in windows]
     rows = rows[: batch_size * num_batches]
     return [_batch(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)], names
 

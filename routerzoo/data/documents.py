@@ -5,21 +5,25 @@ from __future__ import annotations
 import codecs
 import glob
 import gzip
+import io
 import itertools
 import json
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 from routerzoo.data.tokenizer import optional_import
-from routerzoo.data.tokens import Span, check_text
+from routerzoo.data.tokens import Span, check_text, next_character
 from routerzoo.errors import UserError
 
 SPLITS = ("train", "val", "test")
 HUB = "hf:"
 PIECE_BYTES = 1 << 26
 BLOCK_BYTES = 1 << 20
+MANY_FILES = 100
+"""Fewer text files may not reach every split when they are dealt whole."""
 Kind = Literal["text", "jsonl", "parquet", "hub"]
 SUFFIXES: dict[str, Kind] = {
     ".txt": "text",
@@ -30,6 +34,8 @@ SUFFIXES: dict[str, Kind] = {
     ".json": "jsonl",
     ".parquet": "parquet",
 }
+COMPRESSED = (".gz", ".zst")
+"""What may follow the suffix of JSON lines."""
 NAMED_SPLITS = {"train": "train", "val": "val", "dev": "val", "test": "test"}
 """What the names of files, and of splits of data sets, begin with."""
 
@@ -40,12 +46,13 @@ class Piece(NamedTuple):
     Args:
         kind: of the file.
         name: path, or name of the data set.
-        split: of its documents; None where they are dealt by their content.
+        split: of its documents; None where they are dealt by their content; see `split_of`.
         start: first byte, row group or shard.
         end: the one behind the last; 0 for all of the file. Of a data set, the number of its shards.
         part: of a data set, its name of the split.
         begins: whether a document begins with a piece of text.
         ends: whether a document ends with a piece of text.
+        size: bytes of its text, about.
     """
 
     kind: Kind
@@ -56,6 +63,7 @@ class Piece(NamedTuple):
     part: str = ""
     begins: bool = True
     ends: bool = True
+    size: int = PIECE_BYTES
 
 
 class Document(NamedTuple):
@@ -84,16 +92,17 @@ def has_documents(corpus: str) -> bool:
     return path.is_file() and _kind(path) in ("jsonl", "parquet")
 
 
-def find_pieces(corpus: str) -> list[Piece]:
+def find_pieces(corpus: str, whole: bool = False) -> list[Piece]:
     """Return the pieces of a corpus of documents.
 
     Files whose names begin with train, val (or dev) and test have these splits, where there are some for training and
-    for validation. Otherwise each text file is cut 90/5/5 by position, and the documents of other files are dealt to
-    the splits by their content. The same holds for the splits of a data set of Hugging Face; where it has some for
-    training and none for validation, the documents of the former are dealt.
+    for validation. Otherwise documents are dealt to the splits by their content, and where there are fewer than
+    `MANY_FILES` text files, each of these is cut 90/5/5 by position. The same holds for the splits of a data set of
+    Hugging Face; where it has some for training and none for validation, the documents of the former are dealt.
 
     Args:
         corpus: `hf:` and a data set's name, a folder, a file, or a pattern of paths.
+        whole: leave text files whole, however few there are.
 
     Raises:
         UserError: there is none, a file of another type, or one that cannot be read.
@@ -109,27 +118,41 @@ def find_pieces(corpus: str) -> list[Piece]:
         )
     if named and (lost := [str(file) for file, split in splits.items() if split is None]):
         raise UserError(f"{lost[0]} belongs to no split: name it train..., val... or test..., as the files beside it")
+    many = whole or sum(_kind(file) == "text" for file in files) >= MANY_FILES
     pieces: list[Piece] = []
     for file in files:
-        pieces += _file_pieces(file, splits[file] if named else None)
+        pieces += _file_pieces(file, splits[file] if named else None, cut=not (named or many))
     return pieces
+
+
+def grouped(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """Gather small pieces of a split that follow each other."""
+    groups: list[list[Piece]] = []
+    size = 0
+    for piece in pieces:
+        size += piece.size
+        if not groups or size > PIECE_BYTES or piece.split != groups[-1][0].split:
+            groups.append([])
+            size = piece.size
+        groups[-1].append(piece)
+    return groups
 
 
 def text_pieces(span: Span, split: str) -> list[Piece]:
     """Cut a part of a text file at the ends of lines. It begins and ends where whole characters do."""
     with span.path.open("rb") as file:
         size = span.path.stat().st_size
-        first, last = (_character(file, place) for place in (span.start, size if span.end is None else span.end))
+        first, last = (next_character(file, place) for place in (span.start, size if span.end is None else span.end))
         places = [first]
         while last - places[-1] > PIECE_BYTES:
             file.seek(places[-1] + PIECE_BYTES)
             file.readline(BLOCK_BYTES)
-            places.append(min(_character(file, file.tell()), last))
+            places.append(min(next_character(file, file.tell()), last))
     if places[-1] < last:
         places.append(last)
     pairs = list(itertools.pairwise(places))
     return [
-        Piece("text", str(span.path), split, start, end, begins=start == first, ends=end == last)
+        Piece("text", str(span.path), split, start, end, begins=start == first, ends=end == last, size=end - start)
         for start, end in pairs
     ]
 
@@ -159,15 +182,19 @@ def read(piece: Piece, text_field: str) -> Iterator[Document]:
 
 
 def split_of(text: str) -> str:
-    """Deal a document to a split, 90/5/5, by its content: copies of it are in the same one."""
+    """Deal a document to a split, 90/5/5, by its content: copies of it are in the same one.
+
+    Args:
+        text: of the document, or of its first part.
+    """
     place = zlib.crc32(text.encode("utf-8")) % 40
     return "train" if place < 36 else "val" if place < 38 else "test"
 
 
 def _kind(path: Path) -> Kind | None:
-    name = path.name.removesuffix(".gz")
-    kind = SUFFIXES.get(Path(name).suffix)
-    return kind if kind == "jsonl" or name == path.name else None
+    packed = path.suffix in COMPRESSED
+    kind = SUFFIXES.get(Path(path.stem).suffix if packed else path.suffix)
+    return kind if kind == "jsonl" or not packed else None
 
 
 def _files(corpus: str) -> list[Path]:
@@ -187,27 +214,34 @@ def _files(corpus: str) -> list[Path]:
         raise UserError(f"no file is called {path}")
     if unknown := [file for file in files if _kind(file) is None]:
         raise UserError(
-            f"{unknown[0]} is of an unknown type: corpora are files of {', '.join(SUFFIXES)} or .jsonl.gz; leave "
-            "others out with a pattern, such as 'folder/*.jsonl'"
+            f"{unknown[0]} is of an unknown type: corpora are files of {', '.join(SUFFIXES)}, .jsonl.gz or .jsonl.zst; "
+            "leave others out with a pattern, such as 'folder/*.jsonl'; a folder that datasets has saved is "
+            f"{HUB}folder"
         )
     return files
 
 
 def _is_hidden(file: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+    # Data sets come with a README.
+    return file.stem == "README" or any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 def _named_split(name: str) -> str | None:
     return next((split for prefix, split in NAMED_SPLITS.items() if name.lower().startswith(prefix)), None)
 
 
-def _file_pieces(file: Path, split: str | None) -> list[Piece]:
+def _file_pieces(file: Path, split: str | None, cut: bool) -> list[Piece]:
     kind = _kind(file)
     if kind == "text":
+        if not (size := file.stat().st_size):
+            return []  # as other empty documents
+        if not cut:
+            return (
+                [Piece("text", str(file), None, 0, size, size=size)]
+                if split is None
+                else text_pieces(Span(file), split)
+            )
         check_text(file)
-        if split is not None:
-            return text_pieces(Span(file), split)
-        size = file.stat().st_size
         bounds = [0, int(size * 0.9), int(size * 0.95), size]
         spans = [Span(file, start, end) for start, end in itertools.pairwise(bounds)]
         return [piece for span, name in zip(spans, SPLITS, strict=True) for piece in text_pieces(span, name)]
@@ -217,11 +251,11 @@ def _file_pieces(file: Path, split: str | None) -> list[Piece]:
         for group in range(metadata.num_row_groups):
             size += metadata.row_group(group).total_byte_size
             if size >= PIECE_BYTES or group == metadata.num_row_groups - 1:
-                pieces.append(Piece("parquet", str(file), split, start, group + 1))
+                pieces.append(Piece("parquet", str(file), split, start, group + 1, size=size))
                 start, size = group + 1, 0
         return pieces
-    if file.suffix == ".gz":
-        return [Piece("jsonl", str(file), split)]
+    if file.suffix in COMPRESSED:
+        return [Piece("jsonl", str(file), split, size=8 * file.stat().st_size)]  # text becomes an eighth at best
     return [piece._replace(split=split) for piece in _lines(file)]
 
 
@@ -235,14 +269,7 @@ def _lines(file: Path) -> list[Piece]:
             places.append(opened.tell())
     if places[-1] < size:
         places.append(size)
-    return [Piece("jsonl", str(file), None, *pair) for pair in itertools.pairwise(places)]
-
-
-def _character(file: Any, place: int) -> int:
-    """Return the place, or where the next character begins if it is in one."""
-    file.seek(place)
-    head = file.read(4)
-    return place + next((index for index, byte in enumerate(head) if byte & 0xC0 != 0x80), 0)
+    return [Piece("jsonl", str(file), None, start, end, size=end - start) for start, end in itertools.pairwise(places)]
 
 
 def _read_text(piece: Piece) -> Iterator[Document]:
@@ -266,7 +293,7 @@ def _read_text(piece: Piece) -> Iterator[Document]:
 def _read_jsonl(piece: Piece, text_field: str) -> Iterator[str]:
     path, place = piece.name, piece.start
     try:
-        with gzip.open(path) if path.endswith(".gz") else Path(path).open("rb") as file:
+        with _opened(path) as file:
             if piece.start:
                 file.seek(piece.start)
             while (not piece.end or place < piece.end) and (line := file.readline()):
@@ -276,13 +303,24 @@ def _read_jsonl(piece: Piece, text_field: str) -> Iterator[str]:
                     continue
                 try:
                     document = json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{where}: no JSON ({error})") from error
+                except (ValueError, RecursionError) as error:
+                    raise UserError(f"{where}: no JSON, of which each line has an object ({error})") from error
                 if not isinstance(document, dict):
                     raise UserError(f"{where}: a {type(document).__name__}, where each line has an object")
                 yield _text_of(document, text_field, where)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path} is a truncated or damaged gzip file ({error})") from error
+    except (EOFError, OSError, zlib.error) as error:  # of gzip, and of Arrow
+        if isinstance(error, UserError) or not path.endswith(COMPRESSED):
+            raise
+        raise UserError(f"{path} is a truncated or damaged {Path(path).suffix} file ({error})") from error
+
+
+def _opened(path: str) -> BinaryIO:
+    if path.endswith(".gz"):
+        return cast(BinaryIO, gzip.open(path))
+    if path.endswith(".zst"):
+        arrow = optional_import("pyarrow", f"reading {path}")
+        return cast(BinaryIO, io.BufferedReader(arrow.input_stream(path, compression="zstd")))
+    return Path(path).open("rb")
 
 
 def _text_of(document: dict[str, Any], text_field: str, where: str) -> str:
@@ -328,8 +366,12 @@ def _hub(corpus: str) -> Any:
     try:
         return datasets.load_dataset_builder(name, config or None)
     except Exception as error:  # of the hub, of the file system, of the files' format
-        reason = " ".join(str(error).split()).partition(". ")[0]
-        raise UserError(f"datasets cannot load {corpus} ({type(error).__name__}: {reason})") from error
+        raise _unreadable(corpus, error) from error
+
+
+def _unreadable(corpus: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split()).partition(" Example of usage")[0]
+    return UserError(f"datasets cannot load {corpus} ({type(error).__name__}: {reason[:300]})")
 
 
 def hub_version(corpus: str) -> str:
@@ -351,9 +393,14 @@ def _hub_pieces(corpus: str) -> list[Piece]:
 
 
 def _read_hub(piece: Piece, text_field: str) -> Iterator[str]:
-    stream = _hub(piece.name).as_streaming_dataset(split=piece.part)
-    for document in stream.shard(num_shards=piece.end, index=piece.start):
-        yield _text_of(document, text_field, f"{piece.name}, split {piece.part}")
+    try:
+        stream = _hub(piece.name).as_streaming_dataset(split=piece.part)
+        for document in stream.shard(num_shards=piece.end, index=piece.start):
+            yield _text_of(document, text_field, f"{piece.name}, split {piece.part}")
+    except Exception as error:  # of the network, of the files' format
+        if isinstance(error, UserError):
+            raise
+        raise _unreadable(piece.name, error) from error
 
 
 def describe(pieces: Sequence[Piece]) -> list[Any]:
@@ -364,5 +411,7 @@ def describe(pieces: Sequence[Piece]) -> list[Any]:
             files[piece.name] = hub_version(piece.name)
         elif piece.name not in files:
             status = Path(piece.name).stat()
-            files[piece.name] = [status.st_size, status.st_mtime_ns]
-    return [[list(piece) for piece in pieces], files]
+            # From whatever folder the path is given.
+            files[piece.name] = [os.path.realpath(piece.name), status.st_size, status.st_mtime_ns]
+    places = {name: place for place, name in enumerate(files)}
+    return [[list(piece._replace(name=str(places[piece.name]))) for piece in pieces], list(files.values())]

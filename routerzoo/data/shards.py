@@ -22,7 +22,7 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
-from routerzoo.data.documents import SPLITS, Document, Piece, describe, read, split_of
+from routerzoo.data.documents import SPLITS, Document, Piece, describe, grouped, read, split_of
 from routerzoo.data.download import default_root
 from routerzoo.data.tokenizer import Tokenizer
 from routerzoo.data.tokens import Stream
@@ -113,7 +113,7 @@ class TokenStore:
 
     Args:
         folder: that holds them.
-        num_pieces: of the corpus.
+        num_shards: of the corpus.
         name: of the corpus, for errors.
         reading: what was read of each document, for errors.
 
@@ -121,11 +121,11 @@ class TokenStore:
         UserError: a shard was truncated.
     """
 
-    def __init__(self, folder: Path, num_pieces: int, name: str, reading: Reading) -> None:
+    def __init__(self, folder: Path, num_shards: int, name: str, reading: Reading) -> None:
         self.folder, self.name, self.reading = folder, name, reading
         self.shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
         self.num_dropped = 0
-        for number in range(num_pieces):
+        for number in range(num_shards):
             record = _record(folder, number)
             assert record is not None
             self.num_dropped += record["dropped"]
@@ -150,11 +150,12 @@ class TokenStore:
             UserError: the split is empty.
         """
         if not self.shards[split]:
-            lost = f", {self.num_dropped} were shorter" if self.num_dropped else ""
-            least = f" of at least {self.reading.min_bytes} bytes" if self.reading.min_bytes > 1 else ""
+            least, lost = self.reading.min_bytes, self.num_dropped
+            told = f" of at least {least} bytes" if least > 1 else ""
+            shorter = f", and {lost} that {'are shorter' if least > 1 else 'are empty'}" if lost else ""
             raise UserError(
-                f"the {'training' if split == 'train' else split} split of {self.name} has no document{least}{lost}: "
-                "add documents to it, or lower min_bytes"
+                f"the {'training' if split == 'train' else split} split of {self.name} has no document{told}{shorter}: "
+                f"add documents{' or lower min_bytes' if least > 1 and lost else ''}"
             )
         return TokenStream(self.shards[split])
 
@@ -202,20 +203,22 @@ def encode_corpus(
     """
     if not pieces:
         raise UserError(f"{name} is empty")
-    key = [corpus_key(pieces, reading), tokenizer.digest]
-    part = f"tokens-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
-    if not _missing(folder / part, pieces):
-        return TokenStore(folder / part, len(pieces), name, reading)
+    groups, read_of = grouped(pieces), corpus_key(pieces, reading)
+    part = f"tokens-{hashlib.sha256(json.dumps([read_of, tokenizer.digest]).encode()).hexdigest()[:16]}"
+    if not _missing(folder / part, len(groups)):
+        return TokenStore(folder / part, len(groups), name, reading)
     target = writable_folder(folder) / part
     target.mkdir(exist_ok=True)
     with FileLock(f"{target}.lock"):
-        missing = _missing(target, pieces)
+        missing = _missing(target, len(groups))
         with tqdm(
-            total=len(pieces), initial=len(pieces) - len(missing), desc=f"encoding {name}", leave=False, delay=1
+            total=len(groups), initial=len(groups) - len(missing), desc=f"encoding {name}", leave=False, delay=1
         ) as bar:
-            for _ in _encode_pieces(missing, pieces, tokenizer, reading, target, num_workers):
+            for _ in _encode_groups(missing, groups, tokenizer, reading, target, num_workers):
                 bar.update()
-    return TokenStore(target, len(pieces), name, reading)
+        if missing and corpus_key(pieces, reading) != read_of:
+            raise UserError(f"files of {name} have changed while they were read: run the command again")
+    return TokenStore(target, len(groups), name, reading)
 
 
 def texts(pieces: Sequence[Piece], reading: Reading, split: str, most: int) -> Iterator[str]:
@@ -225,19 +228,19 @@ def texts(pieces: Sequence[Piece], reading: Reading, split: str, most: int) -> I
         limit = left.get(piece.split, reading.max_bytes) if reading.max_bytes is not None else None
         if piece.split not in (None, split):
             continue
-        for document in _kept(piece, reading, limit, []):
+        for found, document in _kept([piece], reading, limit, []):
             if limit is not None:
                 limit = left[piece.split] = limit - document.num_bytes
-            if (piece.split or split_of(document.text)) == split:
+            if found == split:
                 yield document.text
                 most -= document.num_bytes
                 if most <= 0:
                     return
 
 
-def _missing(folder: Path, pieces: Sequence[Piece]) -> list[int]:
+def _missing(folder: Path, num_shards: int) -> list[int]:
     missing = []
-    for number in range(len(pieces)):
+    for number in range(num_shards):
         record = _record(folder, number)
         if record is None or not all(_path(folder, number, split).exists() for split in record["splits"]):
             missing.append(number)
@@ -249,7 +252,7 @@ def _path(folder: Path, number: int, split: str) -> Path:
 
 
 def _record(folder: Path, number: int) -> dict[str, Any] | None:
-    """Return what is known of a piece's shards; None where they are not finished, or it is damaged."""
+    """Return what is known of the files of a shard; None where they are not finished, or it is damaged."""
     try:
         record = json.loads((folder / f"{number:05d}.json").read_text(encoding="utf-8"))
         found: dict[str, Any] = record["record"]
@@ -258,9 +261,9 @@ def _record(folder: Path, number: int) -> dict[str, Any] | None:
         return None
 
 
-def _encode_pieces(
+def _encode_groups(
     missing: Sequence[int],
-    pieces: Sequence[Piece],
+    groups: Sequence[Sequence[Piece]],
     tokenizer: Tokenizer,
     reading: Reading,
     folder: Path,
@@ -268,23 +271,23 @@ def _encode_pieces(
 ) -> Iterator[None]:
     if reading.max_bytes is not None:
         left: dict[str | None, int] = {}
-        for number, piece in enumerate(pieces):
-            limit = left.setdefault(piece.split, reading.max_bytes)
+        for number, group in enumerate(groups):
+            limit = left.setdefault(group[0].split, reading.max_bytes)
             if number in missing:
-                _encode_piece(number, piece, tokenizer, reading, folder, limit)
+                _encode_group(number, group, tokenizer, reading, folder, limit)
                 yield
             record = _record(folder, number)
             assert record is not None
-            left[piece.split] -= sum(numbers[2] for numbers in record["splits"].values())
+            left[group[0].split] -= sum(numbers[2] for numbers in record["splits"].values())
         return
     if num_workers == 0 or len(missing) == 1:
         for number in missing:
-            _encode_piece(number, pieces[number], tokenizer, reading, folder)
+            _encode_group(number, groups[number], tokenizer, reading, folder)
             yield
         return
     context = multiprocessing.get_context("spawn")  # threads of the tokenizer do not survive a fork
     with ProcessPoolExecutor(num_workers, context, _one_thread) as pool:
-        started = [pool.submit(_encode_piece, number, pieces[number], tokenizer, reading, folder) for number in missing]
+        started = [pool.submit(_encode_group, number, groups[number], tokenizer, reading, folder) for number in missing]
         try:
             for future in as_completed(started):
                 future.result()
@@ -292,7 +295,7 @@ def _encode_pieces(
         except BrokenProcessPool as error:
             raise UserError(
                 "a process that encodes was killed, perhaps for its memory: run the command again, which continues, "
-                "with fewer num_workers"
+                "with fewer num_workers; a script needs if __name__ == '__main__'"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
@@ -302,22 +305,32 @@ def _one_thread() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def _kept(piece: Piece, reading: Reading, limit: int | None, dropped: list[int]) -> Iterator[Document]:
-    """Yield the documents that are long enough, until they have as many bytes as the limit."""
-    for document in read(piece, reading.text_field) if limit is None or limit > 0 else ():
-        whole = document.begins and document.ends
-        if whole and (document.num_bytes < reading.min_bytes or not document.text.strip()):
-            dropped.append(1)
-            continue
-        yield document
-        if limit is not None:
-            limit -= document.num_bytes
-            if limit <= 0:
-                return
+def _kept(
+    pieces: Sequence[Piece], reading: Reading, limit: int | None, dropped: list[int]
+) -> Iterator[tuple[str, Document]]:
+    """Yield the documents that are long enough, and their splits, until they have as many bytes as the limit."""
+    for piece in pieces:
+        for document in read(piece, reading.text_field) if limit is None or limit > 0 else ():
+            whole = document.begins and document.ends
+            if whole and (document.num_bytes < reading.min_bytes or not document.text.strip()):
+                dropped.append(1)
+                continue
+            if document.begins or piece.split:
+                split = piece.split or split_of(document.text)
+            yield split, document
+            if limit is not None:
+                limit -= document.num_bytes
+                if limit <= 0:
+                    return
 
 
-def _encode_piece(
-    number: int, piece: Piece, tokenizer: Tokenizer, reading: Reading, folder: Path, limit: int | None = None
+def _encode_group(
+    number: int,
+    group: Sequence[Piece],
+    tokenizer: Tokenizer,
+    reading: Reading,
+    folder: Path,
+    limit: int | None = None,
 ) -> None:
     dtype = np.dtype(
         np.uint8 if tokenizer.vocab_size <= 2**8 else np.uint16 if tokenizer.vocab_size <= 2**16 else "<u4"
@@ -326,10 +339,9 @@ def _encode_piece(
     numbers: dict[str, list[int]] = {}
     dropped: list[int] = []
     with ExitStack() as stack:
-        for documents in _batches(_kept(piece, reading, limit, dropped)):
-            encoded = tokenizer.encode([document.text for document in documents])
-            for document, ids_N in zip(documents, encoded, strict=True):
-                split = piece.split or split_of(document.text)
+        for documents in _batches(_kept(group, reading, limit, dropped)):
+            encoded = tokenizer.encode([document.text for _, document in documents])
+            for (split, document), ids_N in zip(documents, encoded, strict=True):
                 if split not in files:
                     temporary = _path(folder, number, split).with_suffix(".part")
                     files[split] = stack.enter_context(temporary.open("wb"))
@@ -346,17 +358,17 @@ def _encode_piece(
     for split in files:
         path = _path(folder, number, split)
         path.with_suffix(".part").replace(path)
-    # Written last: a piece without it is encoded again.
+    # Written last: without it, all are encoded again.
     record = {"dtype": dtype.str, "splits": numbers, "dropped": len(dropped)}
     checked = {"record": record, "checksum": zlib.crc32(json.dumps(record).encode())}
     atomic_write(folder / f"{number:05d}.json", json.dumps(checked))
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def _batches(documents: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:
     batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += document.num_bytes
+    for found in documents:
+        batch.append(found)
+        size += found[1].num_bytes
         if size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0

@@ -325,7 +325,7 @@ class TextData(LightningDataModule):
         size = bpe_size(self.tokenizer)
         if size is None:
             raise UserError(f"the tokenizer {self.tokenizer} is not trained here: bpe-8192 is")
-        corpora = [(self._pieces(corpus), self._reading(corpus)) for corpus in self.corpora]
+        corpora = [(self.pieces(corpus), self._reading(corpus)) for corpus in self.corpora]
         key = json.dumps([corpus_key(pieces, reading) for pieces, reading in corpora])
         name = f"{self.tokenizer}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
         if (path := self.root / "tokenizers" / name).exists():
@@ -341,7 +341,8 @@ class TextData(LightningDataModule):
         # Running text is cut, and never filtered.
         return Reading(self.text_field, self.min_bytes, self.max_bytes) if has_documents(corpus) else Reading()
 
-    def _pieces(self, corpus: str) -> list[Piece]:
+    def pieces(self, corpus: str) -> list[Piece]:
+        """Return the pieces of a corpus, of all splits."""
         if has_documents(corpus):
             return find_pieces(corpus)
         return [piece for split, span in self._spans(corpus).items() for piece in text_pieces(span, split)]
@@ -350,7 +351,7 @@ class TextData(LightningDataModule):
         if corpus not in self._stores:
             self._stores[corpus] = encode_corpus(
                 corpus,
-                self._pieces(corpus),
+                self.pieces(corpus),
                 self._encoder,
                 self._reading(corpus),
                 self.root / "encoded",
@@ -479,12 +480,12 @@ class TextData(LightningDataModule):
         return self._encoder.digest
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """The prompts, one a batch: token ids `[1, S]`.
+        """The prompts, one a batch: token ids `[1, S]`. By default the first tokens of the test split.
 
         Raises:
             UserError: fewer prompts than processes.
         """
-        prompts = self.prompts if self.prompts is not None else [self.decode(self.stream("test")[:64])]
+        prompts = self.prompts if self.prompts is not None else [self.decode(self._beginning())]
         processes = 1 if self.trainer is None else self.trainer.world_size
         if len(prompts) < processes:
             raise UserError(
@@ -492,6 +493,14 @@ class TextData(LightningDataModule):
                 "predict with trainer.devices 1 and trainer.strategy auto, or give more prompts (data.prompts)"
             )
         return DataLoader([self.encode(prompt) for prompt in prompts], batch_size=1, num_workers=0)  # type: ignore[arg-type]
+
+    def _beginning(self) -> np.ndarray:
+        """Return the first tokens of the test split's first document."""
+        ids_N = self.stream("test")[:64]
+        if self.tokenizer == "words" or all(map(self._is_raw, self.corpora)):
+            return ids_N
+        others = np.isin(ids_N[1:], [*self._encoder.start, *self._encoder.end]).nonzero()[0]
+        return ids_N[: others[0] + 1] if len(others) else ids_N
 
     def encode(self, text: str) -> Tensor:
         """Turn text into token ids, int64 `[S]`. Where documents begin with a token of their own, it comes first.

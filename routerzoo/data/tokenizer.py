@@ -96,8 +96,8 @@ class SubwordTokenizer:
         Raises:
             UserError: they are tokens of other text too.
         """
-        names = [re.escape(self.backend.id_to_token(mark)) for mark in (*self.start, *self.end)]
-        places = [0, *(found.start() + 1 for found in re.finditer("|".join(names), text)), len(text)]
+        names = [self.backend.id_to_token(mark) for mark in (*self.start, *self.end)]
+        places = [0, *(found.start() + 1 for found in re.finditer("|".join(map(re.escape, names)), text)), len(text)]
         parts = [text[start:end] for start, end in itertools.pairwise(places)]
         ids = np.concatenate(self._ids(parts))
         if self._has_marks(ids):

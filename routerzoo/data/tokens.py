@@ -14,7 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -286,13 +286,25 @@ def _words(spans: Sequence[Span], progress: str) -> Iterator[str]:
             path.open("rb") as file,
             tqdm(total=total, unit="B", unit_scale=True, desc=progress, leave=False, delay=1) as bar,
         ):
-            file.seek(start)
-            left = total
+            first = next_character(file, start)
+            left = (total + start if end is None else next_character(file, end)) - first
+            file.seek(first)
             while left > 0 and (line := file.readline(left)):
                 left -= len(line)
                 bar.update(len(line))
-                yield from line.decode("utf-8", errors="replace").split()
+                try:
+                    yield from line.decode("utf-8").split()
+                except UnicodeDecodeError as error:
+                    place = file.tell() - len(line) + error.start
+                    raise UserError(f"{path} is not UTF-8 text at byte {place}: {error.reason}") from error
                 yield END_OF_LINE
+
+
+def next_character(file: BinaryIO, place: int) -> int:
+    """Return the place, or where the next character of UTF-8 begins if it is in one."""
+    file.seek(place)
+    head = file.read(4)
+    return place + next((index for index, byte in enumerate(head) if byte & 0xC0 != 0x80), 0)
 
 
 def first_word_bytes(span: Span) -> int:

@@ -12,8 +12,9 @@ from routerzoo import LayerSpec, LinearRouter, MoE, Routing, RoutingContext
 from routerzoo.__main__ import main
 from routerzoo.audit import Losses, Subject, Thresholds, audit, record_experts
 from routerzoo.audit.counterfactuals import substitute, with_first
-from routerzoo.audit.documents import Document, cut, read_documents
+from routerzoo.audit.documents import cut, read_documents
 from routerzoo.audit.page import write_page
+from routerzoo.data import TextData
 from routerzoo.errors import UserError
 
 EXPERTS = 8
@@ -221,19 +222,42 @@ def test_a_dense_model_and_empty_data_are_refused():
 def test_documents_are_cut_into_windows_of_their_own(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "abcde"}\n\n{"text": "fg"}\n')
     (tmp_path / "more.txt").write_text("hij")
-    documents = list(read_documents(tmp_path))
-    assert documents == [Document("more.txt", "hij"), Document("rows.jsonl:1", "abcde"), Document("rows.jsonl:3", "fg")]
+    documents = list(read_documents(str(tmp_path)))
+    assert [(name, document.text) for name, document in documents] == [
+        ("more.txt", "hij"),
+        ("rows.jsonl:1", "abcde"),
+        ("rows.jsonl:2", "fg"),
+    ]
     batches, names = cut(iter(documents), lambda text: [ord(c) for c in text], 4, 2, 9)
     assert [batch.documents_B.tolist() for batch in batches] == [[0, 1], [2]]  # the window "e" predicts nothing
     assert batches[0].ids_BS.tolist() == [[104, 105, 106, 0], [97, 98, 99, 100]]
     assert batches[0].mask_BS.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
-    assert names == ["more.txt", "rows.jsonl:1", "rows.jsonl:3"]
+    assert names == ["more.txt", "rows.jsonl:1", "rows.jsonl:2"]
     (tmp_path / "rows.jsonl").write_text('{"txt": "abc"}\n')
-    with pytest.raises(UserError, match="line 1 is no JSON object with a field 'text'"):
-        list(read_documents(tmp_path))
+    with pytest.raises(UserError, match=r"at byte 0: no field 'text'; there are txt \(text_field\)"):
+        list(read_documents(str(tmp_path)))
+    ((_, document),) = read_documents(str(tmp_path / "rows.jsonl"), "txt")
+    assert document.text == "abc"
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no text: there is no file"):
-        list(read_documents(tmp_path / "empty"))
+    with pytest.raises(UserError, match="empty holds no files"):
+        list(read_documents(str(tmp_path / "empty")))
+
+
+def test_an_audit_reads_what_training_reads(tmp_path):
+    def texts(corpus):
+        return [(name, document.text) for name, document in read_documents(str(corpus))]
+
+    for split in ("train", "validation", "test"):
+        (tmp_path / "named").mkdir(exist_ok=True)
+        (tmp_path / "named" / f"{split}.jsonl").write_text(json.dumps({"text": split}))
+    assert texts(tmp_path / "named") == [("test.jsonl:1", "test")]
+    (tmp_path / "named" / "test.jsonl").unlink()
+    assert texts(tmp_path / "named" / "*.jsonl") == [("validation.jsonl:1", "validation")]
+    (tmp_path / "lines.log").write_bytes("é\r\nb".encode())  # of any suffix, as it is
+    assert texts(tmp_path / "lines.log") == [("lines.log", "é\r\nb")]
+    ((name, text),) = texts("tiny-shakespeare")
+    assert name == "tiny-shakespeare.txt"
+    assert len(text) == len(TextData().stream("test"))
 
 
 def test_the_command_says_what_it_cannot_audit(tmp_path, capsys):

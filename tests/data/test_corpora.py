@@ -17,9 +17,9 @@ from lightning import Trainer
 from routerzoo import LanguageModeling, LinearRouter
 from routerzoo.cli.checkpoints import run_name
 from routerzoo.data import TextData, shards
-from routerzoo.data.documents import find_pieces, read, split_of, text_pieces
+from routerzoo.data.documents import Piece, find_pieces, grouped, read, split_of, text_pieces
 from routerzoo.data.shards import Reading, TokenStream, encode_corpus
-from routerzoo.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
+from routerzoo.data.tokenizer import ByteTokenizer, SubwordTokenizer, load_tokenizer, train_bpe
 from routerzoo.data.tokens import Span, collate
 from routerzoo.errors import UserError
 from routerzoo.models.decoder import Decoder
@@ -56,13 +56,18 @@ def test_documents_are_the_same_in_every_format(tmp_path, monkeypatch):
     monkeypatch.setattr("routerzoo.data.documents.PIECE_BYTES", 500)
     lines = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.read_bytes()))
+    packed = pyarrow.Codec("zstd").compress(lines.read_bytes(), asbytes=True)
+    (tmp_path / "a.jsonl.zst").write_bytes(packed)
     table = pyarrow.table({"text": TEXTS, "id": list(range(len(TEXTS)))})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=7)
-    for name in ("a.jsonl", "a.jsonl.gz", "a.parquet"):
+    for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"):
         assert all_texts(tmp_path / name) == TEXTS
     assert len(find_pieces(str(lines))) > 5
     assert len(find_pieces(str(tmp_path / "a.parquet"))) > 5
     assert all_texts(write_jsonl(tmp_path / "b.jsonl", TEXTS, "content"), "content") == TEXTS
+    (tmp_path / "a.jsonl.zst").write_bytes(packed[:-100])
+    with pytest.raises(UserError, match=r"a.jsonl.zst is a truncated or damaged .zst file"):
+        all_texts(tmp_path / "a.jsonl.zst")
 
 
 def test_pieces_of_running_text_are_the_whole(tmp_path, monkeypatch):
@@ -101,6 +106,59 @@ def test_splits_come_from_names_or_else_from_content(tmp_path):
     assert [(p.split, p.start, p.end) for p in pieces] == [("train", 0, 90), ("val", 90, 95), ("test", 95, 100)]
 
 
+def test_many_text_files_are_dealt_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("routerzoo.data.documents.BLOCK_BYTES", 20)
+    texts = {f"{index}.txt": f"document {index}\r\n" + "é" * index for index in range(120)}
+    (tmp_path / "c").mkdir()
+    for name, text in texts.items():
+        (tmp_path / "c" / name).write_bytes(text.encode())
+    (tmp_path / "c" / "empty.txt").touch()
+    (tmp_path / "c" / "README.md").write_text("# No document")
+    data = data_of(str(tmp_path / "c"), tmp_path)
+    content = b"".join(bytes(data.stream(split)[:]) for split in ("train", "val", "test"))
+    found = [text.decode() for text in content.split(b"\xff")[1:]]
+    assert sum(data.counts(split).documents for split in ("train", "val", "test")) == 120
+    assert data.counts("train").documents < 120
+    assert sorted(found) == sorted(texts.values())
+    # They share shards, so that as many files are not written as are read.
+    assert len(list(data.shard_folders[0].iterdir())) == 4
+
+
+def test_small_files_share_a_shard_of_their_split(monkeypatch):
+    monkeypatch.setattr("routerzoo.data.documents.PIECE_BYTES", 100)
+    sizes = [(60, None), (40, None), (1, None), (300, None), (1, "train"), (1, "val")]
+    pieces = [Piece("jsonl", str(place), split, size=size) for place, (size, split) in enumerate(sizes)]
+    assert [[piece.size for piece in group] for group in grouped(pieces)] == [[60, 40], [1], [300], [1], [1]]
+
+
+def test_a_corpus_is_the_same_from_any_folder(corpus, tmp_path, monkeypatch):
+    absolute = data_of(corpus, tmp_path)._store(corpus).folder
+    monkeypatch.chdir(tmp_path)
+    assert data_of("corpus/*.jsonl", tmp_path)._store("corpus/*.jsonl").folder == absolute
+
+
+def test_files_that_change_while_they_are_read_are_refused(corpus, tmp_path):
+    class Slow(ByteTokenizer):
+        def encode(self, texts):
+            os.utime(Path(corpus) / "all.jsonl", (1, 1))
+            return super().encode(texts)
+
+    with pytest.raises(UserError, match="files of it have changed while they were read: run the command again"):
+        encoded(corpus, tmp_path / "encoded", Slow())
+    encoded(corpus, tmp_path / "encoded")
+
+
+def test_no_text_is_encoded_as_the_mark_of_a_document():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({"?": 0, "<s>": 1, "<": 2, "s>": 3, "a": 4, "</s>": 5}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    found = SubwordTokenizer(backend, (1,), (5,)).encode(["a <s> a", "a b", "</s>"])
+    assert [ids.tolist() for ids in found] == [[4, 2, 3, 4], [4, 0], [2, 0]]
+    with pytest.raises(UserError, match=r"the tokenizer encodes text as \?, which is to begin or end documents: take"):
+        SubwordTokenizer(backend, (0,)).encode(["a b"])
+
+
 def test_tokens_are_documents_with_a_start_and_their_bytes_are_counted(tmp_path):
     for split, texts in {"train": ["ab", "  ", "cdé", None], "val": ["x"], "test": ["yz"]}.items():
         write_jsonl(tmp_path / "c" / f"{split}.jsonl", texts)
@@ -114,7 +172,8 @@ def test_tokens_are_documents_with_a_start_and_their_bytes_are_counted(tmp_path)
     assert data.decode(data.encode("ab")) == "ab"
     longer = data_of(str(tmp_path / "c"), tmp_path, min_bytes=2)
     with pytest.raises(
-        UserError, match=r"the val split of .* has no document of at least 2 bytes, .* were shorter: add"
+        UserError,
+        match=r"the val split of .* has no document of at least 2 bytes, and 3 that are shorter: add documents or",
     ):
         longer.prepare_data()
     assert data_of(str(tmp_path / "c"), tmp_path, max_bytes=2).counts("train") == (3, 1, 2)
@@ -284,14 +343,16 @@ def test_a_model_trains_on_separate_documents(corpus, tmp_path):
         (
             {"a.jsonl": '{"text": " "}\n'},
             {},
-            "the val split of .* has no document, 1 were shorter: add documents to it",
+            "the val split of .* has no document, and 1 that are empty: add documents$",
         ),
         ({"a.jsonl": '{"text": "a"}\n{"te'}, {}, r"a.jsonl, in the line at byte 14: no JSON"),
         ({"a.jsonl": "[1]\n"}, {}, "a.jsonl, in the line at byte 0: a list, where each line has an object"),
         ({"a.jsonl": '{"body": "a", "n": 1}'}, {}, r"no field 'text'; there are body, n \(text_field\)"),
         ({"a.jsonl": '{"text": 3}'}, {}, "the field 'text' is a int, not a text"),
         ({"a.parquet": "PAR1"}, {}, "a.parquet is no Parquet file, or a truncated one"),
-        ({"a.jsonl.gz": "x"}, {}, "a.jsonl.gz is a truncated or damaged gzip file"),
+        ({"a.jsonl.gz": "x"}, {}, "a.jsonl.gz is a truncated or damaged .gz file"),
+        ({"a.jsonl.zst": "x"}, {}, "a.jsonl.zst is a truncated or damaged .zst file"),
+        ({"a.jsonl": "[" * 10_000}, {}, "a.jsonl, in the line at byte 0: no JSON, of which each line has an object"),
         ({"train.jsonl": "", "val.jsonl": "", "more.jsonl": ""}, {}, "more.jsonl belongs to no split: name it train"),
         ({"train.jsonl": "", "test.jsonl": ""}, {}, "c has files for training and for testing, but none whose name"),
         ({"a.jsonl": "x"}, {"tokenizer": "words"}, "words are those of running text, and .*c has documents"),
@@ -379,7 +440,7 @@ def test_data_sets_of_hugging_face(corpus, tmp_path):
     for name in ("train-0.jsonl", "train-1.jsonl", "validation.jsonl"):
         write_jsonl(tmp_path / "named" / name, [f"{name} {index}" for index in range(5)])
     named = data_of(f"hf:{tmp_path}/named", tmp_path)
-    assert len(named._pieces(named.dataset)) == 3
+    assert len(named.pieces(named.dataset)) == 3
     assert named.counts("train").documents == 10
     with pytest.raises(UserError, match=r"the test split of hf:.* has no document"):
         named.stream("test")
