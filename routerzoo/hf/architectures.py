@@ -30,6 +30,8 @@ class Architecture:
         transposed: experts' weights are stored `[num_experts, in, out]`, where the experts do not say so themselves.
         takes_scores: the block calls `scores, _ = gate(hidden)` and multiplies a copy of the hidden states for each
             expert with them.
+        jitter: the gate's attribute that says by how much it scales hidden states at random in training, in place, so
+            that the experts see them so too.
         reports: what `output_router_logits` collects of the gate.
     """
 
@@ -41,6 +43,7 @@ class Architecture:
     weights_on_input: bool = False
     transposed: bool = False
     takes_scores: bool = False
+    jitter: str = ""
     reports: Literal["logits", "probabilities", "nothing"] = "logits"
 
 
@@ -108,6 +111,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "Phi-3.5-MoE",
         router="SparseMixerRouter",
         arguments={"top_k": Of("top_k"), "threshold": Of("router_jitter_noise")},
+        jitter="input_jitter_noise",
     ),
 }
 """By the name of the gate's class."""

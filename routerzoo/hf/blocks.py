@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import output_capturing
 
-from routerzoo.hf.architectures import ARCHITECTURES
+from routerzoo.hf.architectures import ARCHITECTURES, Architecture
 from routerzoo.moe.layer import MoE, inner_router
 from routerzoo.router import Router
 from routerzoo.routing import Routing
@@ -22,15 +22,19 @@ class HandOn(nn.Module):
     So that the rest of a block (shared experts and their gate, norms, residual paths) stays the model's own.
 
     Args:
-        takes_scores: see `Architecture`.
+        architecture: what the gate is.
+        gate: the gate.
     """
 
-    def __init__(self, takes_scores: bool) -> None:
+    def __init__(self, architecture: Architecture, gate: nn.Module) -> None:
         super().__init__()
-        self.takes_scores = takes_scores
+        self.takes_scores = architecture.takes_scores
+        self.jitter: float = getattr(gate, architecture.jitter) if architecture.jitter else 0.0
 
     def forward(self, hidden: Tensor, *others: Any) -> tuple[Tensor, ...]:
         """Return the hidden states where the block expects logits, weights and indices."""
+        if self.training and self.jitter > 0:
+            hidden *= torch.empty_like(hidden).uniform_(1 - self.jitter, 1 + self.jitter)
         x_TD = hidden.reshape(-1, hidden.shape[-1])
         # One copy, times 1, instead of one for each expert.
         return (x_TD.new_ones(len(x_TD), 1), x_TD) if self.takes_scores else (x_TD, x_TD, x_TD)

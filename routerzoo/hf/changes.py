@@ -107,7 +107,7 @@ def replace_change(model: nn.Module, *, router: Mapping[str, Any]) -> None:
         top_k = released_arguments(site, model)["top_k"]
         built.append(RoutedExperts(moe, type(site.gate).__name__, top_k).train(site.block.training))
     for site, routed in zip(sites, built, strict=True):
-        setattr(site.block, site.place, HandOn(site.architecture.takes_scores))
+        setattr(site.block, site.place, HandOn(site.architecture, site.gate).train(site.block.training))
         site.block.experts = routed
     initialize_missing_weights(model)
 

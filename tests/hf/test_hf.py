@@ -14,7 +14,7 @@ from routerzoo import HashRouter, HyperRouter, LayerSpec, LinearRouter, MLPExper
 from routerzoo.moe.dispatch import apply_experts
 from routerzoo.moe.quantization import modules_to_skip, quantize_experts
 from routerzoo.optim import parameter_groups
-from tests.hf.models import build, inputs_of
+from tests.hf.models import build, config_of, inputs_of
 
 transformers = pytest.importorskip("transformers")
 hf = pytest.importorskip("routerzoo.hf")
@@ -63,6 +63,21 @@ def test_inputs_are_weighted_where_choices_are_dropped():
     weighted = apply_experts(x_TD, routing, layer.experts, 3, weights_on_input=True)
     # Without biases, relu networks are homogeneous: a weight on the input is one on the output.
     assert_close(weighted, apply_experts(x_TD, routing, layer.experts, 3))
+
+
+@pytest.mark.full
+def test_inputs_are_jittered_in_training_as_the_gate_does():
+    model_class, config = config_of("Phi-3.5-MoE")
+    # One layer and one expert that is near enough, so that nothing else is drawn.
+    config.num_hidden_layers, config.router_jitter_noise, config.input_jitter_noise = 1, 0.0, 0.2
+    model = model_class(config).train()
+    inputs, outputs = inputs_of(model), []
+    for change in (lambda model: model, hf.replace_routers):
+        model = change(model)
+        torch.manual_seed(0)
+        outputs.append(model(**inputs).logits)
+    assert_close(outputs[1], outputs[0])
+    assert not torch.allclose(outputs[1], model.eval()(**inputs).logits)
 
 
 def test_a_hash_router_gets_the_token_ids_of_a_generation():
