@@ -33,13 +33,13 @@ def read_routed_experts(payload: Any, *, num_layers: int | None = None, top_k: i
             - a string of vLLM's servers, `choices[i]["routed_experts"]`: a `.npy` file in base64;
             - a string of SGLang, `meta_info["routed_experts"]`: int32 in base64, without its shape;
             - a mapping with `data`, `shape` and, if it says so, `dtype`, as routers in front of vLLM give;
-            - a whole answer, as its JSON was decoded, that holds one of these; where vLLM splits prompt and completion
-              (`prompt_routed_experts`), they are joined.
+            - a whole answer of one completion, as its JSON was decoded, that holds one of these; where vLLM splits
+              prompt and completion (`prompt_routed_experts`), they are joined.
         num_layers: layers of the array, for SGLang's strings. Both engines count all hidden layers, dense ones too.
         top_k: experts per token, likewise.
 
     Raises:
-        ValueError: no routes, or another form.
+        ValueError: no routes, those of several completions, or another form.
     """
     if isinstance(payload, Mapping) and "data" not in payload:
         prompt, rest = _in_answer(payload)
@@ -80,8 +80,8 @@ def routings_from_engine(
 ) -> dict[int, list[Routing]]:
     """Return what `replay` takes, so that training routes as the rollout did.
 
-    The last sampled token was never an input of the engine, and has no routes. It, padding, and tokens before a start
-    are routed by the model itself.
+    The last sampled token was never an input of the engine, and has no routes; some trainers append a row of zeros for
+    it. It, padding, and tokens before a start are routed by the model itself.
 
     Args:
         model: the model that is trained.
@@ -91,12 +91,15 @@ def routings_from_engine(
         columns: which layer of the array each of `moe_layers(model)` is; by default found by their number, or else by
             the number in their modules' names (`model.layers.3.mlp`).
         starts: the token that each sequence's routes start at, where the request asked for a part
-            (`routed_experts_start_len` of SGLang, `routed_experts_prompt_start` of vLLM); by default 0.
+            (`routed_experts_start_len` of SGLang, `routed_experts_prompt_start` of vLLM) or the engine leaves out a
+            prefix that it has cached; by default what the answer says of it (`start` beside `data`,
+            `meta_info["routed_experts_start_len"]`), or 0.
         num_layers: layers of the array, for SGLang's strings; by default `model.config.num_hidden_layers`, or the
             number of MoE layers.
 
     Raises:
-        ValueError: routes of other tokens, layers or experts than the model's.
+        ValueError: routes of other tokens, layers or experts than the model's, or an expert twice for one token, as
+            where an engine recorded nothing and leaves zeros.
 
     Example:
         >>> import torch
@@ -114,7 +117,7 @@ def routings_from_engine(
     arrays = [read_routed_experts(route, num_layers=counted, top_k=top_k) for route in routes]
     rows = _rows(tokens, len(arrays))
     chosen = _columns(model, arrays[0].shape[1] if arrays else counted, columns)
-    begins = [0] * len(arrays) if starts is None else list(starts)
+    begins = [_start(route) for route in routes] if starts is None else list(starts)
     if len(begins) != len(arrays):
         raise ValueError(f"there are {len(arrays)} sequences and {len(begins)} starts")
     total = tokens.numel() if isinstance(tokens, Tensor) else sum(tokens)
@@ -129,7 +132,10 @@ def routings_from_engine(
                 f"the routes of sequence {place} are of tokens {start} to {start + len(array) - 1}, the sequence has "
                 f"{len(rows_S)} tokens: routes cover all, or all but the last one"
             )
+        if len(array) + start == len(rows_S) and top_k > 1 and not array[-1:].any():
+            array = array[:-1]  # zeros for the token that was no input
         experts_TLK[rows_S[start : start + len(array)]] = array
+        _check_distinct(array[:, chosen], place, start)
     routings = {}
     for index, (layer, column) in enumerate(zip(layers, chosen, strict=True)):
         experts_TK = torch.from_numpy(experts_TLK[:, column].copy())
@@ -205,7 +211,13 @@ def encode_routed_experts(array: np.ndarray, engine: Engine) -> str:
 
 def _in_answer(answer: Mapping[str, Any]) -> tuple[Any, Any]:
     """Return the routes of prompt and rest in an answer's JSON."""
-    choice = (answer.get("choices") or [{}])[0]
+    choices = answer.get("choices") or [{}]
+    if len(choices) > 1:
+        raise ValueError(
+            f"the answer has {len(choices)} completions: give the routes of one at a time, such as "
+            "{'choices': [answer['choices'][0]]}"
+        )
+    choice = choices[0]
     for holder in (answer, answer.get("meta_info"), answer.get("sglext"), answer.get("sgl_ext"), choice):
         if holder and holder.get("routed_experts") is not None:
             return answer.get("prompt_routed_experts"), holder["routed_experts"]
@@ -213,6 +225,34 @@ def _in_answer(answer: Mapping[str, Any]) -> tuple[Any, Any]:
         if choice.get(name) and choice[name].get("routed_experts") is not None:
             return None, choice[name]["routed_experts"]
     return answer.get("prompt_routed_experts"), None
+
+
+def _start(payload: Any) -> int:
+    """Return the token that the routes start at, as far as an answer says so."""
+    if not isinstance(payload, Mapping):
+        return 0
+    if "data" in payload:
+        return int(payload.get("start") or 0)
+    prompt, rest = _in_answer(payload)
+    if prompt is not None:
+        return _start(prompt)
+    for holder in (payload, (payload.get("choices") or [{}])[0]):
+        start = (holder.get("meta_info") or {}).get("routed_experts_start_len")
+        if start:
+            return int(start)
+    return _start(rest)
+
+
+def _check_distinct(experts_SLK: np.ndarray, sequence: int, start: int) -> None:
+    ordered_SLK = np.sort(experts_SLK, axis=-1)
+    twice_SL = ((ordered_SLK[..., 1:] == ordered_SLK[..., :-1]) & (ordered_SLK[..., 1:] >= 0)).any(-1)
+    if twice_SL.any():
+        token, layer = np.argwhere(twice_SL)[0]
+        raise ValueError(
+            f"the routes of sequence {sequence} name an expert twice for token {start + token} in MoE layer {layer}, "
+            f"{experts_SLK[token, layer].tolist()}: the engine recorded nothing there; begin after it (starts), and "
+            "the model itself routes what is before"
+        )
 
 
 def _decoded(payload: str | bytes, num_layers: int | None, top_k: int | None) -> np.ndarray:

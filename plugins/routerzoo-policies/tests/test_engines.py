@@ -64,6 +64,10 @@ def test_every_form_is_read(form):
         (None, "the engine gave no routes: start it with --enable-return-routed-experts"),
         ({"choices": [{"routed_experts": None}]}, "the engine gave no routes"),
         (np.zeros((3, 2)), r"integers \[tokens, layers, k\], got float64 of shape \[3, 2\]"),
+        (
+            {"choices": [{"routed_experts": ROUTES}] * 2},
+            "the answer has 2 completions: give the routes of one at a time",
+        ),
         ("no base 64!", "not in base64"),
         (raw(np.zeros(5, np.int32)), "20 bytes are no int32 array of 2 layers and 2 experts per token"),
         ({"data": raw(np.zeros(5, np.uint8)), "shape": [3, 2, 2]}, r"of shape \[3, 2, 2\] cannot have 5 bytes"),
@@ -145,6 +149,37 @@ def test_packed_sequences_parts_and_dense_layers_find_their_places():
         [5, 6],
         [-2, -2],
     ]
+
+
+def test_a_start_that_the_answer_names_is_taken_and_zeros_for_the_last_token_are_not():
+    two = torch.nn.ModuleList([MoE(LayerSpec(4, 16)), MoE(LayerSpec(4, 16))])
+    expected = [[-2, -2], [-2, -2], [1, 2], [5, 6], [9, 10], [-2, -2]]
+    part = {"data": raw(ROUTES.astype(np.uint8)), "shape": [3, 2, 2], "start": 2}
+    answer = {"meta_info": {"routed_experts": raw(ROUTES.astype(np.int32)), "routed_experts_start_len": 2}}
+    padded = np.concatenate([ROUTES, np.zeros_like(ROUTES[:1])])
+    for routes, starts in (
+        (part, None),
+        ({"choices": [{"routed_experts": part}]}, None),
+        (answer, None),
+        ({"choices": [answer]}, None),
+        (padded, [2]),
+    ):
+        routings = routings_from_engine(two, [routes], [6], starts=starts, num_layers=2)
+        assert routings[0][0].experts_TK.tolist() == expected
+
+
+def test_tokens_that_an_engine_recorded_nothing_for_are_refused():
+    two = torch.nn.ModuleList([MoE(LayerSpec(4, 16)), MoE(LayerSpec(4, 16))])
+    cached = ROUTES.copy()
+    cached[0] = 0  # of a prefix that was not computed
+    with pytest.raises(
+        ValueError, match=r"an expert twice for token 0 in MoE layer 0, \[0, 0\]: the engine recorded no"
+    ):
+        routings_from_engine(two, [cached], [4])
+    assert routings_from_engine(two, [cached[1:]], [4], starts=[1])[0][0].experts_TK[0].tolist() == [-2, -2]
+    dropped = ROUTES.copy()
+    dropped[1] = -1  # ours: no expert has room
+    assert routings_from_engine(two, [dropped], [4])[0][0].experts_TK[1].tolist() == [-1, -1]
 
 
 def test_what_does_not_fit_is_said():
