@@ -95,7 +95,8 @@ def write_report(sweep: Sweep, *, refresh: float | None = None) -> Report:
         "curves.csv": tables.curve_rows(sweep),
         "runs.csv": tables.run_rows(sweep),
     }
-    content["files"] = [name for name, rows in csvs.items() if rows] + ["report.md"]
+    trials = [sections.TUNING] if (sweep.folder / sections.TUNING).is_file() else []
+    content["files"] = [*(name for name, rows in csvs.items() if rows), *trials, "report.md"]
     written = {
         "report.html": _template("page.html.jinja", escape=True).render(content),
         "report.md": re.sub(r"\n{3,}", "\n\n", _template("page.md.jinja", escape=False).render(content)),

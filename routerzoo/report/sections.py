@@ -7,7 +7,7 @@ import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +91,14 @@ def _named(task: Task) -> str:
 
 
 def joined(anchor: str, title: str, each: Sequence[Section]) -> list[Section]:
-    """Return sections of several tasks as one; none of none."""
+    """Return sections of several tasks as one, whose parts say what task they are of; none of none."""
     if not each:
         return []
+    several = len(each) > 1
     about = {one.title: " ".join(one.notes) for one in each if one.notes}
-    notes = [f"{name}: {note}" if len(each) > 1 else note for name, note in about.items()]
-    drawn, listed = [p for one in each for p in one.pictures], [t for one in each for t in one.tables]
+    notes = [f"{name}: {note}" if several else note for name, note in about.items()]
+    drawn = [replace(p, title=f"{one.title}: {p.title}") if several else p for one in each for p in one.pictures]
+    listed = [replace(t, title=f"{one.title}: {t.title}") if several else t for one in each for t in one.tables]
     return [Section(anchor, title, notes, drawn, listed)]
 
 
@@ -217,7 +219,7 @@ def tuned(sweep: Sweep, analysis: Analysis, known: Mapping[str, Style], means: t
         note = f"The best mean is that of {before.best.router} untuned, and of {after.best.router} tuned."
         drawn, listed = [], []
         if pairs:
-            title = f"Tuned beside untuned: {_named(task)}"
+            title = "Tuned beside untuned"
             caption = "Hollow marks are untuned, filled ones tuned; means with 95 % intervals."
             figure = pictures.tuning(pairs, known, f"{task.metric} ({pictures.direction(task)})")
             drawn.append(_picture(task.name, title, caption, figure))
@@ -228,7 +230,7 @@ def tuned(sweep: Sweep, analysis: Analysis, known: Mapping[str, Style], means: t
                 rows.append((known[name].place, name, [*cells, Cell(values, values, "text")]))
             listed.append(Table(title, ["untuned", "tuned", "chosen"], rows))
         untuned = results(before, means, known)
-        listed.append(Table(f"Untuned: {untuned.title}", untuned.columns, untuned.rows))
+        listed.append(Table("Untuned", untuned.columns, untuned.rows))
         found.append(Section("", _named(task), [note], drawn, listed))
     return found
 
