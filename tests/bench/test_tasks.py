@@ -71,6 +71,15 @@ def test_clusters_are_equally_frequent_and_skewed_ones_follow_zipf():
     assert close(share_of_domains(drawn(Clusters(0))), torch.full((8,), 1 / 8))
     zipf_C = torch.tensor([1 / math.sqrt(rank) ** 3 for rank in range(1, 9)])
     assert close(share_of_domains(drawn(Skew(0))), zipf_C / zipf_C.sum())
+    assert (zipf_C / zipf_C.sum())[[0, -1]].tolist() == pytest.approx([0.52, 0.02], abs=0.005)
+
+
+def test_a_gate_whose_rows_are_the_centers_of_clusters_is_wrong_for_3_percent_of_the_tokens():
+    task = Clusters(0)
+    batch = drawn(task, 4 * TOKENS)
+    wrong = int(((batch.x @ task.centers_CD.T).argmax(1) != batch.domain_T).sum())
+    # P(any of 7 normal numbers exceeds another by 2.5 / 0.7), by integration.
+    assert close([wrong, 4 * TOKENS - wrong], [0.0315, 0.9685])
 
 
 def test_a_token_id_has_one_domain_and_a_domain_eight_ids():
@@ -144,6 +153,19 @@ def test_need_is_one_two_or_three_components_and_the_target_their_mean():
     torch.testing.assert_close(ratio_GS, ratio_GS[:, :1].expand(-1, 32))
 
 
+@pytest.mark.full
+def test_ideal_routing_to_two_of_the_components_leaves_a_fifth_of_the_regret():
+    class Two(Need):
+        def oracle(self, batch):
+            return super().oracle(batch)[:, :2]
+
+    oracle, blind, two = (
+        Run(cls(0), RouterChoice(control), 0.03).outcome().loss
+        for cls, control in ((Need, "oracle"), (Need, "blind"), (Two, "oracle"))
+    )
+    assert (two - oracle) / (blind - oracle) == pytest.approx(0.2, abs=0.04)
+
+
 def test_drift_turns_the_frequencies_at_half_time():
     task = Drift(0)
     early_C = torch.tensor([0.245] * 4 + [0.005] * 4)
@@ -192,6 +214,7 @@ def test_the_entropy_rate_of_markov_languages_is_that_of_the_stream():
     of_sequences_G = bits_T.view(-1, task.sequence_length).mean(1)
     error = of_sequences_G.std() / math.sqrt(len(of_sequences_G))
     assert abs(of_sequences_G.mean() - task.entropy_rate) < 4 * error
+    assert task.entropy_rate == pytest.approx(2, abs=0.2)
     assert error < 0.03
     chain_GS, next_GS = batch.x.view(-1, 32), batch.target.view(-1, 32)
     assert torch.equal(chain_GS[:, 1:], next_GS[:, :-1])

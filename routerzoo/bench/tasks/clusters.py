@@ -15,10 +15,11 @@ from routerzoo.bench.task import Batch, BenchTask, Prediction, apply_maps, linea
 class Clusters(BenchTask):
     """Eight Gaussian clusters around orthogonal centers, each with a linear map of its own.
 
-    A linear gate whose rows are the centers routes without error, and gradient descent finds them: for a mixture of
-    clusters with a nonlinear expert each, the router learns the cluster centers (Chen et al., NeurIPS 2022, "Towards
-    Understanding the Mixture-of-Experts Layer in Deep Learning", arXiv:2208.02813). A frozen random gate cuts clusters
-    at random, and token ids say nothing, so that hashing is blind.
+    A linear gate whose rows are the centers routes as well as any: 3.2 % of the tokens lie nearer to another center,
+    which only the oracle routes right. Gradient descent finds the centers: for a mixture of clusters with a nonlinear
+    expert each, the router learns them (Chen et al., NeurIPS 2022, "Towards Understanding the Mixture-of-Experts Layer
+    in Deep Learning", arXiv:2208.02813). A frozen random gate cuts clusters at random, and token ids say nothing, so
+    that hashing is blind.
     """
 
     name = "clusters"

@@ -27,8 +27,8 @@ class Context(BenchTask):
     what a token resembles most, beside itself. Routing by attention (same paper): the attention layer before, which
     the task stands in for, gives half to the token itself and half to the first one, as trained heads do (Xiao et al.
     2024, "attention sinks", arXiv:2309.17453). SMEAR (Muqeeth et al. 2023, arXiv:2306.03745) merges experts by the
-    sequence's mean, an eighth of which is the cue. Soft MoE mixes tokens too, but its slots do not tell a token which
-    of its sequence's domains it is in.
+    sequence's mean, an eighth of which is the cue. Soft MoE mixes tokens, too: its experts see the cue in their slots,
+    but which slot a token reads from does not follow the domain.
     """
 
     name = "context"

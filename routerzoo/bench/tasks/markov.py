@@ -29,7 +29,7 @@ class Markov(BenchTask):
     """Each sequence is of one of eight languages, Markov chains over 32 tokens; the language is the domain.
 
     A language has token frequencies of its own (Dirichlet(1)), around which the transitions from each token are drawn.
-    Its entropy rate is known, `-sum_v pi_v sum_w P_vw log2 P_vw`, about 1.9 bits, and the loss is what the model needs
+    Its entropy rate is known, `-sum_v pi_v sum_w P_vw log2 P_vw`, about 2 bits, and the loss is what the model needs
     beyond it: the excess bits per token over a predictor that knows language and transitions. The model is a decoder of
     one block: attention, which can gather what tokens came before, then the MoE layer.
 

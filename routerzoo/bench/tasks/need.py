@@ -30,9 +30,9 @@ class Need(BenchTask):
 
     The hidden state is the sum of the active domains' centers, with noise. Ideal routing takes one expert for each
     active domain, with equal weights: 1, 2 or 3 experts, 2 on average, as many as a router of fixed k has; ideal
-    routing to two at most has a regret of 0.17. A softmax gate can represent it (equal logits for the active domains,
-    low ones for the others), and top-p with a threshold above 2/3 would then choose exactly the active ones: "harder
-    tasks need more experts" (Huang et al. 2024, arXiv:2403.07652).
+    routing to two at most has a regret of about 0.2. A softmax gate can represent it (equal logits for the active
+    domains, low ones for the others), and top-p with a threshold above 2/3 would then choose exactly the active ones:
+    "harder tasks need more experts" (Huang et al. 2024, arXiv:2403.07652).
 
     But a gate's uncertainty is not the need: while logits differ little, one active domain leaves more probability to
     the others than three do, and top-p spends most where least is needed. The correlation of k and need says which it

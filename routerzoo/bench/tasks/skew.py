@@ -16,7 +16,7 @@ from routerzoo.bench.tasks.clusters import Clusters
 class Skew(Clusters):
     """The clusters of `Clusters`, the i-th with a frequency in proportion to `i^-1.5`.
 
-    The most frequent domain holds 49 % of the tokens, the rarest 2 %. Ideal routing is as unequal: the experts of the
+    The most frequent domain holds 52 % of the tokens, the rarest 2 %. Ideal routing is as unequal: the experts of the
     most frequent domain have four times the mean load. A router that makes loads equal must split the large domain over
     experts and let the small ones share, which costs specialization (Qiu et al. 2025, "Demons in the Detail",
     arXiv:2501.11873; Wang et al. 2024, arXiv:2408.15664, on the gradient of balance losses). A weak balance loss gives
