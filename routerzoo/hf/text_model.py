@@ -4,31 +4,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from routerzoo.errors import UserError
 from routerzoo.hf.changes import KEEP, released_sites
 from routerzoo.hf.context import ContextOfInputs
-from routerzoo.hf.pretrained import freeze_experts, replace_routers, train_routers_only, upcycle
+from routerzoo.hf.lora import adapted
+from routerzoo.hf.pretrained import freeze_experts, replace_routers, upcycle
+from routerzoo.hf.source import read_model
 from routerzoo.models.blocks import MoEBlocks
 from routerzoo.moe.context import ContextHook
 from routerzoo.moe.layer import ExpertsFactory, RouterFactory, moe_layers
-from routerzoo.registry import did_you_mean
 from routerzoo.routing import RoutingContext
 
-Trained = Literal["all", "all-but-experts", "routers"]
-KINDS = {
-    "AutoModelForCausalLM": "causal language model",
-    "AutoModelForSequenceClassification": "classifier of texts",
-    "AutoModel": "model",
-}
-"""What an Auto class of transformers builds, in words."""
+Trained = Literal["all", "all-but-experts", "moe", "routers"]
 
 
 class TextModel(nn.Module):
@@ -135,7 +127,12 @@ def build_text_model(
     Raises:
         UserError: a model that there is not, or options that do not fit it or each other.
     """
-    model: Any = _read(source, auto_class, num_labels, vocab_size, dict(options))
+    if train not in get_args(Trained):
+        raise UserError(f"train must be one of {', '.join(get_args(Trained))}, got {train!r}")
+    model: Any = read_model(source, auto_class, num_labels, vocab_size, dict(options))
+    text = model.config.get_text_config()
+    if num_labels is not None and text.pad_token_id is None:
+        text.pad_token_id = 0  # what texts are padded with, whatever it is; see `TextModel`
     ours = hasattr(model.config, "routing")
     released = ours or any(released_sites(model))
     if released and num_experts is not None:
@@ -172,101 +169,16 @@ def build_text_model(
     if lora is not None:
         if train != "all":
             raise UserError(f"LoRA trains its adapters alone, and train is {train!r}: leave one of them out")
-        model = _adapted(model, {**({} if num_labels is None else {"task_type": "SEQ_CLS"}), **lora})
-    elif train == "routers":
-        train_routers_only(model)
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise UserError("train is 'routers', and no router of the model has parameters: nothing would be trained")
-        if num_labels is not None:
-            for name, parameter in model.named_parameters():
-                if not name.startswith(f"{model.base_model_prefix}."):  # the head
-                    parameter.requires_grad_(True)
+        model = adapted(model, {**({} if num_labels is None else {"task_type": "SEQ_CLS"}), **lora})
     elif train == "all-but-experts":
         freeze_experts(model)
+    elif train != "all":
+        # All of a language model's body and head, the body alone of a classifier.
+        frozen = model if num_labels is None else getattr(model, model.base_model_prefix)
+        parts = (layer.router if train == "routers" else layer for layer in moe_layers(model))
+        trained = {parameter for part in parts for parameter in part.parameters()}
+        for parameter in frozen.parameters():
+            parameter.requires_grad_(parameter in trained)
+        if not trained and auto_class.__name__ == "AutoModelForCausalLM":
+            raise UserError(f"train is {train!r}, and the model has no such parameters: nothing would be trained")
     return model.train()
-
-
-def _read(
-    source: str | Mapping[str, Any],
-    auto_class: Any,
-    num_labels: int | None,
-    vocab_size: int | None,
-    options: dict[str, Any],
-) -> PreTrainedModel:
-    kind = KINDS[auto_class.__name__]
-    if isinstance(source, Mapping):
-        try:
-            config = _config(dict(source), vocab_size)
-            if num_labels is not None:
-                config.num_labels = num_labels
-            model: PreTrainedModel = auto_class.from_config(config, **options)
-        except (ValueError, TypeError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"no {kind} has the config {dict(source)}: {_sentence(error)}") from error
-    else:
-        if source.startswith(("/", ".", "~")) and not Path(source).expanduser().is_dir():
-            raise UserError(f"there is no folder {source} to read a model from")
-        labels = {} if num_labels is None else {"num_labels": num_labels}
-        try:
-            model = auto_class.from_pretrained(str(Path(source).expanduser()), **labels, **options)
-        except UserError:
-            raise
-        except (OSError, ValueError, TypeError, RuntimeError) as error:
-            if "ignore_mismatched_sizes" in str(error):
-                raise UserError(
-                    f"weights of {source} have other sizes than its config and the data's labels say: set "
-                    "model.options to {ignore_mismatched_sizes: true}, and those are initialized anew"
-                ) from error
-            where = "the folder" if Path(source).exists() else "the name or path"
-            raise UserError(f"transformers reads no {kind} of {where} {source}: {_sentence(error)}") from error
-    if num_labels is not None and model.config.get_text_config().pad_token_id is None:
-        model.config.get_text_config().pad_token_id = 0  # what texts are padded with, whatever it is; see `TextModel`
-    own = model.config.get_text_config().vocab_size
-    if vocab_size is not None and (vocab_size > own or (isinstance(source, str) and vocab_size < 0.9 * own)):
-        # Models pad their vocabularies by some percent.
-        raise UserError(
-            f"the data has {vocab_size} token ids, and the model {own}: set data.tokenizer to "
-            + (source if isinstance(source, str) else "one that fits, or leave vocab_size out of the model's config")
-        )
-    return model
-
-
-def _config(values: dict[str, Any], vocab_size: int | None) -> PreTrainedConfig:
-    kind = values.pop("model_type", None)
-    if kind not in CONFIG_MAPPING:
-        known = list(CONFIG_MAPPING.keys())
-        hint = did_you_mean(str(kind), known) if kind else ", such as llama or mixtral."
-        raise UserError(f"source.model_type is {kind!r}, which names no architecture of transformers{hint}")
-    plain = CONFIG_MAPPING[kind]()
-    known = [*plain.to_dict(), *plain.attribute_map]
-    for name in values:
-        if name not in known:  # transformers would keep it in silence
-            raise UserError(f"the config of {kind} has no {name!r}{did_you_mean(name, known)}")
-    if vocab_size is not None:
-        values.setdefault("vocab_size", vocab_size)
-        # Those of the published models, which a small vocabulary may not have.
-        values |= {n: values.get(n) for n in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    config: PreTrainedConfig = AutoConfig.for_model(kind, **values)
-    return config
-
-
-def _adapted(model: Any, lora: dict[str, Any]) -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise UserError("LoRA needs peft: pip install 'routerzoo[hf]'") from error
-    layer = next(moe_layers(model), None)
-    if layer is None:
-        raise UserError("LoRA here is that of experts, and the model has none")
-    if not lora.get("target_modules") and not lora.get("target_parameters"):
-        banks = [name for name, parameter in layer.experts.named_parameters() if parameter.ndim == 3]
-        lora["target_parameters"] = [f"experts.{name}" for name in banks]
-    try:
-        return peft.get_peft_model(model, peft.LoraConfig(**lora))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"lora: {_sentence(error)}") from error
-
-
-def _sentence(error: Exception) -> str:
-    return " ".join(str(error).split()).partition(". ")[0] or type(error).__name__

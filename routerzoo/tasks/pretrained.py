@@ -8,12 +8,14 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from routerzoo.errors import UserError
 from routerzoo.models.blocks import MoEBlocks
 from routerzoo.moe.layer import ExpertsFactory, RouterFactory
 from routerzoo.optim import WarmupCosine, parameter_groups
+from routerzoo.registry import did_you_mean
 from routerzoo.router import LossWeight
 from routerzoo.tasks.base import SchedulerFactory
 from routerzoo.tasks.decoder import TextTask
@@ -38,7 +40,8 @@ class PretrainedTask(TextTask):
             `routerzoo.models.blocks.moe_block_indices`.
         num_shared_experts: experts per layer of a dense model that see every token.
         copy_weights: start experts from the weights of the dense model.
-        train: `all` weights, `all-but-experts`, or `routers` alone (and a classifier's head).
+        train: `all` weights, `all-but-experts`, the MoE layers alone (`moe`), or their `routers` alone; a classifier's
+            head always.
         lora: arguments of PEFT's `LoraConfig`, such as `{r: 8, lora_alpha: 16}`: adapters are trained alone (and a
             classifier's head), by default those of the experts. Routers that are new need `modules_to_save: [router]`.
         router_options: options of the optimizer for the routers alone, such as `{lr: 1.0e-3}`.
@@ -71,7 +74,7 @@ class PretrainedTask(TextTask):
         moe_blocks: MoEBlocks = "all",
         num_shared_experts: int = 0,
         copy_weights: bool = True,
-        train: Literal["all", "all-but-experts", "routers"] = "all",
+        train: Literal["all", "all-but-experts", "moe", "routers"] = "all",
         lora: dict[str, Any] | None = None,
         router_options: dict[str, Any] | None = None,
         options: dict[str, Any] | None = None,
@@ -102,8 +105,8 @@ class PretrainedTask(TextTask):
                 activation_checkpointing=activation_checkpointing,
                 options={"dtype": "float32", **(options or {})},
             )
-        except ImportError as error:
-            raise UserError(f"{type(self).__name__} needs transformers: pip install 'routerzoo[hf]'") from error
+        except ModuleNotFoundError as error:
+            raise UserError(f"{type(self).__name__} needs {error.name}: pip install 'routerzoo[hf]'") from error
         super().__init__(
             net,
             evaluation_metrics,
@@ -126,15 +129,20 @@ class PretrainedTask(TextTask):
             options: for `build_text_model`.
         """
 
-    def configure_model(self) -> None:
-        """Refuse to shard.
-
-        Raises:
-            UserError: a strategy that shards.
-        """
-        if self._device_mesh is not None:
-            raise UserError(f"{type(self).__name__} cannot be sharded: choose the strategy ddp")
-
     def optimizer_groups(self) -> list[dict[str, Any]]:
         """Return the trainable parameters in groups, those of routers with options of their own."""
         return parameter_groups(self, routers=self.router_options)
+
+    def configure_optimizers(self) -> Any:
+        """Build optimizer and schedule.
+
+        Raises:
+            UserError: an option of the routers that the optimizer does not have.
+        """
+        built = super().configure_optimizers()
+        optimizer: Optimizer = built["optimizer"] if isinstance(built, dict) else built
+        for name in self.router_options or ():
+            if name not in optimizer.defaults:  # torch would keep it in silence
+                hint = did_you_mean(name, optimizer.defaults)
+                raise UserError(f"router_options: {type(optimizer).__name__} has no option {name!r}{hint}")
+        return built

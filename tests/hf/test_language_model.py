@@ -1,6 +1,7 @@
 """`PretrainedLanguageModeling`, in Python and on the command line."""
 
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,12 +17,13 @@ from routerzoo.errors import UserError
 from tests.hf.models import GQA, LOCAL, build
 
 transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors.torch")
 hf = pytest.importorskip("routerzoo.hf")
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
 SIZES = {**{key: value for key, value in GQA.items() if "token" not in key}, "max_position_embeddings": 512}
 LLAMA = {"model_type": "llama", **SIZES}
 MIXTRAL = {"model_type": "mixtral", **SIZES, **LOCAL}
+ENCODER = {"model_type": "bert", **{key: SIZES[key] for key in SIZES if key.startswith(("hidden", "num_h", "num_att"))}}
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "pretrained").glob("*.yaml"))
 QUIET = {
     "accelerator": "cpu",
@@ -123,6 +125,26 @@ def test_documents_that_are_kept_apart_do_not_see_each_other():
         (MIXTRAL, {"lora": {"rank": 4}}, "lora: .*'rank'"),
         (MIXTRAL, {"lora": {"r": 4}, "train": "routers"}, "LoRA trains its adapters alone"),
         (MIXTRAL, {"router": partial(HashRouter, top_k=1), "train": "routers"}, "nothing would be trained"),
+        (MIXTRAL, {"lora": {"bias": "some"}}, "lora: Requested bias: some, is not implemented"),
+        (
+            MIXTRAL,
+            {"lora": {"target_modules": ["q_proj", "v_prj"]}},
+            "'v_prj', as no part of the model with weights is called; did you mean 'v_pr",
+        ),
+        (
+            MIXTRAL,
+            {"lora": {"modules_to_save": ["gate"]}},
+            "modules_to_save names 'gate', as no part of the model with weights is called",
+        ),
+        (
+            MIXTRAL,
+            {"lora": {"target_parameters": ["experts.down", "experts.up"]}},
+            "target_parameters names 'experts.up'",
+        ),
+        (MIXTRAL, {"lora": {"layers_to_transform": [0]}}, "PEFT ignores layers_to_transform for target_parameters"),
+        (MIXTRAL, {"train": "router"}, "train must be one of all, all-but-experts, .*got 'router'"),
+        (MIXTRAL, {"options": {"dtype": "float7"}}, "has no attribute 'float7'"),
+        ({**ENCODER, "vocab_size": 40}, {"num_experts": 2}, "BertLMHeadModel sees the tokens that it is to predict"),
         ({**MIXTRAL, "vocab_size": 100}, {"vocab_size": 256}, "the data has 256 token ids, and the model 100"),
         (MIXTRAL, {"max_length": 600}, "positions up to 512, and the data's sequence_length is 600"),
     ],
@@ -142,10 +164,58 @@ def test_a_model_of_another_vocabulary_is_refused(tmp_path):
         task_of(str(tmp_path), vocab_size=20)
 
 
-def test_without_transformers_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "routerzoo.hf.language_model", None)
-    with pytest.raises(UserError, match=r"needs transformers: pip install 'routerzoo\[hf\]'"):
-        task_of(LLAMA)
+@pytest.fixture
+def folder(tmp_path):
+    build("Mixtral").save_pretrained(tmp_path)
+    return tmp_path
+
+
+def of_weights(folder, change):
+    path = folder / "model.safetensors"
+    weights = safetensors.load_file(path)
+    safetensors.save_file(change(weights), path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "model.safetensors").unlink(), "Error no file named model.safetensors"),
+        (lambda f: os.truncate(f / "model.safetensors", 2000), "deserializing header"),
+        (lambda f: (f / "config.json").write_text("{"), "not a valid JSON file"),
+        (
+            lambda f: of_weights(f, lambda w: {k: v for k, v in w.items() if "q_proj" not in k}),
+            r"lacks 2 weights of a MixtralForCausalLM, such as model.layers.0.self_attn.q_proj.weight",
+        ),
+        (lambda f: of_weights(f, lambda w: {f"x.{k}": v for k, v in w.items()}), "lacks [0-9]* weights of a Mixtral"),
+        (
+            lambda f: of_weights(f, lambda w: {k: v[:8].clone() if "norm" in k else v for k, v in w.items()}),
+            "of other sizes than its config says|have other sizes than its config says: they are another model's",
+        ),
+    ],
+    ids=["no-weights", "truncated", "no-config", "some-missing", "other-names", "other-sizes"],
+)
+def test_a_folder_without_all_weights_is_refused(damage, message, folder):
+    damage(folder)
+    with pytest.raises(UserError, match=message):
+        task_of(str(folder))
+
+
+def test_a_file_is_no_source(folder):
+    with pytest.raises(UserError, match=r"model.safetensors is a file: name the folder that it is in"):
+        task_of(str(folder / "model.safetensors"))
+
+
+def test_an_option_that_the_optimizer_has_not_is_refused():
+    task = task_of({**MIXTRAL, "vocab_size": 256}, router_options={"learning_rate": 1.0}, lr_scheduler=None)
+    with pytest.raises(UserError, match="router_options: AdamW has no option 'learning_rate'"):
+        task.configure_optimizers()
+
+
+@pytest.mark.parametrize("package", ["transformers", "peft"])
+def test_what_is_not_installed_is_named(package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"needs {package}: pip install 'routerzoo\[hf\]'"):
+        task_of({**MIXTRAL, "vocab_size": 256}, lora={"r": 2})
 
 
 @pytest.mark.full

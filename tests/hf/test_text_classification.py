@@ -11,7 +11,7 @@ import torch
 from lightning import Trainer
 from torch.testing import assert_close
 
-from routerzoo import LabelledText, LinearRouter, PretrainedTextClassification, moe_layers
+from routerzoo import HashRouter, LabelledText, LinearRouter, PretrainedTextClassification, moe_layers
 from routerzoo.cli import main as cli
 from routerzoo.data.labelled_text import LabelledBatch
 from routerzoo.errors import UserError
@@ -129,7 +129,9 @@ def trained_parts(task):
     [
         (BERT, {}, {"rest", "routers", "experts", "head"}),
         (BERT, {"train": "all-but-experts"}, {"rest", "routers", "head"}),
+        (BERT, {"train": "moe"}, {"routers", "experts", "head"}),
         (BERT, {"train": "routers"}, {"routers", "head"}),
+        (BERT, {"train": "routers", "router": partial(HashRouter, top_k=1)}, {"head"}),
         (BERT, {"moe_blocks": "none", "num_experts": None}, {"rest", "head"}),
         (BERT, {"lora": {"r": 2}}, {"lora", "head"}),
         (BERT, {"pooling": "mean", "train": "routers"}, {"routers", "head"}),
@@ -194,7 +196,7 @@ def test_data_of_another_vocabulary_is_refused(moods):
 
 
 def test_without_transformers_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "routerzoo.hf.text_model", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(
         UserError, match=r"PretrainedTextClassification needs transformers: pip install 'routerzoo\[hf\]'"
     ):

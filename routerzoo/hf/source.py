@@ -1,0 +1,147 @@
+"""Read a model of transformers by name or path, or build one from a config, and say what is wrong with it."""
+# Shape suffixes: B sequences, S tokens of a sequence, V vocabulary.
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from routerzoo.errors import UserError
+from routerzoo.registry import did_you_mean
+
+KINDS = {
+    "AutoModelForCausalLM": "causal language model",
+    "AutoModelForSequenceClassification": "classifier of texts",
+    "AutoModel": "model",
+}
+"""What an Auto class of transformers builds, in words."""
+
+
+def read_model(
+    source: str | Mapping[str, Any],
+    auto_class: Any,
+    num_labels: int | None,
+    vocab_size: int | None,
+    options: dict[str, Any],
+) -> PreTrainedModel:
+    """Return the model that a source names.
+
+    Args:
+        source: name or path of a model, or the config of one to build.
+        auto_class: of transformers: `AutoModelForCausalLM`, `AutoModelForSequenceClassification`, `AutoModel`.
+        num_labels: of a classifier of texts.
+        vocab_size: number of the data's token ids.
+        options: for `from_pretrained`; of a config, for `from_config`.
+
+    Raises:
+        UserError: no such model, weights that it lacks, one that sees the future, or another vocabulary than the
+            data's.
+    """
+    if isinstance(source, Mapping):
+        model = _built(source, auto_class, num_labels, vocab_size, options)
+    else:
+        model = _loaded(source, auto_class, num_labels, options)
+    text: Any = model.config.get_text_config()
+    if auto_class.__name__ == "AutoModelForCausalLM":
+        _check_causal(model)
+    own = text.vocab_size
+    if vocab_size is not None and (vocab_size > own or (isinstance(source, str) and vocab_size < 0.9 * own)):
+        # Models pad their vocabularies by some percent.
+        raise UserError(
+            f"the data has {vocab_size} token ids, and the model {own}: set data.tokenizer to "
+            + (source if isinstance(source, str) else "one that fits, or leave vocab_size out of the model's config")
+        )
+    return model
+
+
+def _built(
+    source: Mapping[str, Any], auto_class: Any, num_labels: int | None, vocab_size: int | None, options: dict[str, Any]
+) -> PreTrainedModel:
+    try:
+        config = _config(dict(source), vocab_size)
+        if num_labels is not None:
+            config.num_labels = num_labels
+        model: PreTrainedModel = auto_class.from_config(config, **options)
+    except UserError:
+        raise
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"no {KINDS[auto_class.__name__]} has the config {dict(source)}: {_sentence(error)}") from error
+    return model
+
+
+def _loaded(source: str, auto_class: Any, num_labels: int | None, options: dict[str, Any]) -> PreTrainedModel:
+    path, kind = Path(source).expanduser(), KINDS[auto_class.__name__]
+    if path.is_file():
+        raise UserError(f"{source} is a file: name the folder that it is in, with the model's config and weights")
+    if source.startswith(("/", ".", "~")) and not path.is_dir():
+        raise UserError(f"there is no folder {source} to read a model from")
+    labels = {} if num_labels is None else {"num_labels": num_labels}
+    model: PreTrainedModel
+    try:
+        model, found = auto_class.from_pretrained(str(path), output_loading_info=True, **labels, **options)
+    except UserError:
+        raise
+    except (ImportError, OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        if "ignore_mismatched_sizes" in str(error):
+            raise UserError(
+                f"weights of {source} have other sizes than its config says: they are another model's"
+                if num_labels is None
+                else f"weights of {source} have other sizes than its config and the data's labels say: set "
+                "model.options to {ignore_mismatched_sizes: true}, and those are initialized anew"
+            ) from error
+        where = "the folder" if path.exists() else "the name or path"
+        raise UserError(f"transformers reads no {kind} of {where} {source}: {_sentence(error)}") from error
+    # Heads of classifiers, and poolers, are new in most checkpoints; what is in a block must be there.
+    needed = [
+        n for n in found["missing_keys"] if auto_class.__name__ == "AutoModelForCausalLM" or re.search(r"\.\d+\.", n)
+    ]
+    if needed:
+        raise UserError(
+            f"{source} lacks {len(needed)} weights of a {type(model).__name__}, such as {min(needed)}, which "
+            "transformers would draw at random: it is incomplete, or another model's"
+        )
+    return model
+
+
+def _config(values: dict[str, Any], vocab_size: int | None) -> PreTrainedConfig:
+    kind = values.pop("model_type", None)
+    if kind not in CONFIG_MAPPING:
+        known = list(CONFIG_MAPPING.keys())
+        hint = did_you_mean(str(kind), known) if kind else ", such as llama or mixtral."
+        raise UserError(f"source.model_type is {kind!r}, which names no architecture of transformers{hint}")
+    plain = CONFIG_MAPPING[kind]()
+    known = [*plain.to_dict(), *plain.attribute_map]
+    for name in values:
+        if name not in known:  # transformers would keep it in silence
+            raise UserError(f"the config of {kind} has no {name!r}{did_you_mean(name, known)}")
+    if vocab_size is not None:
+        values.setdefault("vocab_size", vocab_size)
+        # Those of the published models, which a small vocabulary may not have.
+        values |= {n: values.get(n) for n in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    config: PreTrainedConfig = AutoConfig.for_model(kind, **values)
+    return config
+
+
+@torch.no_grad()
+def _check_causal(model: Any) -> None:
+    """Refuse an encoder with a head for the next token, which would read it off its input."""
+    if getattr(model.config, "is_decoder", True) or model.device.type == "meta":
+        return
+    ids_BS = torch.tensor([[0, 1], [0, 2]], device=model.device)
+    first_BV = model.eval()(input_ids=ids_BS).logits[:, 0]
+    if not torch.allclose(first_BV[0], first_BV[1]):
+        raise UserError(
+            f"{type(model).__name__} sees the tokens that it is to predict, as an encoder: add is_decoder: true to the "
+            "config in source, or to options"
+        )
+
+
+def _sentence(error: Exception) -> str:
+    return " ".join(str(error).split()).partition(". ")[0] or type(error).__name__
