@@ -74,12 +74,14 @@ def compress(
     layers = list(moe_layers(subject.net))
     if method not in ("prune", "merge") or by not in ("load", "output"):
         raise UserError(f"method must be prune or merge, and by load or output, got {method!r} and {by!r}")
-    if len(layers) != len(audit.layers):
-        raise UserError(f"the audit is of {len(audit.layers)} MoE layers, the model has {len(layers)}")
+    sizes, audited = [layer.num_experts for layer in layers], [layer.num_experts for layer in audit.layers]
+    if sizes != audited:
+        raise UserError(f"the audit is of layers of {audited} experts, the model's have {sizes}: audit it again")
+    for measured in audit.layers:
+        _check_number(measured.index, measured.num_experts, measured.top_k, num_experts)
+    check(subject.net, num_experts, method)
     kept = [_kept(measured, num_experts, by) for measured in audit.layers]
     routers = [_cut_router(layer, ids, index) for index, (layer, ids) in enumerate(zip(layers, kept, strict=True))]
-    for index, layer in enumerate(layers):
-        _check_experts(layer, index, method)
     before = _loss(subject)
     parameters_before = sum(p.numel() for p in subject.net.parameters())
     merged_into = []
@@ -94,12 +96,27 @@ def compress(
     return Compression(before, _loss(subject), parameters_before, after, kept, merged_into)
 
 
-def _kept(layer: LayerAudit, num_experts: int, by: Criterion) -> list[int]:
-    if not max(layer.top_k, 1) <= num_experts < layer.num_experts:
+def check(net: nn.Module, num_experts: int, method: Method) -> None:
+    """Check that so many experts can be left in each MoE layer of a model.
+
+    Raises:
+        UserError: they cannot.
+    """
+    for index, layer in enumerate(moe_layers(net)):
+        _check_number(index, layer.num_experts, getattr(inner_router(layer), "top_k", 1), num_experts)
+        _cut_router(layer, range(num_experts), index)
+        _check_experts(layer, index, method)
+
+
+def _check_number(index: int, num_experts: int, top_k: int, left: int) -> None:
+    if not max(top_k, 1) <= left < num_experts:
         raise UserError(
-            f"num_experts must be at least k = {max(layer.top_k, 1)} and below the {layer.num_experts} of MoE layer "
-            f"{layer.index}, got {num_experts}"
+            f"num_experts must be at least k = {max(top_k, 1)} and below the {num_experts} of MoE layer {index}, got "
+            f"{left}"
         )
+
+
+def _kept(layer: LayerAudit, num_experts: int, by: Criterion) -> list[int]:
     scores = list(layer.relative_load)
     if by == "output":
         if layer.relative_output_norms is None:

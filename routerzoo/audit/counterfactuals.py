@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from routerzoo.audit.observation import evaluating, mean_loss
+from routerzoo.audit.observation import evaluating, mean_loss, rows_of
 from routerzoo.audit.subject import Losses, Subject
 from routerzoo.moe.layer import MoE, inner_router, moe_layers
 from routerzoo.routing import LayerRouting, Routing, RoutingContext
@@ -250,9 +250,11 @@ def _routings(subject: Subject, batch: Any) -> dict[MoE, Routing]:
 
 
 def _sequences(subject: Subject, batch: Any) -> Tensor | None:
-    found: list[Tensor | None] = []
-    _watched(subject, batch, lambda published, context: found.append(context.sequence_ids))
-    return found[0]
+    """Return the row of `Losses` that each token of a batch counts in, int64 `[T]`; None where nothing says it."""
+    found: list[tuple[LayerRouting, RoutingContext]] = []
+    losses = _watched(subject, batch, lambda published, context: found.append((published, context)))
+    assert losses is not None  # asked for losses before
+    return rows_of(subject, *found[0], len(losses.sums_B))
 
 
 def _watched(subject: Subject, batch: Any, take: Callable[[LayerRouting, RoutingContext], None]) -> Losses | None:

@@ -69,9 +69,13 @@ class LayerObserver:
         self.by_token = Specialization(count, len(labels.ids), min_count=FEWEST).to(device) if labels.ids else None
         self.by_group = Specialization(count, num_groups, min_count=FEWEST).to(device) if num_groups else None
         self.experts: list[Tensor] = []
-        self.recorded = 0
+        self.recorded = self.tokens = 0
         self.mixes = False
         self.top_k = 0
+
+    def count(self, layer: nn.Module, args: object, y: Tensor) -> None:
+        """Add the tokens of a call, a forward hook."""
+        self.tokens += y.numel() // y.shape[-1]
 
     def update(self, published: LayerRouting, ids_T: Tensor | None, groups_T: Tensor | None, record: bool) -> None:
         """Add a routing."""
@@ -113,14 +117,17 @@ def observe(subject: Subject, record: bool = False) -> tuple[list[LayerObserver]
     def take(published: LayerRouting, context: RoutingContext) -> None:
         layer: Any = published.layer
         groups_T = None
-        if groups_B is not None and context.sequence_ids is not None:
-            groups_T = groups_B.to(context.sequence_ids.device)[context.sequence_ids]
+        if groups_B is not None and (rows_T := rows_of(subject, published, context, len(groups_B))) is not None:
+            groups_T = groups_B.to(rows_T.device)[rows_T]
+        if context.padding_mask is not None:
+            observers[layer].tokens -= int(context.padding_mask.sum())
         observers[layer].update(published, ids_T, groups_T, record)
 
     totals: list[Losses] = []
     with evaluating(subject.net), ExitStack() as stack:
         for layer, observer in observers.items():
             stack.callback(layer.register_routing_hook(take).remove)
+            stack.callback(layer.register_forward_hook(observer.count).remove)
             stack.callback(OutputHook(layer.experts, lambda metric=observer.output_norms: metric).remove)  # type: ignore[misc]
         for batch in subject.batches:
             ids, groups_B = subject.token_ids(batch), subject.groups(batch)
@@ -133,6 +140,18 @@ def observe(subject: Subject, record: bool = False) -> tuple[list[LayerObserver]
             raise UserError(f"{subject.name} does not call its MoE layer {index} on {subject.data}")
         assert layer is observer.layer
     return list(observers.values()), _together(totals)
+
+
+def rows_of(subject: Subject, published: LayerRouting, context: RoutingContext, num_rows: int) -> Tensor | None:
+    """Return the sequence or image of a batch that each token is of, int64 `[T]`; None where nothing says it."""
+    ids_T, routing = context.sequence_ids, published.routing
+    if ids_T is not None and int(ids_T.max()) < num_rows:
+        return ids_T
+    # Documents that share a row have ids that are counted over the batch; images of transformers have none.
+    tokens = ids_T if ids_T is not None else routing.experts_TK if routing.experts_TK is not None else routing.logits_TE
+    if tokens is None or len(tokens) % num_rows or (ids_T is None and not subject.batch_first):
+        return None
+    return torch.arange(num_rows, device=tokens.device).repeat_interleave(len(tokens) // num_rows)
 
 
 @contextmanager

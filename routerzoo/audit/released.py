@@ -18,10 +18,12 @@ from routerzoo.errors import UserError
 
 def subject_of_transformers(
     model: Any,
-    data: Path,
+    data: str | Path,
     *,
     name: str,
     tokenizer: str,
+    text_field: str = "text",
+    split: str = "test",
     length: int = 512,
     batch_size: int = 4,
     num_batches: int = 20,
@@ -30,9 +32,11 @@ def subject_of_transformers(
 
     Args:
         model: see `load`.
-        data: a text file, JSON lines with a field `text`, or a folder of such files.
+        data: a corpus, as `routerzoo.data.TextData` takes it.
         name: what the model is called.
         tokenizer: a name or path for `AutoTokenizer`, or `bytes`.
+        text_field: name of the text in JSON, Parquet and data sets of Hugging Face.
+        split: of text that has splits; `val` or `test`.
         length: tokens of a window, at most those that the model has positions for.
         batch_size: windows of a batch.
         num_batches: batches, at most.
@@ -43,7 +47,7 @@ def subject_of_transformers(
     config = model.config.get_text_config()
     encode, decode = _tokenizer(tokenizer)
     length = min(length, getattr(config, "max_position_embeddings", None) or length)
-    batches, names = cut(read_documents(data), encode, length, batch_size, num_batches)
+    batches, names = cut(read_documents(data, text_field, split), encode, length, batch_size, num_batches)
     largest = max((int(batch.ids_BS.max()) for batch in batches), default=0)
     if largest >= config.vocab_size:
         raise UserError(
@@ -76,10 +80,11 @@ def load(folder: Path, device: str = "cpu") -> Any:
     """Load a model from a folder of transformers: one with routers of routerzoo, or a released Mixture of Experts.
 
     Raises:
-        UserError: a dense model, one whose gates are not known, or one that takes no text.
+        UserError: a dense model, one whose gates are not known, or files that are broken or lack weights.
     """
     try:
         import transformers
+        from safetensors import SafetensorError
 
         from routerzoo import hf
     except ImportError as error:
@@ -87,21 +92,33 @@ def load(folder: Path, device: str = "cpu") -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
     except ValueError as error:
-        raise UserError(f"{folder} is no model that transformers knows: {' '.join(str(error).split())[:200]}") from None
-    classes = getattr(config, "architectures", None) or [""]
-    causal = classes[0].endswith("ForCausalLM")
-    auto_class = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-    if not hasattr(config.get_text_config(), "vocab_size"):
-        raise UserError(
-            f"{folder} holds a {classes[0] or type(config).__name__}, which takes no text: audit it in a run"
-        )
-    options: dict[str, Any] = {"dtype": "auto", "device_map": device}
-    if getattr(config, "routing", None):
-        return auto_class.from_pretrained(folder, **options)
+        raise UserError(f"{folder} is no model that transformers knows: {_sentence(error)}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {_sentence(error)}") from None
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    auto_class: Any = transformers.AutoModel
+    for ending in ("ForCausalLM", "ForImageClassification"):  # those whose loss is known
+        if architecture.endswith(ending):
+            auto_class = getattr(transformers, "AutoModel" + ending)
     try:
-        return hf.replace_routers(str(folder), auto_class=auto_class, **options)
-    except ValueError as error:
+        model, report = auto_class.from_pretrained(folder, dtype="auto", device_map=device, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"cannot load {folder}: {_sentence(error)}") from None
+    # transformers draws what is missing at random. A pooler is no part of a masked language model's files.
+    if missing := sorted(name for name in report["missing_keys"] if "pooler" not in name):
+        raise UserError(
+            f"cannot load {folder}: its files lack {len(missing)} weights of the model, such as {missing[0]}"
+        )
+    if getattr(config, "routing", None):
+        return model
+    try:
+        return hf.replace_routers(model)
+    except UserError as error:
         raise UserError(f"there is no routing to audit in {folder}: {error}") from None
+
+
+def _sentence(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _losses(logits_BSV: Tensor, batch: Windows) -> Losses:
@@ -121,8 +138,9 @@ def _tokenizer(name: str) -> tuple[Callable[[str], Sequence[int]], Callable[[lis
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        told = " ".join(str(error).split())[:200]
-        raise UserError(f"{name} has no tokenizer: give --tokenizer a name, a path or bytes ({told})") from None
+        raise UserError(
+            f"{name} has no tokenizer: give --tokenizer a name, a path or bytes ({_sentence(error)})"
+        ) from None
 
     def encode(text: str) -> Sequence[int]:
         ids: list[int] = tokenizer(text, verbose=False)["input_ids"]

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from routerzoo.audit.counterfactuals import BestExpert, best_experts, costs_of_changes
-from routerzoo.audit.observation import LayerObserver, mean_loss, observe
+from routerzoo.audit.observation import FEWEST, LayerObserver, mean_loss, observe
 from routerzoo.audit.subject import Subject
-from routerzoo.audit.thresholds import FEWEST_ASSIGNMENTS, Finding, Thresholds, judge
+from routerzoo.audit.thresholds import FEWEST_ASSIGNMENTS, Finding, Thresholds, judge, unjudged
 from routerzoo.errors import UserError
-from routerzoo.metrics import RouterSaturation
+from routerzoo.metrics import RouterSaturation, Specialization
 from routerzoo.metrics.expert_norms import norm_statistics, parameter_norms, relative_norms
 from routerzoo.moe.layer import inner_router
 from routerzoo.routing import Routing
@@ -89,7 +89,7 @@ class Audit:
     Args:
         model: what was audited.
         data: on what.
-        tokens: how many tokens the first layer routed.
+        tokens: how many tokens the layers saw, without padding.
         loss: mean loss of a prediction, in nats; None for a model without a loss.
         layers: what each does.
         thresholds: that they were judged by.
@@ -137,7 +137,8 @@ class Audit:
             "findings": [{**finding._asdict(), "sentence": str(finding)} for finding in self.findings],
             "thresholds": asdict(self.thresholds),
             "left_out": self.left_out,
-            self.group_kind: list(self.group_names),
+            "group_kind": self.group_kind,
+            "group_names": list(self.group_names),
             "seconds": self.seconds,
             "layers": layers,
         }
@@ -164,8 +165,12 @@ def audit(
             experts in all layers, and two.
 
     Raises:
-        UserError: a checkpoint of another model or of other data.
+        UserError: a checkpoint of another model or of other data; a threshold of counterfactuals, and none of them.
     """
+    limits = Thresholds() if thresholds is None else thresholds
+    for name in ("min_drop_cost", "min_random_cost"):
+        if getattr(limits, name) is not None and not counterfactual_batches:
+            raise UserError(f"{name} judges counterfactuals, and there are none: give them at least 1 batch")
     start = time.perf_counter()
     observers, losses = observe(subject, record=bool(earlier))
     left_out = list(subject.left_out)
@@ -174,7 +179,8 @@ def audit(
     if not earlier:
         left_out.append("saturation: it compares checkpoints, and only one was given (--earlier)")
     if losses is None:
-        left_out.append("loss and counterfactuals: the model has no loss on this data")
+        if not subject.left_out:
+            left_out.append("loss and counterfactuals: the model has no loss on this data")
     else:
         passes = sum(layer.num_experts for layer in layers) + 2
         if counterfactual_batches:
@@ -195,8 +201,10 @@ def audit(
             left_out += reasons
         else:
             left_out.append(f"the best expert: each batch of --best N takes {passes} forward passes of this model")
-    limits = Thresholds() if thresholds is None else thresholds
     for layer in layers:
+        left_out += [
+            f"MoE layer {layer.index}: {name} judges what was not measured" for name in unjudged(layer, limits)
+        ]
         if not layer.load_is_judged:
             left_out.append(
                 f"MoE layer {layer.index}: its load is not judged, {layer.assignments} assignments are fewer than "
@@ -206,7 +214,7 @@ def audit(
     return Audit(
         subject.name,
         subject.data,
-        max(round(layer.assignments / (layer.gate.get("active_experts") or 1)) for layer in layers),
+        max(observer.tokens for observer in observers),
         None if losses is None else mean_loss([losses]),
         layers,
         limits,
@@ -237,6 +245,11 @@ def _saturate(layers: Sequence[LayerAudit], final: Experts, earlier: Sequence[tu
                 continue
             if len(then) != len(now):
                 raise UserError(f"{name} routes {len(then)} tokens, the audited model {len(now)}: give its own")
+            if then.numel() and (largest := int(then.max())) >= layer.num_experts:
+                raise UserError(
+                    f"{name} routes to expert {largest} of MoE layer {layer.index}, the audited model has "
+                    f"{layer.num_experts}: give its own"
+                )
             metric = RouterSaturation(layer.num_experts)
             metric.update(_routing(then), _routing(now))
             layer.saturation[name] = {key: float(value) for key, value in metric.compute().items()}
@@ -276,8 +289,8 @@ def _layer(index: int, observer: LayerObserver, subject: Subject, left_out: list
             if not result["specialization"].isnan():
                 specialization[kind] = {key: float(result[key]) for key in ("specialization", "chance")}
                 shares[kind] = result["share_VE"].cpu().view(metric.num_labels, count)
-        elif not index:
-            left_out.append(f"specialization by {kind}: the data does not say which {kind} a token is of")
+        if kind not in specialization and not index and not observer.mixes:
+            left_out.append(f"specialization by {kind}: {_unknown(kind, metric)}")
     return LayerAudit(
         index=index,
         name=name,
@@ -298,6 +311,14 @@ def _layer(index: int, observer: LayerObserver, subject: Subject, left_out: list
         token_shares_VE=shares.get("token"),
         group_shares_VE=shares.get(subject.group_kind),
     )
+
+
+def _unknown(kind: str, metric: Specialization | None) -> str:
+    if metric is not None and metric.update_called:
+        return f"no {kind} has {FEWEST} tokens that the router sees"
+    if kind == "token":
+        return f"tokens have no ids, or none of these occurs {FEWEST} times"
+    return f"neither data nor model say which {kind} a token is of"
 
 
 def _known(norms_E: Tensor) -> list[float | None] | None:

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from routerzoo.data.images import ImageBatch
 from routerzoo.data.tokens import TextBatch
@@ -43,6 +44,8 @@ class Subject:
         group_kind: what these are.
         group_names: their names.
         token_name: the text of a token id.
+        batch_first: whether tokens that come to a layer without sequence ids are in the order of their sequences or
+            images, equally many of each.
 
     Raises:
         UserError: no MoE layer, or no data.
@@ -58,6 +61,7 @@ class Subject:
     group_kind: str = "document"
     group_names: Sequence[str] = ()
     token_name: Callable[[int], str] = str
+    batch_first: bool = False
     left_out: list[str] = field(default_factory=list)
     """What is known beforehand not to be measured, and why."""
 
@@ -71,7 +75,7 @@ class Subject:
 def subject_of_task(
     task: MoETask, datamodule: Any, *, name: str, split: str = "test", num_batches: int = 20, device: Any = None
 ) -> Subject:
-    """Return a task of routerzoo with batches of a split of its data, `val` or `test`.
+    """Return a task of routerzoo with batches of samples from all of a split of its data, `val` or `test`.
 
     Raises:
         UserError: a task of another kind than language modeling and classification, no MoE layer, or no data.
@@ -83,7 +87,7 @@ def subject_of_task(
     loader = datamodule.test_dataloader() if split == "test" else datamodule.val_dataloader()
     batches = [
         task.transfer_batch_to_device(batch, task.device if device is None else device, 0)
-        for batch in itertools.islice(loader, num_batches)
+        for batch in _batches(loader, num_batches)
     ]
     kind, names = _groups_of(datamodule)
     dataset = getattr(datamodule, "dataset", type(datamodule).__name__)
@@ -104,6 +108,23 @@ def subject_of_task(
         group_names=names,
         token_name=lambda index: repr(datamodule.decode([index]))[1:-1],
     )
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """Return so many indices below `count`, or all, at equal distances: data is often sorted by class or corpus."""
+    wanted = min(count, wanted)
+    return [index * count // wanted for index in range(wanted)]
+
+
+def _batches(loader: Any, num_batches: int) -> Iterator[Any]:
+    """Yield batches of samples from all of a loader's data, or its first ones where its data is a stream."""
+    if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
+        yield from itertools.islice(loader, num_batches)
+        return
+    size = loader.batch_sampler.batch_size
+    indices = spread(len(loader.dataset), size * num_batches)
+    for start in range(0, len(indices), size):
+        yield loader.collate_fn([loader.dataset[index] for index in indices[start : start + size]])
 
 
 def _losses(task: NextTokenPrediction | Classification, batch: Any) -> Losses:

@@ -4,10 +4,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import yaml
+
 from routerzoo.errors import UserError
+from routerzoo.registry import did_you_mean
 
 if TYPE_CHECKING:
     from routerzoo.audit.result import LayerAudit
@@ -74,6 +78,34 @@ class Finding(NamedTuple):
         return f"{where}: {self.kind} ({self.value:.3g}{limit})"
 
 
+def read_thresholds(path: Path) -> dict[str, float | None]:
+    """Return the thresholds of a YAML or JSON file: numbers by name, null or none for those that judge nothing.
+
+    Raises:
+        UserError: a file that is not one, or an unknown threshold.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} has no thresholds by name, such as 'max_load: 4'")
+    known = [field.name for field in fields(Thresholds)]
+    limits: dict[str, float | None] = {}
+    for name, value in content.items():
+        if name not in known:
+            raise UserError(
+                f"{path}: unknown threshold {name!r}{did_you_mean(str(name), known)} There are {', '.join(known)}."
+            )
+        if value in (None, "none"):
+            limits[name] = None
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            limits[name] = float(value)
+        else:
+            raise UserError(f"{path}: the threshold {name} must be a number or null, got {value!r}")
+    return limits
+
+
 def judge(layer: LayerAudit, thresholds: Thresholds) -> list[Finding]:
     """Return what is not healthy in a layer."""
     found: list[Finding] = []
@@ -93,9 +125,6 @@ def judge(layer: LayerAudit, thresholds: Thresholds) -> list[Finding]:
         entropy = layer.load["load_entropy"]
         if layer.num_experts > layer.top_k:
             check(f"routing collapsed onto experts {_most_loaded(layer)}", entropy, "min_load_entropy")
-    check("gate too certain", layer.gate.get("gate_entropy"), "min_gate_entropy")
-    check("gate undecided", layer.gate.get("gate_entropy"), "max_gate_entropy")
-    check("gate undecided", layer.gate.get("gate_margin"), "min_gate_margin")
     for kind, norms in (("parameter", layer.relative_parameter_norms), ("output", layer.relative_output_norms)):
         for expert, norm in enumerate(norms or ()):
             if norm is None:  # an expert without a token
@@ -105,10 +134,27 @@ def judge(layer: LayerAudit, thresholds: Thresholds) -> list[Finding]:
                 check(f"{kind} norm vanishing", norm, f"min_{kind}_norm", expert)
             else:
                 found.append(Finding(layer.index, expert, f"{kind}s are NaN or inf", norm, "", math.nan))
-    costs = layer.costs or {}
-    check("dropping the first choice costs too little", costs.get("drop"), "min_drop_cost")
-    check("a random first choice costs too little", costs.get("random"), "min_random_cost")
+    for threshold, (kind, value) in _of_whole_layer(layer).items():
+        check(kind, value, threshold)
     return found
+
+
+def unjudged(layer: LayerAudit, thresholds: Thresholds) -> list[str]:
+    """Return the thresholds of what could not be measured in a layer."""
+    values = _of_whole_layer(layer).items()
+    return [name for name, (_, value) in values if value is None and getattr(thresholds, name) is not None]
+
+
+def _of_whole_layer(layer: LayerAudit) -> dict[str, tuple[str, float | None]]:
+    """Return what is wrong beyond a threshold, and what it judges."""
+    gate, costs = layer.gate, layer.costs or {}
+    return {
+        "min_gate_entropy": ("gate too certain", gate.get("gate_entropy")),
+        "max_gate_entropy": ("gate undecided", gate.get("gate_entropy")),
+        "min_gate_margin": ("gate undecided", gate.get("gate_margin")),
+        "min_drop_cost": ("dropping the first choice costs too little", costs.get("drop")),
+        "min_random_cost": ("a random first choice costs too little", costs.get("random")),
+    }
 
 
 def _most_loaded(layer: LayerAudit) -> str:

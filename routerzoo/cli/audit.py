@@ -19,8 +19,10 @@ from lightning import LightningDataModule, LightningModule
 from rich.console import Console
 
 from routerzoo.audit import Audit, Compression, Thresholds, audit, compress, record_experts, subject_of_task
+from routerzoo.audit.compression import Method, check
 from routerzoo.audit.page import write_page
 from routerzoo.audit.subject import Subject
+from routerzoo.audit.thresholds import read_thresholds
 from routerzoo.checkpoints.names import under_own_names
 from routerzoo.checkpoints.sharded import is_folder
 from routerzoo.checkpoints.single import read_checkpoint
@@ -34,6 +36,8 @@ from routerzoo.tasks.base import MoETask
 
 PAGE, RESULT = "audit.html", "audit.json"
 UNHEALTHY, FAILED = 1, 2
+FOR_TRANSFORMERS: dict[str, Any] = {"tokenizer": None, "text_field": "text", "length": 512, "batch_size": 4}
+"""Options of models of transformers, with their defaults. A run has options of its own for its data."""
 
 
 def main(args: Sequence[str]) -> None:
@@ -44,9 +48,17 @@ def main(args: Sequence[str]) -> None:
     """
     parser = _parser()
     options, rest = parser.parse_known_args(args)
+    if options.thresholds is not None:
+        try:
+            parser.set_defaults(**read_thresholds(options.thresholds))
+        except UserError as error:
+            _fail(str(error))
+        except OSError as error:
+            _fail(reason_of(error))
+        options, rest = parser.parse_known_args(args)  # its options go before those of the file
     for name, least in (("batches", 1), ("length", 2), ("batch_size", 1), ("counterfactuals", 0), ("best", 0)):
-        if getattr(options, name) < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
+        if (value := getattr(options, name)) is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     try:
         thresholds = Thresholds(
             **{field.name: getattr(options, field.name) for field in dataclasses.fields(Thresholds)}
@@ -102,20 +114,27 @@ def _parser() -> CommandParser:
     parser.add_argument("model", type=Path, help="folder of a run, a checkpoint of one, or a folder of transformers")
     parser.add_argument(
         "--data",
-        help="for a run, another data set than its own; for a model of transformers a text file, JSON lines with a "
-        "field text, or a folder of these",
+        help="for a run, another data set than its own; for a model of transformers text, as data.dataset, or for a "
+        "vision model images, likewise, or as a folder of images for each class",
     )
+    parser.add_argument("--text-field", help="name of the text in JSON and Parquet; by default text")
     parser.add_argument("--earlier", type=Path, nargs="+", default=[], help="earlier checkpoints, for saturation")
-    parser.add_argument("--split", choices=("val", "test"), default="test", help="of a run's data; by default test")
+    parser.add_argument(
+        "--split", choices=("val", "test"), default="test", help="of data that has splits; by default test"
+    )
     parser.add_argument("--batches", type=int, default=20, help="batches to audit; by default 20")
     parser.add_argument(
         "--counterfactuals", type=int, default=2, help="of these, batches to change first choices in; by default 2"
     )
     parser.add_argument("--best", type=int, default=0, help="batches to try every expert in; by default 0")
     parser.add_argument("--tokenizer", help="of a model of transformers: a name, a path or bytes; by default its own")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a window, for a model of transformers")
-    parser.add_argument("--batch-size", type=int, default=4, help="windows of a batch, for a model of transformers")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="for the same")
+    parser.add_argument(
+        "--length", type=int, help="tokens of a window, for a language model of transformers; by default 512"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, help="windows or images of a batch, for a model of transformers; by default 4"
+    )
+    parser.add_argument("--device", help="for a model of transformers; by default cuda where there is one, or cpu")
     parser.add_argument("--out", type=Path, help="folder of page and numbers; by default the run's, or audit")
     cut = parser.add_mutually_exclusive_group()
     cut.add_argument("--prune", type=int, metavar="N", help="leave N experts in each layer, and report the loss then")
@@ -123,11 +142,15 @@ def _parser() -> CommandParser:
     parser.add_argument("--by", choices=("load", "output"), default="output", help="what decides which are left")
     parser.add_argument("--save", type=Path, help="folder for the pruned or merged model of transformers")
     group = parser.add_argument_group("thresholds", "a number, or none to judge nothing")
+    group.add_argument(
+        "--thresholds", type=Path, metavar="FILE", help="thresholds in YAML or JSON, by name; options go before them"
+    )
     for field in dataclasses.fields(Thresholds):
         shown = "none" if field.default is None else field.default
         group.add_argument(
             "--" + field.name.replace("_", "-"),
             type=_limit,
+            metavar="X",
             default=field.default,
             help=f"{field.metadata['help']}; by default {shown}",
         )
@@ -135,7 +158,10 @@ def _parser() -> CommandParser:
 
 
 def _limit(text: str) -> float | None:
-    return None if text.lower() == "none" else float(text)
+    try:
+        return None if text.lower() == "none" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a number or none is needed, got {text!r}") from None
 
 
 def _audited(
@@ -152,6 +178,8 @@ def _audited(
             parser.error(f"unrecognized arguments: {rest[0]}")
         earlier = []
         for path in options.earlier:
+            if not path.exists():
+                raise UserError(f"the earlier checkpoint {path} does not exist")
             earlier.append((str(path), record_experts(_released(path, options))))
             gc.collect()  # before the next one is loaded
         subject = _released(options.model, options)
@@ -162,6 +190,12 @@ def _audited(
         return result, Path("audit")
     if options.save is not None:
         raise UserError(f"--save keeps models of transformers, {options.model} is a run: save its task from Python")
+    for name in (*FOR_TRANSFORMERS, "device"):
+        if getattr(options, name) is not None:
+            raise UserError(
+                f"--{name.replace('_', '-')} is for models of transformers, {options.model} is a run: its options are "
+                "those of test, such as --data.batch_size and --trainer.accelerator"
+            )
     checkpoint = _checkpoint(options.model)
     given = ["test", "--ckpt_path", str(checkpoint), *rest]
     if options.data is not None:
@@ -172,6 +206,10 @@ def _audited(
 
 
 def _measured(subject: Subject, *, earlier: Any, options: argparse.Namespace, thresholds: Thresholds) -> Audit:
+    number = options.prune if options.merge is None else options.merge
+    method: Method = "prune" if options.merge is None else "merge"
+    if number is not None:
+        check(subject.net, number, method)  # before the audit, which takes its time
     result = audit(
         subject,
         thresholds=thresholds,
@@ -179,30 +217,34 @@ def _measured(subject: Subject, *, earlier: Any, options: argparse.Namespace, th
         counterfactual_batches=options.counterfactuals,
         best_batches=options.best,
     )
-    number = options.prune if options.merge is None else options.merge
     if number is not None:
-        options.cut = compress(
-            subject, result, number, method="prune" if options.merge is None else "merge", by=options.by
-        )
+        options.cut = compress(subject, result, number, method=method, by=options.by)
     return result
 
 
 def _released(folder: Path, options: argparse.Namespace) -> Subject:
     from routerzoo.audit.released import load, subject_of_transformers
+    from routerzoo.audit.released_images import subject_of_images
 
     if options.data is None:
-        raise UserError(f"{folder} comes with no text: give --data a text file, JSON lines, or a folder of these")
-    if not Path(options.data).exists():
-        raise UserError(f"the text {options.data} does not exist")
-    return subject_of_transformers(
-        load(folder, options.device),
-        Path(options.data),
-        name=str(folder),
-        tokenizer=options.tokenizer or str(folder),
-        length=options.length,
-        batch_size=options.batch_size,
-        num_batches=options.batches,
-    )
+        raise UserError(f"{folder} comes with no text or images: give --data")
+    model = load(folder, options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = {name: getattr(options, name) for name in FOR_TRANSFORMERS}
+    chosen = {name: FOR_TRANSFORMERS[name] if value is None else value for name, value in chosen.items()}
+    if model.main_input_name == "pixel_values":
+        return subject_of_images(
+            model,
+            options.data,
+            name=str(folder),
+            folder=folder,
+            split=options.split,
+            batch_size=chosen["batch_size"],
+            num_batches=options.batches,
+        )
+    if model.main_input_name != "input_ids":
+        raise UserError(f"an audit reads text or images, {type(model).__name__} takes {model.main_input_name}")
+    chosen["tokenizer"] = chosen["tokenizer"] or str(folder)
+    return subject_of_transformers(model, options.data, name=str(folder), num_batches=options.batches, **chosen)
 
 
 def _checkpoint(path: Path) -> Path:

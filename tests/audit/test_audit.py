@@ -14,6 +14,8 @@ from routerzoo.audit import Losses, Subject, Thresholds, audit, record_experts
 from routerzoo.audit.counterfactuals import substitute, with_first
 from routerzoo.audit.documents import cut, read_documents
 from routerzoo.audit.page import write_page
+from routerzoo.audit.subject import spread
+from routerzoo.audit.thresholds import read_thresholds
 from routerzoo.data import TextData
 from routerzoo.errors import UserError
 
@@ -34,10 +36,22 @@ class Net(nn.Module):
                 if isinstance(layer.router, LinearRouter):
                     layer.router.weight[:, 0] = 0
 
-    def forward(self, ids_BS):
+    def context(self, ids_BS):
         sequences = torch.arange(len(ids_BS)).unsqueeze(1).expand_as(ids_BS)
-        context, x = RoutingContext(token_ids=ids_BS, sequence_ids=sequences), self.embedding(ids_BS)
+        return RoutingContext(token_ids=ids_BS, sequence_ids=sequences)
+
+    def forward(self, ids_BS):
+        context, x = self.context(ids_BS), self.embedding(ids_BS)
         return sum((layer(x, context) for layer in self.layers), x)
+
+
+class Packed(Net):
+    """Two documents in each sequence, whose last tokens are padding."""
+
+    def context(self, ids_BS):
+        places = torch.arange(ids_BS.shape[1]).expand_as(ids_BS)
+        documents = 2 * torch.arange(len(ids_BS)).unsqueeze(1) + (places >= 20)
+        return RoutingContext(token_ids=ids_BS, sequence_ids=documents, padding_mask=places >= 28)
 
 
 def subject_of(net, batches=2):
@@ -133,6 +147,64 @@ def test_thresholds_can_be_set_and_taken_away():
         Thresholds(min_load=-1)
 
 
+def test_tokens_of_packed_documents_are_of_their_row_and_padding_counts_nowhere():
+    net = Packed()
+    result = audit(subject_of(net), best_batches=1)
+    layer = result.layers[0]
+    assert result.tokens == 2 * 8 * 28
+    assert layer.assignments == 2 * result.tokens
+    ids_BS = torch.cat([batch[:, :28] for batch in subject_of(net).batches], 1)  # by row
+    top_BSK = (net.embedding(ids_BS) @ net.layers[0].router.weight.T).topk(2).indices
+    shares_BE = torch.nn.functional.one_hot(top_BSK, EXPERTS).sum(2).float().mean(1)
+    torch.testing.assert_close(layer.group_shares_VE, shares_BE)
+    assert layer.best.tokens == 8  # one of each row
+
+
+@pytest.mark.parametrize("router", ["ExpertChoiceRouter", "SoftMoERouter", "TopPRouter"])
+def test_tokens_are_counted_whatever_the_router_selects(router):
+    result = audit(subject_of(Net(router)))
+    assert result.tokens == 512
+    assert not any("which token" in sentence for sentence in result.left_out)
+
+
+def test_images_that_come_without_sequence_ids_are_in_their_order():
+    net = Net()
+    subject = subject_of(net)
+    expected = audit(subject, best_batches=1).layers[0]
+    net.context = lambda ids_BS: RoutingContext()
+    result = audit(subject, best_batches=1)
+    assert "specialization by document: neither data nor model say which document a token is of" in result.left_out
+    assert result.layers[0].best is None
+    subject.batch_first = True
+    layer = audit(subject, best_batches=1).layers[0]
+    torch.testing.assert_close(layer.group_shares_VE, expected.group_shares_VE)
+    assert layer.best == pytest.approx(expected.best)
+
+
+def test_thresholds_of_a_file_are_numbers_by_name(tmp_path):
+    path = tmp_path / "limits.yaml"
+    path.write_text("max_load: 4\nmin_load: null\nmin_drop_cost: none\n")
+    assert read_thresholds(path) == {"max_load": 4.0, "min_load": None, "min_drop_cost": None}
+    path.write_text('{"min_load": 0.5}')
+    assert read_thresholds(path) == {"min_load": 0.5}
+    for text, told in (
+        ("min_loads: 3", "limits.yaml: unknown threshold 'min_loads'; did you mean 'min_load'"),
+        ("max_load: many", "the threshold max_load must be a number or null, got 'many'"),
+        ("- 3", "has no thresholds by name, such as 'max_load: 4'"),
+        ("a: [", "is neither YAML nor JSON"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=told):
+            read_thresholds(path)
+
+
+def test_a_threshold_of_what_was_not_measured_is_said():
+    with pytest.raises(UserError, match="min_drop_cost judges counterfactuals, and there are none"):
+        audit(subject_of(Net()), thresholds=Thresholds(min_drop_cost=0.1))
+    result = audit(subject_of(Net("HashRouter")), thresholds=Thresholds(min_gate_margin=0.1))
+    assert "MoE layer 1: min_gate_margin judges what was not measured" in result.left_out
+
+
 def test_load_is_not_judged_on_too_few_tokens():
     net = Net()
     subject = subject_of(net)
@@ -148,6 +220,9 @@ def test_saturation_compares_the_same_tokens():
     layer = audit(subject_of(net), earlier=earlier).layers[0]
     assert layer.saturation["same"] == {"saturation": 1.0, "chance": 0.25}
     assert layer.saturation["other"]["saturation"] < 0.6
+    larger = [("larger", record_experts(subject_of(Net(num_experts=16))))]
+    with pytest.raises(UserError, match=r"larger routes to expert \d+ of MoE layer 0, the audited model has 8"):
+        audit(subject_of(net), earlier=larger)
     with pytest.raises(UserError, match="short routes 256 tokens, the audited model 512"):
         audit(subject_of(net), earlier=[("short", record_experts(subject_of(net, 1)))])
 
@@ -210,6 +285,11 @@ def test_what_cannot_be_measured_is_said():
     assert "MoE layer 0, counterfactual 'next': HashRouter has no logits, hence no next choice" in result.left_out
     assert result.layers[0].best.next is None
     assert math.isfinite(result.layers[0].best.gain)
+
+
+def test_samples_are_taken_from_all_of_the_data():
+    assert spread(10, 4) == [0, 2, 5, 7]
+    assert spread(3, 20) == [0, 1, 2]
 
 
 def test_a_dense_model_and_empty_data_are_refused():

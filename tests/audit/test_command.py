@@ -4,8 +4,11 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from routerzoo.__main__ import main
+from routerzoo.data import ImageData
+from routerzoo.data.images import ImageBatch
 
 pytestmark = pytest.mark.full
 
@@ -45,6 +48,11 @@ def test_a_run_is_healthy_until_something_is_planted(tmp_path, capsys):
     assert "MoE layer 1, expert 2: parameter norm exploding" in capsys.readouterr().out
     (tmp_path / "other.txt").write_text(TEXT)
     assert code_of(last, "--data", "other.txt", "--max-parameter-norm", "none", "--max-output-norm", "none", cpu) == 0
+    assert code_of(last, "--tokenizer", "bytes", cpu) == 2
+    assert "--tokenizer is for models of transformers" in capsys.readouterr().err
+    (tmp_path / "limits.yaml").write_text("max_parameter_norm: null\nmax_output_norm: null\n")
+    assert code_of(last, "--thresholds", "limits.yaml", "--counterfactuals", 0, cpu) == 0
+    assert code_of(last, "--thresholds", "limits.yaml", "--max-parameter-norm", 3, "--counterfactuals", 0, cpu) == 1
     saved["state_dict"] = {k: v for k, v in saved["state_dict"].items() if "head" not in k and "embedding" not in k}
     torch.save(saved, last)
     assert code_of(last, cpu) == 2
@@ -59,7 +67,71 @@ def test_images_are_audited_by_class(tmp_path):
     result = json.loads((tmp_path / "run" / "audit.json").read_text())
     assert set(result["layers"][0]["specialization"]) == {"class"}
     assert result["layers"][0]["best"]["tokens"] == 32
-    assert len(result["class"]) == 10
+    assert len(result["group_names"]) == 10
+
+
+def test_vision_models_of_transformers_are_audited(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    from routerzoo import hf
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.ViTConfig(**sizes, image_size=28, patch_size=7, num_labels=10)
+    dense = transformers.ViTForImageClassification(config).eval()
+    images = ImageData("fashion-mini")
+    images_BCHW = next(iter(images.test_dataloader())).images_BCHW[:4].expand(-1, 3, -1, -1)
+    logits_BL = dense(images_BCHW).logits
+    labels_B = torch.tensor(images.split("test").labels[:4])
+    hf.upcycle(dense, num_experts=4).save_pretrained("vit")
+    given = ["--data", "fashion-mini", "--device", "cpu", "--max-load", 9]
+    assert code_of("vit", *given, "--out", "one", "--batches", 25, "--batch-size", 40, "--best", 1) == 0
+    whole = json.loads((tmp_path / "one" / "audit.json").read_text())
+    assert whole["tokens"] == 1000 * 17  # all images, 16 patches and a class token of each
+    assert set(whole["layers"][0]["specialization"]) == {"class"}
+    assert whole["layers"][0]["best"]["tokens"] == 40
+    # Experts are equal, and their weights sum to 1.
+    assert whole["layers"][0]["costs"]["random"] == pytest.approx(0, abs=1e-6)
+    from routerzoo.audit import audit
+    from routerzoo.audit.released import load
+    from routerzoo.audit.released_images import subject_of_images
+
+    subject = subject_of_images(load(tmp_path / "vit"), "fashion-mini", name="vit", folder=tmp_path / "vit")
+    subject.batches = [ImageBatch(images_BCHW, labels_B)]
+    expected = torch.nn.functional.cross_entropy(logits_BL, labels_B)
+    assert audit(subject).loss == pytest.approx(float(expected.detach()), rel=1e-5)
+
+    for name in ("ant", "bee"):
+        (tmp_path / "insects" / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (40, 30), (80 * number, 9, 9)).save(tmp_path / "insects" / name / f"{number}.png")
+    transformers.ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained("vit")
+    assert code_of("vit", "--data", "insects", "--out", "two", "--device", "cpu", "--min-load", "none") == 0
+    result = json.loads((tmp_path / "two" / "audit.json").read_text())
+    assert result["group_names"] == ["ant", "bee"]
+    assert "loss and counterfactuals: the 2 classes of insects are not the model's 10" in result["left_out"]
+    subject = subject_of_images(load(tmp_path / "vit"), "insects", name="vit", folder=tmp_path / "vit")
+    # Normalized by the processor's 0.5 and 0.5.
+    assert subject.batches[0].images_BCHW[1, 0, 0, 0] == pytest.approx((80 / 255 - 0.5) / 0.5, abs=1e-4)
+    capsys.readouterr()
+    assert code_of("vit", "--data", "nothing", "--device", "cpu") == 2
+    assert "no data set or folder is called 'nothing'" in capsys.readouterr().err
+
+
+def test_files_that_are_broken_or_lack_weights_are_refused(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    from safetensors.torch import load_file, save_file
+
+    sizes = {"vocab_size": 256, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = transformers.MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, num_local_experts=4)
+    transformers.MixtralForCausalLM(config).save_pretrained("mixtral")
+    path = tmp_path / "mixtral" / "model.safetensors"
+    (tmp_path / "text.txt").write_text(TEXT)
+    given = ["--data", "text.txt", "--tokenizer", "bytes", "--device", "cpu"]
+    weights = {k: v for k, v in load_file(path).items() if "layers.1" not in k or "experts" not in k}
+    save_file(weights, path, metadata={"format": "pt"})
+    for told in ("mixtral: its files lack 2 weights of the model, such as model.layers.1", "mixtral: Error while"):
+        assert code_of("mixtral", *given) == 2
+        assert f"error: cannot load {told}" in capsys.readouterr().err
+        path.write_bytes(path.read_bytes()[:1000])
 
 
 def test_models_of_transformers_are_audited(tmp_path, capsys):
@@ -100,10 +172,13 @@ def test_models_of_transformers_are_audited(tmp_path, capsys):
     (tmp_path / "odd" / "config.json").write_text('{"model_type": "nothing-of-the-kind"}')
     for args, told in (
         (["odd", *given], "odd is no model that transformers knows"),
-        (["mixtral"], "mixtral comes with no text: give --data"),
-        (["mixtral", "--data", "none.txt"], "the text none.txt does not exist"),
+        (["mixtral"], "mixtral comes with no text or images: give --data"),
+        (["mixtral", "--data", "none.txt", *given[2:]], "no data set or file is called 'none.txt'; the data sets are"),
         (["mixtral", *given[:2]], "mixtral has no tokenizer: give --tokenizer a name, a path or bytes"),
         (["mixtral", *given, "--trainer.devices=1"], "there is no option --trainer.devices"),
+        (["mixtral", *given, "--prune", 4], "num_experts must be at least k = 2 and below the 4 of MoE layer 0, got 4"),
+        (["mixtral", *given, "--earlier", "none"], "the earlier checkpoint none does not exist"),
+        (["mixtral", *given, "--max-load", "abc"], "a number or none is needed, got 'abc'"),
     ):
         assert code_of(*args) == 2
         assert told in capsys.readouterr().err

@@ -94,6 +94,8 @@ def test_what_cannot_be_cut_is_said_and_left_as_it_was():
     ):
         with pytest.raises(UserError, match=told):
             compress(subject, measured, **options)
+    with pytest.raises(UserError, match=r"the audit is of layers of \[6, 6\] experts, the model's have \[8, 8\]"):
+        compress(subject, audit(subject_of(Net(num_experts=6))), 4)
     hashed = subject_of(Net("HashRouter"))
     with pytest.raises(UserError, match="MoE layer 0: HashRouter is no LogitRouter by itself"):
         compress(hashed, audit(hashed), 4)
