@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from routerzoo.functional.transforms import in_transform
 
 ScoreFunction = Literal["softmax", "sigmoid", "sqrt_softplus"]
 
@@ -68,11 +70,11 @@ def softmax_at(logits_TE: Tensor, experts_TK: Tensor, *, may_drop: bool = True) 
         may_drop: whether `experts_TK` may hold -1; False saves the masking.
     """
     if not may_drop:
-        return logits_TE.gather(1, experts_TK).softmax(dim=-1)
+        return _gather(logits_TE, experts_TK).softmax(dim=-1)
     none_TK = experts_TK < 0
     # The lowest finite number instead of minus infinity: the softmax over nothing else has a NaN gradient.
     lowest = torch.finfo(logits_TE.dtype).min
-    selected_TK = logits_TE.gather(1, experts_TK.clamp_min(0)).masked_fill(none_TK, lowest)
+    selected_TK = _gather(logits_TE, experts_TK.clamp_min(0)).masked_fill(none_TK, lowest)
     return selected_TK.softmax(dim=-1).masked_fill(none_TK, 0.0)
 
 
@@ -92,6 +94,28 @@ def gather_weights(
     else:
         weights_TK = scores_TE.gather(1, experts_TK)
     return weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(1e-20) if renormalize else weights_TK
+
+
+def _gather(logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() or in_transform():
+        return logits_TE.gather(1, experts_TK)
+    selected_TK: Tensor = _Gather.apply(logits_TE, experts_TK)
+    return selected_TK
+
+
+class _Gather(torch.autograd.Function):
+    """`logits_TE.gather(1, experts_TK)`; torch's own keeps all logits for its gradient, of which it takes the sizes."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(experts_TK)
+        ctx.sizes = logits_TE.shape
+        return logits_TE.gather(1, experts_TK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TK: Tensor) -> tuple[Tensor, None]:
+        (experts_TK,) = ctx.saved_tensors
+        return grad_TK.new_zeros(ctx.sizes).scatter_add(1, experts_TK, grad_TK), None
 
 
 def apply_score_fn(logits_TE: Tensor, score_fn: ScoreFunction) -> Tensor:

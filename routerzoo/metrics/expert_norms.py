@@ -139,5 +139,6 @@ class OutputHook:
 
     def _record(self, experts: nn.Module, args: tuple[Any, ...], y_ND: Tensor) -> None:
         metric = self.metric()
-        if metric is not None and len(args) == 2 and len(args[1]) == metric.num_experts:
-            metric.update(y_ND, args[1])
+        ends_E = args[1] if len(args) == 2 else None
+        if metric is not None and isinstance(ends_E, Tensor) and len(ends_E) == metric.num_experts:
+            metric.update(y_ND, ends_E)

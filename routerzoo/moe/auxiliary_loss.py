@@ -57,7 +57,7 @@ def auxiliary_loss(
     if not losses:
         parameters = (p for module in ([model] if isinstance(model, nn.Module) else model) for p in module.parameters())
         return torch.zeros((), device=next((parameter.device for parameter in parameters), None))
-    return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
+    return torch.stack(losses).sum() if len(losses) > 3 else sum(losses[1:], losses[0])
 
 
 def auxiliary_losses(

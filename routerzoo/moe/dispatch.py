@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from routerzoo.distributed.expert_parallel import compute
 from routerzoo.errors import UserError
+from routerzoo.functional.transforms import in_transform
 from routerzoo.moe.experts import TwoLayerExperts
-from routerzoo.moe.grouped_linear import in_transform
 from routerzoo.moe.low_memory import Assigned, means_for
 from routerzoo.moe.permute import permutation_of, permute, unpermute
-from routerzoo.moe.rows import sorted_rows
+from routerzoo.moe.rows import sort_assignments
 from routerzoo.routing import Assignments, Routing
 
 if TYPE_CHECKING:
@@ -63,8 +63,7 @@ def apply_experts(
     if mesh is None and isinstance(experts, TwoLayerExperts) and _is_one_operator(x_TD, experts, low_memory):
         means = means_for(x_TD, experts.network())
         if means is not None:
-            rows, weight_N = sorted_rows(routing, len(x_TD), num_experts, by_kernel=means != "torch")
-            y_TD: Tensor = experts(x_TD, rows.ends_E, Assigned(rows, weight_N, means))
+            y_TD: Tensor = experts(x_TD, Assigned(*sort_assignments(routing, len(x_TD), num_experts), means))
             return y_TD
     return _sparse(x_TD, routing.assignments(), experts, num_experts, mesh)
 

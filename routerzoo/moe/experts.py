@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from routerzoo.functional.initialization import Reinitializable
+from routerzoo.functional.transforms import in_transform
 from routerzoo.moe.activations import ACTIVATIONS, Activation, activated
 from routerzoo.moe.cpu_upcast import widens
-from routerzoo.moe.grouped_linear import Backend, grouped_linear, in_transform
+from routerzoo.moe.grouped_linear import Backend, grouped_linear
 from routerzoo.moe.low_memory import Assigned, FeedForward, apply_low_memory
 from routerzoo.routing import LayerSpec
 
@@ -95,11 +96,11 @@ class TwoLayerExperts(Experts):
     def network(self) -> FeedForward:
         """Return the weights, and the dropout of now."""
 
-    def forward(self, x_ND: Tensor, ends_E: Tensor, assigned: Assigned | None = None) -> Tensor:
-        """Compute each row with its expert; with `assigned`, rows are tokens, and so are the results."""
+    def forward(self, x_ND: Tensor, ends_E: Tensor | Assigned) -> Tensor:
+        """Compute each row with its expert; where `Assigned` is in place of the ends, rows and results are tokens."""
         network = self.network()
-        if assigned is not None:
-            return apply_low_memory(x_ND, assigned, network)
+        if isinstance(ends_E, Assigned):
+            return apply_low_memory(x_ND, ends_E, network)
         z_NZ = grouped_linear(x_ND, network.up, ends_E, network.up_bias, self.backend)
         hidden_NH = F.dropout(_hidden_units(z_NZ, self.hidden_dim, self.activation), network.dropout)
         return grouped_linear(hidden_NH, network.down, ends_E, network.down_bias, self.backend)

@@ -13,6 +13,7 @@ from torch.library import custom_op
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from routerzoo.functional.ragged import add_by_index
+from routerzoo.functional.transforms import in_transform
 from routerzoo.moe.cpu_upcast import FEWEST_ROWS_PER_EXPERT, Widening, widens
 
 Backend = Literal["auto", "grouped", "loop", "reference"]
@@ -64,11 +65,6 @@ def grouped_linear(
         by_row: Tensor = _BiasByRow.apply(bias_EO, _expert_of_row(ends_E, x_NI.shape[0]))
         return y_NO + by_row
     return y_NO + _per_row(bias_EO, ends_E, x_NI.shape[0])
-
-
-def in_transform() -> bool:
-    """Return whether `torch.func` transforms what runs now: it knows torch's own operations only."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def multiply(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:

@@ -12,13 +12,16 @@ from torch import Tensor
 
 from routerzoo.moe import kernels
 from routerzoo.moe.kernels import INTERPRETED
+from routerzoo.moe.rows import Rows
 
 if TYPE_CHECKING:
-    from routerzoo.moe.rows import Rows
+    from routerzoo.moe.rows import Order
 
 MOST_UNROLLED = 16
 """Of so many experts per token the kernels are compiled for each k; of more, for all."""
 
+MOST_SUMMED_AT_ONCE = 2**15
+"""Up to so many partial sums one program adds up while another launch would begin (by count, not measured)."""
 
 SUM_SIZES = {"CHUNK": 32, "BR": 16, "BC": 16} if INTERPRETED else {"CHUNK": 1024, "BR": 64, "BC": 64, "num_warps": 4}
 """How the rows of experts are added up: by chunks, in blocks of rows and columns."""
@@ -52,38 +55,33 @@ def _width(columns: int, most: int = 1024) -> dict[str, Any]:
     return {"BH": block, "num_warps": max(1, min(8, block // 128))}
 
 
-def place_rows(
-    expert_N: Tensor, order_N: Tensor, token_N: Tensor | None, top_k: int, num_experts: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the ends of the experts' rows, and the assignment in each row, its token, and the row of each assignment.
-
-    Args:
-        expert_N: the expert of each row, rising; E for none.
-        order_N: the assignment in each row.
-        token_N: the token of each assignment; None where all tokens have `top_k`.
-        top_k: assignments of every token.
-        num_experts: E.
-    """
+def place_rows(order: Order, num_tokens: int, num_experts: int) -> Rows:
+    """Return what follows from an order."""
+    expert_N, order_N, begin_T, top_k = order
     num_rows, block = len(order_N), 16 if INTERPRETED else 256
     ends_E = order_N.new_empty(num_experts, dtype=torch.int32)
-    assignment_N, source_N, row_N = (order_N.new_empty(num_rows, dtype=torch.int32) for _ in range(3))
+    source_N, row_N = (order_N.new_empty(num_rows, dtype=torch.int32) for _ in range(2))
+    narrow_N = order_N if order_N.dtype == torch.int32 else torch.empty_like(source_N)
     kernels.place_rows[(triton.cdiv(max(num_rows, num_experts), block),)](
         expert_N,
         order_N,
-        token_N if token_N is not None else order_N,
+        begin_T if begin_T is not None else order_N,
         ends_E,
-        assignment_N,
+        narrow_N,
         source_N,
         row_N,
         num_rows,
-        top_k,
+        num_tokens,
+        top_k or 1,
         1 << num_rows.bit_length() >> 1,
+        1 << num_tokens.bit_length() >> 1,
         E=num_experts,
-        FLAT=token_N is not None,
+        NARROW=narrow_N is not order_N,
+        RAGGED=begin_T is not None,
         B=block,
         num_warps=4,
     )
-    return ends_E, assignment_N, source_N, row_N
+    return Rows(ends_E, expert_N, narrow_N, source_N, row_N, begin_T, top_k, num_tokens)
 
 
 def activate(
@@ -169,10 +167,10 @@ def activate_backward(
     return dz_NZ, wa_NH, dweight_N
 
 
-def combine(y_ND: Tensor, bias_ED: Tensor | None, weight_N: Tensor | None, rows: Rows) -> Tensor:
+def combine(y_ND: Tensor, bias_ED: Tensor | None, weight_N: Tensor | None, rows: Rows, dtype: torch.dtype) -> Tensor:
     """Return the sum of each token's rows, weighted where weights are given, `[T, D]`."""
     width = y_ND.shape[1]
-    out_TD = y_ND.new_empty(rows.num_tokens, width)
+    out_TD = y_ND.new_empty(rows.num_tokens, width, dtype=dtype)
     sizes = _width(width)
     block = sizes.pop("BH")
     kernels.combine[(rows.num_tokens, triton.cdiv(width, block))](
@@ -197,25 +195,39 @@ def combine(y_ND: Tensor, bias_ED: Tensor | None, weight_N: Tensor | None, rows:
     return out_TD
 
 
-def column_sums(g: Tensor, rows: Rows, weight_N: Tensor | None = None) -> Tensor:
-    """Return the sum of each expert's rows, `[E, C]`; with weights, the rows of `g` are tokens."""
-    num_rows, num_experts, width = len(rows.source_N), len(rows.ends_E), g.shape[1]
-    sizes = {"E": num_experts, "E2": triton.next_power_of_2(num_experts), "C": width, **SUM_SIZES}
-    chunks = num_rows // sizes["CHUNK"] + min(num_experts, num_rows)  # at most so many, whatever the loads
-    blocks = triton.cdiv(width, sizes["BC"])
-    parts, sums_EC = g.new_empty(chunks, width, dtype=torch.float32), g.new_empty(num_experts, width)
-    kernels.column_sums[(chunks, blocks)](
-        g,
-        rows.source_N,
-        rows.order_N,
-        weight_N if weight_N is not None else g,
-        rows.ends_E,
-        parts,
-        GATHERED=weight_N is not None,
-        **sizes,
+def bias_grads(
+    dz_NZ: Tensor,
+    grad_TD: Tensor,
+    weight_N: Tensor,
+    up_bias_EZ: Tensor | None,
+    down_bias_ED: Tensor | None,
+    rows: Rows,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of both biases, summed in float32 and rounded once; nothing for None.
+
+    Args:
+        dz_NZ: the gradient of the pre-activations.
+        grad_TD: the gradient of the output, by token.
+        weight_N: the weight of each assignment.
+        up_bias_EZ: the first bias.
+        down_bias_ED: the second.
+        rows: which rows are whose.
+    """
+    num_rows, num_experts = len(rows.source_N), len(rows.ends_E)
+    dup_bias_EZ, ddown_bias_ED = (
+        weight_N.new_empty(0) if bias is None else torch.empty_like(bias) for bias in (up_bias_EZ, down_bias_ED)
     )
-    kernels.sum_chunks[(num_experts, blocks)](parts, rows.ends_E, sums_EC, **sizes)
-    return sums_EC
+    z_width, width = (0 if bias is None else bias.shape[1] for bias in (up_bias_EZ, down_bias_ED))
+    sizes = {"E": num_experts, "E2": triton.next_power_of_2(num_experts), "Z": z_width, "D": width, **SUM_SIZES}
+    chunks = num_rows // sizes["CHUNK"] + min(num_experts, num_rows)  # at most so many, whatever the loads
+    parts = grad_TD.new_empty(chunks, z_width + width, dtype=torch.float32)
+    kernels.column_sums[(chunks, triton.cdiv(z_width, sizes["BC"]) + triton.cdiv(width, sizes["BC"]))](
+        dz_NZ, grad_TD, rows.source_N, rows.order_N, weight_N, rows.ends_E, parts, **sizes
+    )
+    kernels.sum_chunks[(num_experts, triton.cdiv(z_width + width, sizes["BC"]))](
+        parts, rows.ends_E, dup_bias_EZ, ddown_bias_ED, **sizes
+    )
+    return dup_bias_EZ, ddown_bias_ED
 
 
 def gathered(x_TD: Tensor, rows: Rows) -> tuple[Tensor, bool]:
@@ -257,17 +269,18 @@ def product(x: Tensor, weight_EOI: Tensor, rows: Rows, *, gather: bool = False) 
     return y_NO
 
 
-def weight_grad(g: Tensor, x: Tensor, rows: Rows, *, gather: str) -> Tensor:
+def weight_grad(g: Tensor, x: Tensor, rows: Rows, dtype: torch.dtype, *, gather: str) -> Tensor:
     """Return `g^T x` over each expert's rows, `[E, O, I]`.
 
     Args:
         g: rows sorted by expert, or tokens.
         x: likewise.
         rows: which rows are whose.
+        dtype: of the result, which is rounded once.
         gather: `g` or `x`, whose rows are tokens; empty for neither.
     """
     num_experts, out_width, in_width = len(rows.ends_E), g.shape[1], x.shape[1]
-    grad_EOI = g.new_empty(num_experts, out_width, in_width)
+    grad_EOI = g.new_empty(num_experts, out_width, in_width, dtype=dtype)
     sizes = tile_sizes(g.dtype, 128)
     sizes["BO"], sizes["BI"] = sizes.pop("BM"), sizes.pop("BN")
     # Experts are the slowest dimension: blocks that run together read the same rows.
@@ -295,22 +308,33 @@ def softmax_losses(
     sizes = _token_blocks(num_experts)
     num_blocks = triton.cdiv(num_tokens, sizes["BT"])
     log_partition_T = logits_TE.new_empty(num_tokens)
-    sums = logits_TE.new_empty(num_blocks, 2 * num_experts + 2)
+    parts = logits_TE.new_empty(num_blocks, 2 * num_experts + 2)
     kernels.softmax_sums[(num_blocks,)](
         logits_TE,
         experts_TK,
         padding_mask if padding_mask is not None else experts_TK,
         log_partition_T,
-        sums,
+        parts,
         num_tokens,
         top_k,
         E=num_experts,
         PADDED=padding_mask is not None,
         **sizes,
     )
-    sums = sums.sum(0)
-    balance, z = logits_TE.new_empty(()), logits_TE.new_empty(())
-    kernels.softmax_losses[(1,)](sums, balance, z, E=num_experts, E2=sizes["E2"])
+    if num_blocks * sizes["E2"] > MOST_SUMMED_AT_ONCE:
+        parts = parts.sum(0, keepdim=True)
+    balance, z, sums = logits_TE.new_empty(()), logits_TE.new_empty(()), parts.new_empty(2 * num_experts + 2)
+    kernels.softmax_losses[(1,)](
+        parts,
+        sums,
+        balance,
+        z,
+        len(parts),
+        E=num_experts,
+        E2=sizes["E2"],
+        BP=min(sizes["BT"], triton.next_power_of_2(len(parts))),
+        num_warps=8,
+    )
     return balance, z, log_partition_T, sums
 
 

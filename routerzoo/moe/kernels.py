@@ -72,36 +72,50 @@ def _biased(z_ptr, bias_ptr, row, expert, column, mask, Z: tl.constexpr, BIAS: t
     return v
 
 
-@triton.jit(do_not_specialize=["num_rows", "top_k", "first_step"])
+@triton.jit(do_not_specialize=["num_rows", "num_tokens", "top_k", "row_step", "token_step"])
 def place_rows(
     expert_ptr,
     order_ptr,
-    token_ptr,
+    begin_ptr,
     ends_ptr,
-    assignment_ptr,
+    narrow_ptr,
     source_ptr,
     row_ptr,
     num_rows,
+    num_tokens,
     top_k,
-    first_step,
+    row_step,
+    token_step,
     E: tl.constexpr,
-    FLAT: tl.constexpr,
+    NARROW: tl.constexpr,
+    RAGGED: tl.constexpr,
     B: tl.constexpr,
 ):
-    """Of a block of sorted rows, write assignments and tokens, and the rows of assignments; of experts, their ends.
+    """Of a block of sorted rows, write the tokens, and the rows of assignments; of experts, their ends.
 
-    An expert's end is found by bisection, from the largest power of 2 that is no larger than the number of rows.
+    An expert's end, and where tokens have different numbers of assignments a row's token, is found by bisection, from
+    the largest power of 2 that is no larger than the number of rows, or of tokens. With NARROW, the order is copied.
     """
     place = tl.program_id(0) * B + tl.arange(0, B)
     inside = place < num_rows
     n = tl.load(order_ptr + place, mask=inside, other=0)
-    tl.store(assignment_ptr + place, n.to(tl.int32), mask=inside)
+    if NARROW:
+        tl.store(narrow_ptr + place, n.to(tl.int32), mask=inside)
     tl.store(row_ptr + n, place, mask=inside)
-    token = tl.load(token_ptr + n, mask=inside, other=0) if FLAT else n // top_k
-    tl.store(source_ptr + place, token.to(tl.int32), mask=inside)
+    if RAGGED:
+        token = tl.zeros((B,), tl.int32)
+        step = token_step
+        while step > 0:
+            later = token + step
+            begin = tl.load(begin_ptr + later, mask=inside & (later < num_tokens), other=num_rows)
+            token = tl.where(begin <= n, later, token)
+            step = step // 2
+        tl.store(source_ptr + place, token, mask=inside)
+    else:
+        tl.store(source_ptr + place, (n // top_k).to(tl.int32), mask=inside)
     if tl.program_id(0) * B < E:
         end = tl.zeros((B,), tl.int32)
-        step = first_step
+        step = row_step
         while step > 0:
             beyond = end + step
             known = (place < E) & (beyond <= num_rows)
@@ -291,30 +305,19 @@ def _tile(ends_ptr, tile, E: tl.constexpr, E2: tl.constexpr, BM: tl.constexpr):
 
 
 @triton.jit
-def column_sums(
+def _chunk_sum(
     g_ptr,
     source_ptr,
     order_ptr,
     weight_ptr,
-    ends_ptr,
-    parts_ptr,
-    E: tl.constexpr,
-    E2: tl.constexpr,
+    start,
+    end,
+    c,
     C: tl.constexpr,
     GATHERED: tl.constexpr,
-    CHUNK: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Add up each chunk of an expert's rows: a part of a bias's gradient. Rows by token are gathered and weighted.
-
-    Chunks are short, so that no program waits for one whose expert has all the rows.
-    """
-    expert, start, end = _tile(ends_ptr, tl.program_id(0), E, E2, CHUNK)
-    if expert >= E:
-        return
-    end = tl.minimum(end, start + CHUNK)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
     sum_C = tl.zeros((BC,), tl.float32)
     while start < end:
         rows = start + tl.arange(0, BR)
@@ -329,22 +332,62 @@ def column_sums(
             g *= tl.load(weight_ptr + n, mask=inside, other=0.0).to(tl.float32)[:, None]
         sum_C += tl.sum(g, 0)
         start += BR
-    tl.store(parts_ptr + tl.program_id(0).to(tl.int64) * C + c, sum_C, mask=c < C)
+    return sum_C
+
+
+@triton.jit
+def column_sums(
+    dz_ptr,
+    grad_ptr,
+    source_ptr,
+    order_ptr,
+    weight_ptr,
+    ends_ptr,
+    parts_ptr,
+    E: tl.constexpr,
+    E2: tl.constexpr,
+    Z: tl.constexpr,
+    D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Add up each chunk of an expert's rows: parts of the biases' gradients, 0 columns of one that none is asked of.
+
+    The second bias's rows are those of the tokens' gradients, gathered and weighted. Chunks are short, so that no
+    program waits for one whose expert has all the rows.
+    """
+    expert, start, end = _tile(ends_ptr, tl.program_id(0), E, E2, CHUNK)
+    if expert >= E:
+        return
+    end = tl.minimum(end, start + CHUNK)
+    parts_ptr += tl.program_id(0).to(tl.int64) * (Z + D)
+    block = tl.program_id(1)
+    if block < (Z + BC - 1) // BC:
+        c = block * BC + tl.arange(0, BC)
+        sum_C = _chunk_sum(dz_ptr, source_ptr, order_ptr, weight_ptr, start, end, c, Z, False, BR, BC)
+        tl.store(parts_ptr + c, sum_C, mask=c < Z)
+    else:
+        c = (block - (Z + BC - 1) // BC) * BC + tl.arange(0, BC)
+        sum_C = _chunk_sum(grad_ptr, source_ptr, order_ptr, weight_ptr, start, end, c, D, True, BR, BC)
+        tl.store(parts_ptr + Z + c, sum_C, mask=c < D)
 
 
 @triton.jit
 def sum_chunks(
     parts_ptr,
     ends_ptr,
-    sums_ptr,
+    up_ptr,
+    down_ptr,
     E: tl.constexpr,
     E2: tl.constexpr,
-    C: tl.constexpr,
+    Z: tl.constexpr,
+    D: tl.constexpr,
     CHUNK: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Add up the parts of each expert's sum."""
+    """Add up the parts of each expert's sums."""
     expert = tl.program_id(0)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     tiles, until, _, _ = _tiles(ends_ptr, E, E2, CHUNK)
@@ -354,10 +397,13 @@ def sum_chunks(
     sum_C = tl.zeros((BC,), tl.float32)
     while start < end:
         rows = start + tl.arange(0, BR)
-        mask = (rows < end)[:, None] & (c < C)[None, :]
-        sum_C += tl.sum(tl.load(parts_ptr + rows.to(tl.int64)[:, None] * C + c[None, :], mask=mask, other=0.0), 0)
+        mask = (rows < end)[:, None] & (c < Z + D)[None, :]
+        sum_C += tl.sum(tl.load(parts_ptr + rows.to(tl.int64)[:, None] * (Z + D) + c[None, :], mask=mask, other=0.0), 0)
         start += BR
-    tl.store(sums_ptr + expert.to(tl.int64) * C + c, sum_C.to(sums_ptr.dtype.element_ty), mask=c < C)
+    expert = expert.to(tl.int64)
+    tl.store(up_ptr + expert * Z + c, sum_C.to(up_ptr.dtype.element_ty), mask=c < Z)
+    inside = (c >= Z) & (c < Z + D)
+    tl.store(down_ptr + expert * D + c - Z, sum_C.to(down_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -519,22 +565,39 @@ def softmax_sums(
 
 
 @triton.jit
-def _averages(sums_ptr, E: tl.constexpr, E2: tl.constexpr):
-    """Return the number of tokens, and by how much the balance loss grows with the sum of each expert's softmax."""
-    e = tl.arange(0, E2)
-    chosen_E = tl.load(sums_ptr + E + e, mask=e < E, other=0.0)
-    tokens = tl.maximum(tl.load(sums_ptr + 2 * E + 1), 1.0)
-    return tokens, chosen_E * (E / tokens / tl.maximum(tl.sum(chosen_E, 0), 1.0))
+def _factors(chosen_E, tokens, E: tl.constexpr):
+    """Return by how much the balance loss grows with the sum of each expert's softmax."""
+    return chosen_E * (E / tl.maximum(tokens, 1.0) / tl.maximum(tl.sum(chosen_E, 0), 1.0))
 
 
-@triton.jit
-def softmax_losses(sums_ptr, balance_ptr, z_ptr, E: tl.constexpr, E2: tl.constexpr):
-    """Write the balance loss and the z-loss, from the sums over all tokens."""
+@triton.jit(do_not_specialize=["num_parts"])
+def softmax_losses(
+    parts_ptr, sums_ptr, balance_ptr, z_ptr, num_parts, E: tl.constexpr, E2: tl.constexpr, BP: tl.constexpr
+):
+    """Add up the sums over blocks of tokens, and write them, the balance loss and the z-loss."""
     e = tl.arange(0, E2)
-    tokens, factor_E = _averages(sums_ptr, E, E2)
-    softmax_E = tl.load(sums_ptr + e, mask=e < E, other=0.0)
-    tl.store(balance_ptr, tl.sum(softmax_E * factor_E, 0))
-    tl.store(z_ptr, tl.load(sums_ptr + 2 * E) / tokens)
+    softmax_E = tl.zeros((E2,), tl.float32)
+    chosen_E = tl.zeros((E2,), tl.float32)
+    squares_P = tl.zeros((BP,), tl.float32)
+    tokens_P = tl.zeros((BP,), tl.float32)
+    start = num_parts * 0
+    while start < num_parts:
+        part = start + tl.arange(0, BP)
+        inside = part < num_parts
+        row = parts_ptr + part.to(tl.int64) * (2 * E + 2)
+        mask = inside[:, None] & (e < E)[None, :]
+        softmax_E += tl.sum(tl.load(row[:, None] + e[None, :], mask=mask, other=0.0), 0)
+        chosen_E += tl.sum(tl.load(row[:, None] + E + e[None, :], mask=mask, other=0.0), 0)
+        squares_P += tl.load(row + 2 * E, mask=inside, other=0.0)
+        tokens_P += tl.load(row + 2 * E + 1, mask=inside, other=0.0)
+        start += BP
+    squares, tokens = tl.sum(squares_P, 0), tl.sum(tokens_P, 0)
+    tl.store(sums_ptr + e, softmax_E, mask=e < E)
+    tl.store(sums_ptr + E + e, chosen_E, mask=e < E)
+    tl.store(sums_ptr + 2 * E, squares)
+    tl.store(sums_ptr + 2 * E + 1, tokens)
+    tl.store(balance_ptr, tl.sum(softmax_E * _factors(chosen_E, tokens, E), 0))
+    tl.store(z_ptr, squares / tl.maximum(tokens, 1.0))
 
 
 @triton.jit
@@ -562,12 +625,13 @@ def softmax_losses_backward(
     logits_TE = tl.load(logits_ptr + t[:, None] * E + e[None, :], mask=mask, other=-float("inf"))
     log_partition_T = tl.load(log_partition_ptr + t, mask=inside, other=0.0)
     softmax_TE = tl.exp(logits_TE - log_partition_T[:, None])
-    tokens, factor_E = _averages(sums_ptr, E, E2)
+    tokens = tl.load(sums_ptr + 2 * E + 1)
+    factor_E = _factors(tl.load(sums_ptr + E + e, mask=e < E, other=0.0), tokens, E)
     grad_TE = tl.zeros((BT, E2), tl.float32)
     if BALANCE:
         mean_T = tl.sum(softmax_TE * factor_E[None, :], 1)
         grad_TE += softmax_TE * (factor_E[None, :] - mean_T[:, None]) * tl.load(grad_balance_ptr)
     if Z_LOSS:
-        grad_TE += softmax_TE * (log_partition_T * (2 * tl.load(grad_z_ptr) / tokens))[:, None]
+        grad_TE += softmax_TE * (log_partition_T * (2 * tl.load(grad_z_ptr) / tl.maximum(tokens, 1.0)))[:, None]
     mask = (t < num_tokens)[:, None] & (e < E)[None, :]
     tl.store(grad_ptr + t[:, None] * E + e[None, :], grad_TE, mask=mask)

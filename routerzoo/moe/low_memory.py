@@ -29,12 +29,11 @@ from routerzoo.moe.grouped_linear import (
     grouped_linear,
     grouped_refuses,
     multiply,
-    num_rows,
     rows_of_16_bytes,
     weight_grad,
 )
 from routerzoo.moe.permute import sum_bags
-from routerzoo.moe.rows import Rows
+from routerzoo.moe.rows import Order, Rows, place_rows
 
 HAS_TRITON = find_spec("triton") is not None
 """Whether Triton is installed; torch brings it on Linux."""
@@ -46,7 +45,7 @@ Means = Literal["torch", "hybrid", "triton"]
 class Assigned(NamedTuple):
     """What a bank needs beside hidden states to return sums by token."""
 
-    rows: Rows
+    order: Order
     weight_N: Tensor
     means: Means
 
@@ -78,16 +77,26 @@ def apply_low_memory(x_TD: Tensor, assigned: Assigned, network: FeedForward) -> 
         assigned: the assignments, sorted by expert, and the weight of each, in the order of tokens.
         network: the bank's weights; its dropout is that of now.
     """
-    rows, weight_N, means = assigned
+    (expert_N, order_N, begin_T, top_k), weight_N, means = assigned
     device_type = x_TD.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x_TD.dtype
-    if rows.num_tokens == 0 or len(rows.source_N) == 0:
+    if len(x_TD) == 0 or len(order_N) == 0:
         return (x_TD * 0.0).to(dtype)
     seed = torch.randint(2**31, (), device=x_TD.device) if network.dropout > 0 else None
     tensors = (x_TD, weight_N, network.up, network.up_bias, network.down, network.down_bias)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     out_TD: Tensor = _experts(
-        *tensors, *rows[:-2], seed, rows.top_k or 0, network.activation, network.dropout, dtype, means, keep
+        *tensors,
+        expert_N,
+        order_N,
+        begin_T,
+        seed,
+        top_k or 0,
+        network.activation,
+        network.dropout,
+        dtype,
+        means,
+        keep,
     )[0]
     return out_TD
 
@@ -121,11 +130,8 @@ def _experts(
     up_bias_EZ: Tensor | None,
     down_EDH: Tensor,
     down_bias_ED: Tensor | None,
-    ends_E: Tensor,
     expert_N: Tensor,
     order_N: Tensor,
-    source_N: Tensor,
-    row_N: Tensor,
     begin_T: Tensor | None,
     seed: Tensor | None,
     top_k: int,
@@ -134,10 +140,10 @@ def _experts(
     dtype: torch.dtype,
     means: str,
     keep: bool,
-) -> tuple[Tensor, Tensor]:
-    rows = Rows(ends_E, expert_N, order_N, source_N, row_N, begin_T, top_k or None, len(x_TD))
+) -> tuple[Tensor, Tensor, Tensor]:
     compute = _parts(means)
     with torch.autocast(x_TD.device.type, enabled=False), on_device_of(x_TD):
+        rows = compute.place_rows(Order(expert_N, order_N, begin_T, top_k or None), len(x_TD), len(down_EDH))
         x_TD, up_EZD, down_EDH = (rows_of_16_bytes(values.to(dtype)) for values in (x_TD, up_EZD, down_EDH))
         weight_N = weight_N.contiguous()
         up_bias_EZ, down_bias_ED = map(_contiguous, (up_bias_EZ, down_bias_ED))
@@ -145,8 +151,10 @@ def _experts(
         a_NH = compute.activate(z_NZ, up_bias_EZ, rows, down_EDH.shape[2], cast(Activation, activation), dropout, seed)
         y_ND = compute.product(a_NH, down_EDH, rows)
         del a_NH
-        out_TD = compute.combine(y_ND, down_bias_ED, weight_N, rows)
-    return out_TD, z_NZ if keep else z_NZ.new_empty(0)
+        out_TD = compute.combine(y_ND, down_bias_ED, weight_N, rows, dtype)
+    if not keep:
+        return out_TD, z_NZ.new_empty(0), rows.order_N.new_empty(0)
+    return out_TD, z_NZ, rows.order_N
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
@@ -161,9 +169,11 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 @_experts.register_fake
 def _(x_TD, weight_N, up_EZD, *others):  # type: ignore[no-untyped-def]
-    source_N, dtype, keep = others[6], others[13], others[15]
-    kept = (source_N.shape[0], up_EZD.shape[1]) if keep else (0,)
-    return x_TD.new_empty(x_TD.shape, dtype=dtype), x_TD.new_empty(kept, dtype=dtype)
+    order_N, dtype, keep = others[4], others[10], others[12]
+    num_kept = order_N.shape[0] if keep else 0
+    kept = (num_kept, up_EZD.shape[1]) if keep else (0,)
+    out_TD, z_NZ = x_TD.new_empty(x_TD.shape, dtype=dtype), x_TD.new_empty(kept, dtype=dtype)
+    return out_TD, z_NZ, order_N.new_empty(num_kept, dtype=torch.int32)
 
 
 @custom_op("routerzoo::experts_backward", mutates_args=())
@@ -175,11 +185,8 @@ def _experts_backward(
     up_bias_EZ: Tensor | None,
     down_EDH: Tensor,
     down_bias_ED: Tensor | None,
-    ends_E: Tensor,
     expert_N: Tensor,
     order_N: Tensor,
-    source_N: Tensor,
-    row_N: Tensor,
     begin_T: Tensor | None,
     seed: Tensor | None,
     z_NZ: Tensor,
@@ -189,11 +196,11 @@ def _experts_backward(
     means: str,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    rows = Rows(ends_E, expert_N, order_N, source_N, row_N, begin_T, top_k or None, len(x_TD))
     compute, dtype = _parts(means), z_NZ.dtype
     dx_TD, dweight_N, dup_EZD, dup_bias_EZ, ddown_EDH, ddown_bias_ED = (grad_TD.new_empty(0) for _ in range(6))
     needs_x, needs_weight, needs_up, needs_up_bias, needs_down, needs_down_bias = needs
     with torch.autocast(x_TD.device.type, enabled=False), on_device_of(x_TD):
+        rows = compute.place_rows(Order(expert_N, order_N, begin_T, top_k or None), len(x_TD), len(down_EDH))
         grad_TD = rows_of_16_bytes(grad_TD.to(dtype))
         weight_N = weight_N.contiguous()
         up_bias_EZ, down_bias_ED = map(_contiguous, (up_bias_EZ, down_bias_ED))
@@ -207,17 +214,16 @@ def _experts_backward(
         )
         del da_NH
         if needs_down:
-            ddown_EDH = compute.weight_grad(grad, wa_NH, rows, gather="g" if by_token else "").to(down_EDH.dtype)
+            ddown_EDH = compute.weight_grad(grad, wa_NH, rows, down_EDH.dtype, gather="g" if by_token else "")
         del wa_NH, grad
-        if needs_down_bias and down_bias_ED is not None:
-            ddown_bias_ED = compute.column_sums(grad_TD, rows, weight_N).to(down_bias_ED.dtype)
-        if needs_up_bias and up_bias_EZ is not None:
-            dup_bias_EZ = compute.column_sums(dz_NZ, rows).to(up_bias_EZ.dtype)
+        if needs_up_bias or needs_down_bias:
+            biases = up_bias_EZ if needs_up_bias else None, down_bias_ED if needs_down_bias else None
+            dup_bias_EZ, ddown_bias_ED = compute.bias_grads(dz_NZ, grad_TD, weight_N, *biases, rows)
         if needs_up:
-            dup_EZD = compute.weight_grad(dz_NZ, rows_of_16_bytes(x_TD.to(dtype)), rows, gather="x").to(up_EZD.dtype)
+            dup_EZD = compute.weight_grad(dz_NZ, rows_of_16_bytes(x_TD.to(dtype)), rows, up_EZD.dtype, gather="x")
         if needs_x:
             dx_ND = compute.product(dz_NZ, rows_of_16_bytes(up_EZD.to(dtype)).mT, rows)
-            dx_TD = compute.combine(dx_ND, None, None, rows).to(x_TD.dtype)
+            dx_TD = compute.combine(dx_ND, None, None, rows, x_TD.dtype)
     return [dx_TD, dweight_N, dup_EZD, dup_bias_EZ, ddown_EDH, ddown_bias_ED]
 
 
@@ -232,24 +238,25 @@ def _(grad_TD, x_TD, weight_N, up, up_bias, down, down_bias, *others):  # type: 
     ]
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:13], output[1])
-    ctx.options = inputs[13:18]
-    ctx.mark_non_differentiable(output[1])
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, z_NZ, order_N = output  # the order in 32 bits
+    ctx.save_for_backward(*inputs[:7], order_N, *inputs[8:10], z_NZ)
+    ctx.options = inputs[10:15]
+    ctx.mark_non_differentiable(z_NZ, order_N)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_TD: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_TD: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, z_NZ = ctx.saved_tensors
     top_k, activation, dropout, _dtype, means = ctx.options
     needs = list(ctx.needs_input_grad[:6])
     if grad_TD is None:
-        return (None,) * 19
+        return (None,) * 16
     if torch.is_grad_enabled():
         grads: Sequence[Tensor | None] = _differentiable(grad_TD, tensors, needs, ctx.options)
     else:
         grads = _experts_backward(grad_TD, *tensors, z_NZ, top_k, activation, dropout, means, needs)
-    return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *(None,) * 13
+    return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *(None,) * 10
 
 
 _experts.register_autograd(_backward, setup_context=_setup)
@@ -259,13 +266,19 @@ _experts.register_autograd(_backward, setup_context=_setup)
 # operator, and without these a run on a GPU would cost what it costs without experts.
 
 
+def _num_rows(expert_N: Tensor, num_experts: int) -> int:
+    """Return how many rows belong to an expert; all rows where a tensor without values cannot tell."""
+    if type(expert_N) is not Tensor or expert_N.is_meta:
+        return expert_N.shape[0]
+    return int((expert_N < num_experts).sum())
+
+
 @register_flop_formula(torch.ops.routerzoo.experts, get_raw=True)
 def _experts_flops(
     x_TD: Tensor, weight_N: Tensor, up: Tensor, up_bias: Any, down: Tensor, down_bias: Any, *others: Any, **kwargs: Any
 ) -> int:
-    ends_E, source_N = others[0], others[3]
     size: int = up[0].numel() + down[0].numel()
-    return 2 * num_rows(ends_E, source_N.shape[0]) * size
+    return 2 * _num_rows(others[0], len(up)) * size
 
 
 @register_flop_formula(torch.ops.routerzoo.experts_backward, get_raw=True)
@@ -280,10 +293,10 @@ def _experts_backward_flops(
     *others: Any,
     **kwargs: Any,
 ) -> int:
-    ends_E, source_N, (needs_x, needs_weight, needs_up, _, needs_down, _) = others[0], others[3], others[-1]
+    needs_x, needs_weight, needs_up, _, needs_down, _ = others[-1]
     by_row: int = (needs_x + needs_up) * up[0].numel() + (1 + needs_down) * down[0].numel()
     by_token = down_bias.numel() if needs_weight and down_bias is not None else 0
-    return 2 * (num_rows(ends_E, source_N.shape[0]) * by_row + x_TD.shape[0] * by_token)
+    return 2 * (_num_rows(others[0], len(up)) * by_row + x_TD.shape[0] * by_token)
 
 
 def _differentiable(
@@ -292,8 +305,8 @@ def _differentiable(
     """Return gradients that can be differentiated themselves: those of plain operations, computed again."""
     top_k, activation, dropout, dtype, _ = options
     x_TD, weight_N, up_EZD, up_bias_EZ, down_EDH, down_bias_ED = tensors[:6]
-    ends_E, expert_N, order_N, source_N, row_N, begin_T = tensors[6:12]
-    rows = Rows(ends_E, expert_N, order_N, source_N, row_N, begin_T, top_k or None, len(x_TD))
+    expert_N, order_N, begin_T = tensors[6:9]
+    rows = place_rows(Order(expert_N, order_N, begin_T, top_k or None), len(x_TD), len(down_EDH))
     if dropout > 0:
         raise NotImplementedError("gradients of gradients of experts with dropout: set dropout to 0")
     up, up_bias, down, down_bias = (
@@ -319,6 +332,8 @@ def _differentiable(
 class _Torch:
     """The parts by torch's own operations."""
 
+    place_rows = staticmethod(place_rows)
+
     @staticmethod
     def gathered(x_TD: Tensor, rows: Rows) -> tuple[Tensor, bool]:
         return x_TD.index_select(0, rows.source_N), False
@@ -328,8 +343,8 @@ class _Torch:
         return multiply(x.index_select(0, rows.source_N) if gather else x, weight_EOI, rows.ends_E)
 
     @staticmethod
-    def weight_grad(g: Tensor, x: Tensor, rows: Rows, *, gather: str) -> Tensor:
-        return weight_grad(g, x.index_select(0, rows.source_N) if gather == "x" else x, rows.ends_E)
+    def weight_grad(g: Tensor, x: Tensor, rows: Rows, dtype: torch.dtype, *, gather: str) -> Tensor:
+        return weight_grad(g, x.index_select(0, rows.source_N) if gather == "x" else x, rows.ends_E).to(dtype)
 
     @staticmethod
     def activate(
@@ -382,7 +397,9 @@ class _Torch:
         return dz_NZ, a_NH.mul_(weight_N1), dweight_N
 
     @staticmethod
-    def combine(y_ND: Tensor, bias_ED: Tensor | None, weight_N: Tensor | None, rows: Rows) -> Tensor:
+    def combine(
+        y_ND: Tensor, bias_ED: Tensor | None, weight_N: Tensor | None, rows: Rows, dtype: torch.dtype
+    ) -> Tensor:
         y_ND[int(rows.ends_E[-1]) :] = 0
         if bias_ED is not None:
             for expert, start, end in _segments(rows.ends_E):
@@ -392,17 +409,32 @@ class _Torch:
         else:
             assert rows.top_k is not None
             begin_T = torch.arange(rows.num_tokens, dtype=torch.int32) * rows.top_k
-        return sum_bags(y_ND, rows.row_N, begin_T, None if weight_N is None else weight_N.to(y_ND.dtype))
+        return sum_bags(y_ND, rows.row_N, begin_T, None if weight_N is None else weight_N.to(y_ND.dtype)).to(dtype)
 
     @staticmethod
-    def column_sums(g: Tensor, rows: Rows, weight_N: Tensor | None = None) -> Tensor:
-        if weight_N is not None:
-            g = g.index_select(0, rows.source_N)
-            g.mul_(weight_N.index_select(0, rows.order_N).to(g.dtype).unsqueeze(1))
-        sums_EC = g.new_zeros(len(rows.ends_E), g.shape[1])
-        for expert, start, end in _segments(rows.ends_E):
-            torch.sum(g[start:end], 0, out=sums_EC[expert])
-        return sums_EC
+    def bias_grads(
+        dz_NZ: Tensor,
+        grad_TD: Tensor,
+        weight_N: Tensor,
+        up_bias_EZ: Tensor | None,
+        down_bias_ED: Tensor | None,
+        rows: Rows,
+    ) -> tuple[Tensor, Tensor]:
+        dup_bias_EZ = ddown_bias_ED = weight_N.new_empty(0)
+        if up_bias_EZ is not None:
+            dup_bias_EZ = _column_sums(dz_NZ, up_bias_EZ, rows)
+        if down_bias_ED is not None:
+            grad_ND = grad_TD.index_select(0, rows.source_N)
+            grad_ND.mul_(weight_N.index_select(0, rows.order_N).to(grad_ND.dtype).unsqueeze(1))
+            ddown_bias_ED = _column_sums(grad_ND, down_bias_ED, rows)
+        return dup_bias_EZ, ddown_bias_ED
+
+
+def _column_sums(g_NC: Tensor, bias_EC: Tensor, rows: Rows) -> Tensor:
+    sums_EC = torch.zeros_like(bias_EC)
+    for expert, start, end in _segments(rows.ends_E):
+        torch.sum(g_NC[start:end], 0, dtype=bias_EC.dtype, out=sums_EC[expert])
+    return sums_EC
 
 
 def _segments(ends_E: Tensor) -> list[tuple[int, int, int]]:
@@ -432,9 +464,9 @@ class _Hybrid:
         return F.grouped_mm(x, weight_EOI.transpose(1, 2), offs=rows.ends_E)
 
     @staticmethod
-    def weight_grad(g: Tensor, x: Tensor, rows: Rows, *, gather: str) -> Tensor:
+    def weight_grad(g: Tensor, x: Tensor, rows: Rows, dtype: torch.dtype, *, gather: str) -> Tensor:
         x = x.index_select(0, rows.source_N) if gather == "x" else x
-        return F.grouped_mm(g.T, x, offs=rows.ends_E)
+        return F.grouped_mm(g.T, x, offs=rows.ends_E).to(dtype)
 
 
 def _parts(means: str) -> Any:
@@ -447,5 +479,5 @@ def _parts(means: str) -> Any:
 
 @cache
 def _hybrid(kernel_calls: ModuleType) -> type:
-    between = ("activate", "activate_backward", "combine", "column_sums")
+    between = ("place_rows", "activate", "activate_backward", "combine", "bias_grads")
     return type("_HybridParts", (_Hybrid,), {name: staticmethod(getattr(kernel_calls, name)) for name in between})

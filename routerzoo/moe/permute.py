@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from routerzoo.functional.ragged import add_by_index
-from routerzoo.moe.grouped_linear import in_transform
+from routerzoo.functional.transforms import in_transform
 
 
 class Permutation(NamedTuple):

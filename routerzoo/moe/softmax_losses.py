@@ -1,4 +1,4 @@
-"""The balance loss and the z-loss of softmax scores in four kernels: on a GPU a small model waits for launches."""
+"""The balance loss and the z-loss of softmax scores in three kernels: on a GPU a small model waits for launches."""
 # Shape suffixes: T tokens, E experts, K choices per token.
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from routerzoo.moe.grouped_linear import in_transform
+from routerzoo.functional.transforms import in_transform
 from routerzoo.moe.low_memory import HAS_TRITON, on_device_of
 from routerzoo.routing import Routing, RoutingContext
 

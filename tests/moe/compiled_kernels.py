@@ -40,8 +40,9 @@ def cases():
             continue
         sizes = tile_sizes(DTYPES[dtype], 128)
         sizes["BO"], sizes["BI"] = sizes.pop("BM"), sizes.pop("BN")
-        types = {"g_ptr": values, "x_ptr": values, "source_ptr": index, "ends_ptr": index, "grad_ptr": values}
+        types = {"g_ptr": values, "x_ptr": values, "source_ptr": index, "ends_ptr": index}
         for gathered in (True, False):
+            types["grad_ptr"] = values if gathered else "*fp32"  # float32 under autocast
             shape = {"OUT": D, "IN": H, "GATHERED_G": gathered, "GATHERED_X": not gathered, "PRECISION": "ieee"}
             yield f"weight_grad {gathered} {dtype}", kernels.weight_grad, types, {**shape, **sizes}
         pointers = dict.fromkeys(("z_ptr", "bias_ptr", "a_ptr", "da_ptr", "weight_ptr", "bias_part_ptr"), values)
@@ -56,20 +57,20 @@ def cases():
         for top_k, ragged in ((8, False), (0, True)):
             constants = {"E": E, "D": D, "TOP_K": top_k, "RAGGED": ragged, "BIAS": True, "WEIGHTED": True, "BD": 1024}
             yield f"combine {top_k} {dtype}", kernels.combine, pointers, {**constants, "num_warps": 8}
-        constants = {"E": E, "E2": E, "C": 2 * H, "CHUNK": 1024, "BR": 64, "BC": 64, "num_warps": 4}
-        types = {**pointers, "parts_ptr": "*fp32"}
-        yield f"column_sums {dtype}", kernels.column_sums, types, {**constants, "GATHERED": True}
+        constants = {"E": E, "E2": E, "Z": 2 * H, "D": D, "CHUNK": 1024, "BR": 64, "BC": 64, "num_warps": 4}
+        types = {**pointers, "grad_ptr": values, "parts_ptr": "*fp32", "up_ptr": "*fp32", "down_ptr": values}
+        yield f"column_sums {dtype}", kernels.column_sums, types, constants
         yield f"sum_chunks {dtype}", kernels.sum_chunks, types, constants
-    types = dict.fromkeys(("ends_ptr", "assignment_ptr", "source_ptr", "row_ptr"), "*i32")
-    types |= {"expert_ptr": "*i16", "order_ptr": "*i64", "token_ptr": "*i64"}
-    types |= dict.fromkeys(("num_rows", "top_k", "first_step"), "i32")
-    for flat in (True, False):
-        constants = {"E": E, "FLAT": flat, "B": 256, "num_warps": 4}
-        yield f"place_rows {flat}", kernels.place_rows, types, constants
+    types = dict.fromkeys(("begin_ptr", "ends_ptr", "narrow_ptr", "source_ptr", "row_ptr"), "*i32")
+    types |= dict.fromkeys(("num_rows", "num_tokens", "top_k", "row_step", "token_step"), "i32")
+    for ragged, narrow in ((True, True), (False, False)):
+        types = {**types, "expert_ptr": "*i16", "order_ptr": "*i64" if narrow else "*i32"}
+        constants = {"E": E, "NARROW": narrow, "RAGGED": ragged, "B": 256, "num_warps": 4}
+        yield f"place_rows {ragged}", kernels.place_rows, types, constants
     floats = ("logits_ptr", "log_partition_ptr", "sums_ptr", "balance_ptr", "z_ptr", "grad_balance_ptr", "grad_z_ptr")
-    types = {**dict.fromkeys((*floats, "grad_ptr"), "*fp32"), "experts_ptr": "*i64", "padding_ptr": "*i1"}
-    types |= {"num_tokens": "i32", "top_k": "i32"}
-    yield "softmax_losses", kernels.softmax_losses, types, {"E": E, "E2": E}
+    types = {**dict.fromkeys((*floats, "grad_ptr", "parts_ptr"), "*fp32"), "experts_ptr": "*i64", "padding_ptr": "*i1"}
+    types |= {"num_tokens": "i32", "top_k": "i32", "num_parts": "i32"}
+    yield "softmax_losses", kernels.softmax_losses, types, {"E": E, "E2": E, "BP": 64, "num_warps": 8}
     for number in ({}, {"num_tokens": 1, "top_k": 1}):  # an argument of 1 is a constant to Triton
         sizes = {"E": E, "E2": E, **number}
         name = "one token" if number else "tokens"

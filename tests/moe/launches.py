@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from routerzoo.moe import dispatch, kernel_calls, low_memory, rows, softmax_losses
+from routerzoo.moe import dispatch, kernel_calls, low_memory, softmax_losses
 
 # What makes no kernel: views, allocations, questions.
 FREE = frozenset(
@@ -17,10 +17,9 @@ FREE = frozenset(
 )
 KERNELS = {
     **dict.fromkeys(("place_rows", "activate", "activate_backward", "combine", "product", "weight_grad"), 1),
-    **{"column_sums": 2, "softmax_losses": 3, "softmax_losses_backward": 1},
+    **{"bias_grads": 2, "softmax_losses": 2, "softmax_losses_backward": 1},
 }
 OPERATORS = (
-    rows._place_rows,
     low_memory._experts,
     low_memory._experts_backward,
     softmax_losses._losses,

@@ -44,6 +44,16 @@ def test_values_and_gradients(num_tokens, num_experts, top_k, share):
         assert_close(grad, right, rtol=1e-4, atol=1e-6 * float(right.abs().max()) + 1e-8)
 
 
+def test_sums_of_many_blocks_of_tokens(monkeypatch):
+    from routerzoo.moe import kernel_calls
+
+    logits_TE = torch.randn(200, 3)
+    experts_TK = logits_TE.topk(2).indices
+    for most in (0, 1):  # by torch, or block by block
+        monkeypatch.setattr(kernel_calls, "MOST_SUMMED_AT_ONCE", most * 2**15)
+        assert_close(_losses(logits_TE, experts_TK, None)[:2], one_by_one(logits_TE, experts_TK))
+
+
 def test_large_logits_stay_finite():
     logits_TE = torch.tensor([[1e4, -1e4, 0.0], [-3e4, -3e4, -3e4]], requires_grad=True)
     experts_TK = torch.tensor([[0], [1]])
