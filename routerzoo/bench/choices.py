@@ -7,6 +7,7 @@ import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -50,6 +51,11 @@ class RouterChoice:
         if self.class_path in CONTROLS:
             return CONTROLS[self.class_path]
         module_name, _, name = self.class_path.rpartition(".")
+        if name == "py":
+            raise UserError(
+                f"{self.class_path} is a file, but a router is named by its class: "
+                f"{Path(self.class_path).stem}.MyRouter, from the file's folder or with that on PYTHONPATH"
+            )
         if not module_name:
             try:
                 return router_class(name)

@@ -21,6 +21,7 @@ from routerzoo.bench.task import BenchTask
 from routerzoo.errors import UserError
 from routerzoo.moe.layer import NonCausalRouterError
 from routerzoo.router import UnmetRequirementError
+from routerzoo.sweep.tuning import failures_and_mean
 
 TUNING_SEED = 1000
 """The first seed of tuning; final seeds begin at 0."""
@@ -152,7 +153,7 @@ class Cell:
             losses = {setting: self._tuning_losses(seeds, steps, setting, rows) for setting in settings}
             if not any(map(math.isfinite, itertools.chain(*losses.values()))):
                 return None
-            settings.sort(key=lambda setting: sum(losses[setting]))
+            settings.sort(key=lambda setting: failures_and_mean(losses[setting]))
             settings = settings[: math.ceil(len(settings) / 2)]
         return settings[0]
 

@@ -221,8 +221,25 @@ def _bench(
     failed = [row for row in rows if row.status == "failed" and row.stage == "final"]
     for (router, name, reason), count in Counter((row.router, row.task, row.reason) for row in failed).items():
         console.print(f"failed: {router} in {name}, {count} of its runs: {reason}", markup=False)
+    for router, of_router in _lost_in_tuning(rows).items():
+        tasks = ", ".join(dict.fromkeys(row.task for row in of_router))
+        console.print(
+            f"failed in tuning, so that their settings were not chosen: {len(of_router)} runs of {router} in {tasks}; "
+            f"the first: {of_router[0].reason}",
+            markup=False,
+        )
     console.print(f"{len(rows)} rows in {file.path}; a failed run counts as regret 1", markup=False)
     return len(failed)
+
+
+def _lost_in_tuning(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Return the tuning runs that failed by router, but for those whose final runs were not made for it."""
+    made = {(row.task, row.router) for row in rows if row.stage == "tuning" and row.status == "finished"}
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.stage == "tuning" and row.status == "failed" and (row.task, row.router) in made:
+            found.setdefault(row.router, []).append(row)
+    return found
 
 
 def _expect_protocol(folder: Path, protocol: Protocol) -> None:

@@ -7,7 +7,7 @@ from the first step to the end of their learning-rate schedule.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -74,8 +74,8 @@ class Tuning:
         if self.is_over or len(scores) < len(cells):
             return False
         seeds = len(self.tune.seeds)
-        means = [fmean(scores[place : place + seeds]) for place in range(0, len(scores), seeds)]
-        order = sorted(range(len(means)), key=means.__getitem__)  # equal ones in the order of the space
+        of_points = [failures_and_mean(scores[place : place + seeds]) for place in range(0, len(scores), seeds)]
+        order = sorted(range(len(of_points)), key=of_points.__getitem__)  # equal ones in the order of the space
         last = self.rung == self.tune.rungs - 1
         kept = order[: 1 if last else -(-len(order) // self.tune.factor)]
         for place, (cell, score) in enumerate(zip(cells, scores, strict=True)):
@@ -91,10 +91,16 @@ class Tuning:
                     "kept": place // seeds in kept,
                 }
             )
-        self.failed = math.isinf(means[order[0]])
+        self.failed = of_points[order[0]][0] == seeds
         self._alive = [self._alive[place] for place in kept]
         self.rung += 1
         return True
+
+
+def failures_and_mean(scores: Sequence[float]) -> tuple[int, float]:
+    """Return what settings are ordered by: how many runs failed, which have inf, and the mean of the others."""
+    finished = [score for score in scores if math.isfinite(score)]
+    return len(scores) - len(finished), fmean(finished) if finished else math.inf
 
 
 def trial_score(run: Run) -> float | None:

@@ -29,6 +29,7 @@ def test_all_are_the_registered_ones():
     [
         (["HyperRoute"], "unknown router 'HyperRoute'; did you mean 'HyperRouter'"),
         (["nowhere.Router"], "cannot import nowhere.Router: ModuleNotFoundError"),
+        (["mine/own_router.py"], "own_router.py is a file, but a router is named by its class: own_router.MyRouter"),
         (["routerzoo.MoE"], "routerzoo.MoE is no subclass of routerzoo.Router"),
         (["{class_path: LinearRouter, args: {}}"], "a router has no 'args'; it has class_path, init_args, label"),
         (["{class_path: LinearRouter, init_args: {nosy: true}}"], "no argument 'nosy'; did you mean 'noisy'"),

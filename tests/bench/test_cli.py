@@ -10,7 +10,7 @@ from routerzoo.bench.protocol import Protocol
 from routerzoo.bench.registry import list_tasks
 from routerzoo.bench.rows import Row, read_rows
 from routerzoo.bench.scores import Score, Summary
-from routerzoo.cli.bench import CORE, QUICK_TASKS, _at_edges, _unmatched
+from routerzoo.cli.bench import CORE, QUICK_TASKS, _at_edges, _lost_in_tuning, _unmatched
 from routerzoo.registry import list_routers
 
 SMALL = ["--seeds", "2", "--tuning-seeds", "0"]
@@ -82,6 +82,14 @@ def test_flops_that_are_not_those_that_were_matched_are_named():
         row = Row("clusters", name, "final", 0, 200, 0.03, 1.0, "finished", train_flops=value)
         found[name] = Summary("clusters", name, (Score(row, 0.5, 9),))
     assert _unmatched(found) == "TopPRouter 0.40 times"
+
+
+def test_runs_that_failed_in_tuning_are_named_where_others_did_not():
+    def row(router, lr, status):
+        return Row("clusters", router, "tuning", 1000, 100, lr, 1.0, status, "killed" if status == "failed" else "")
+
+    partly = [row("A", 0.1, "failed"), row("A", 0.03, "finished")]
+    assert _lost_in_tuning([*partly, row("B", 0.1, "finished"), row("C", 0.1, "failed")]) == {"A": partly[:1]}
 
 
 @pytest.mark.full

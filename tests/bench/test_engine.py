@@ -1,4 +1,5 @@
 import time
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +9,7 @@ from routerzoo.bench.engine import LocalEngine, RayEngine
 from routerzoo.bench.loop import work_through
 from routerzoo.bench.protocol import Protocol, make_cell
 from routerzoo.bench.rows import RowFile
+from routerzoo.bench.work import do
 
 PROTOCOL = Protocol(seeds=3, tuning_seeds=0)
 OWN = ["own_router.OwnRouter", "own_router.KilledRouter", "own_router.NaNRouter"]
@@ -38,6 +40,16 @@ def test_a_run_that_is_killed_or_diverges_is_lost_alone_and_named(tmp_path, smal
     assert told["KilledRouter"] == {("failed", "killed by SIGKILL, as the system does when memory runs out")}
     assert told["NaNRouter"] == {("failed", "DivergedError: the training loss is nan at step 0")}
     assert sorted(row.router for row, end in done if end) == ["KilledRouter", "NaNRouter", "OwnRouter"]
+
+
+def test_an_error_of_ones_own_router_is_named_with_its_line(small_task, own_routers):
+    (cell,) = cells(small_task, ["own_router.RaisingRouter"], Protocol(seeds=1, tuning_seeds=0))
+    row = do(cell.jobs({})[0])
+    lines = (Path(__file__).parent / "own_router.py").read_text().splitlines()
+    line = lines.index("        return gate_linear(x_TD, self.weight)") + 1
+    assert row.status == "failed"
+    assert row.reason.startswith("RuntimeError: ")
+    assert row.reason.endswith(f" (own_router.py, line {line})")
 
 
 @pytest.mark.full

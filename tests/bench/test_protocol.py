@@ -58,6 +58,14 @@ def test_the_lowest_mean_loss_is_chosen_and_a_failed_run_is_the_highest():
     assert one.num_runs == len(rows) == 2 * 3 + 2 * 2 + 2
 
 
+def test_where_all_settings_have_a_failed_run_the_lowest_mean_of_the_others_counts():
+    rows: dict = {}
+    one = cell("HashRouter")
+    while (jobs := one.jobs(rows))[0].stage == "tuning":
+        rows |= make(jobs, lambda job: None if job.seed == 1000 else 1 - job.lr)
+    assert {job.lr for job in jobs} == {0.3}
+
+
 def test_half_made_stages_go_on():
     rows: dict = {}
     jobs = cell().jobs(rows)

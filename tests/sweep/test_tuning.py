@@ -53,6 +53,13 @@ def test_failed_trials_are_the_worst_and_all_of_them_leave_nothing():
     assert (tuning.is_over, tuning.failed, tuning.best) == (True, True, None)
 
 
+def test_where_all_points_have_a_failed_trial_the_one_with_the_fewest_and_the_lowest_mean_is_chosen():
+    scores = {(1, 10): 2.0, (1, 11): math.inf, (2, 10): math.inf, (2, 11): 1.0, (3, 10): math.inf, (3, 11): math.inf}
+    tuning = place(Tune({LR: (3, 1, 2)}, seeds=(10, 11), rungs=1))
+    tuning.advance(lambda cell: scores[cell.overlay["model"]["lr"], cell.seed])
+    assert (tuning.best, tuning.failed) == ({LR: 2}, False)
+
+
 def test_a_space_is_tried_in_part_without_repetition_and_the_same_way_always():
     tune = Tune({LR: tuple(range(10)), "model.z": (0, 1)}, trials=5)
     points = tune.points()
