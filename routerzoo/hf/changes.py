@@ -5,7 +5,9 @@ Each change takes arguments that are JSON, so that the model's config keeps them
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,7 +25,7 @@ from routerzoo.models.sparsify import sparsify
 from routerzoo.moe.experts import Experts
 from routerzoo.moe.layer import MoE, RouterFactory, inner_router, moe_layers
 from routerzoo.registry import UnknownRouterError, router_class
-from routerzoo.router import Router
+from routerzoo.router import Router, UnmetRequirementError
 from routerzoo.routing import LayerSpec
 
 KEEP = "keep"
@@ -62,19 +64,20 @@ def sparsify_change(
 ) -> None:
     """Replace dense feed-forward networks; see `routerzoo.sparsify`."""
     provided = _provided(model)
-    sparsify(
-        model,
-        num_experts=num_experts,
-        router=factory_of(router),
-        experts=None if experts is None else factory_of(experts),
-        blocks=blocks,
-        num_shared_experts=num_shared_experts,
-        upcycle=upcycle,
-        provides=provided["provides"],
-        vocab_size=provided["vocab_size"],
-        num_positions=provided["num_positions"],
-        decoder=provided["decoder"],
-    )
+    with _said_of(model):
+        sparsify(
+            model,
+            num_experts=num_experts,
+            router=factory_of(router),
+            experts=None if experts is None else factory_of(experts),
+            blocks=blocks,
+            num_shared_experts=num_shared_experts,
+            upcycle=upcycle,
+            provides=provided["provides"],
+            vocab_size=provided["vocab_size"],
+            num_positions=provided["num_positions"],
+            decoder=provided["decoder"],
+        )
 
 
 def replace_change(model: nn.Module, *, router: Mapping[str, Any]) -> None:
@@ -94,7 +97,7 @@ def replace_change(model: nn.Module, *, router: Mapping[str, Any]) -> None:
         if named != num_experts:
             raise UserError(f"the gate of {site.name} names {named} experts, its bank has {num_experts}")
         spec = LayerSpec(d_model, num_experts, layer=layer, num_layers=len(sites), hidden_dim=hidden_dim, **provided)
-        with torch.device(weights.down_proj.device):
+        with _said_of(model), torch.device(weights.down_proj.device):
             moe = MoE(
                 spec,
                 _released_router(site, model) if router["name"] == KEEP else _ours(router, site, model),
@@ -114,6 +117,24 @@ def replace_change(model: nn.Module, *, router: Mapping[str, Any]) -> None:
 
 CHANGES: dict[str, Callable[..., None]] = {"sparsify": sparsify_change, "replace_routers": replace_change}
 """By the name that a config has for it."""
+
+
+def check_change(change: Any) -> None:
+    """Raise a UserError unless this is what a config says of a change."""
+    kind = change.get("change") if isinstance(change, Mapping) else None
+    if kind not in CHANGES:
+        raise UserError(f"this config's routing has the change {change!r}, which is none of {', '.join(CHANGES)}")
+    options = list(inspect.signature(CHANGES[kind]).parameters.values())[1:]
+    known, needed = [o.name for o in options], [o.name for o in options if o.default is o.empty]
+    for key in change:
+        if key not in ("change", *known):
+            raise UserError(f"the change {kind} in this config's routing has no {key!r}, but {', '.join(known)}")
+    for key in needed:
+        if key not in change:
+            raise UserError(f"the change {kind} in this config's routing lacks {key}")
+    for name in ("router", "experts"):
+        if name in change and not (isinstance(change[name], Mapping) and "name" in change[name]):
+            raise UserError(f"{name} in this config's routing is {change[name]!r}, not a name and its arguments")
 
 
 def released_sites(model: nn.Module) -> Iterator[Site]:
@@ -197,7 +218,7 @@ def _swap(model: nn.Module, router: Mapping[str, Any]) -> None:
         experts = layer.experts
         top_k = released[layer].top_k if layer in released else inner_router(layer).top_k
         factory = with_top_k(factory_of(router), top_k)
-        with torch.device(next(experts.parameters()).device):
+        with _said_of(model), torch.device(next(experts.parameters()).device):
             twin = MoE(layer.spec, factory, partial(_kept, experts), backend=experts.backend)
         built.append(twin.router.train(layer.training))
     for layer, new in zip(layers, built, strict=True):
@@ -221,6 +242,17 @@ def _nothing_known(model: nn.Module) -> str:
 
 def _transposed(site: Site) -> bool:
     return bool(getattr(site.block.get_submodule("experts"), "is_transposed", site.architecture.transposed))
+
+
+@contextmanager
+def _said_of(model: Any) -> Iterator[None]:
+    """Say of a router that requires more than a model gives it what the model gives."""
+    try:
+        yield
+    except UnmetRequirementError as error:
+        given = ", ".join(sorted(_provided(model)["provides"])) or "none"
+        hint = f"context fields of a {type(model).__name__} are {given}"
+        raise UnmetRequirementError(error.router, error.missing, hint) from None
 
 
 def _provided(model: Any) -> dict[str, Any]:

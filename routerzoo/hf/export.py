@@ -78,6 +78,11 @@ def to_transformers(model: Any) -> Any:
     Raises:
         UserError: a model, a router or a layer that no class of transformers has.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(
+            f"to_transformers takes what upcycle or replace_routers returned, got {type(model).__name__}: take the "
+            "model out of what is around it, as merge_and_unload does with PEFT's"
+        )
     if not hasattr(model.config, "routing"):
         raise UserError(f"{type(model).__name__} is a plain model of transformers: save it as it is")
     layers = list(moe_layers(model))

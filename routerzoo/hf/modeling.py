@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -21,10 +22,11 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from routerzoo.errors import UserError
 from routerzoo.hf.blocks import RoutedExperts
-from routerzoo.hf.changes import CHANGES
+from routerzoo.hf.changes import CHANGES, check_change
 from routerzoo.hf.context import ContextOfInputs
+from routerzoo.hf.source import damaged_weights
 from routerzoo.moe.context import ContextHook
-from routerzoo.moe.layer import MoE, moe_layers
+from routerzoo.moe.layer import MoE, inner_router, moe_layers
 
 MODEL_TYPE = "routerzoo"
 PREFIX = "Routed"
@@ -42,9 +44,15 @@ class RoutedConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         Raises:
             UserError: a config that does not say what the model was.
         """
-        base = config_dict.get("routing", {}).get("model_type")
+        routing = config_dict.get("routing")
+        routing = routing if isinstance(routing, dict) else {}
+        base, changes = str(routing.get("model_type")), routing.get("changes")
         if base not in CONFIG_MAPPING:
-            raise UserError(f"this config's routing names no model type that transformers knows, but {base!r}")
+            raise UserError(f"this config's routing names no model type that transformers knows, but {base}")
+        if not isinstance(changes, list):
+            raise UserError(f"this config's routing has no list of changes, but {changes!r}")
+        for change in changes:
+            check_change(change)
         return config_class(CONFIG_MAPPING[base]).from_dict(config_dict, **kwargs)
 
 
@@ -79,7 +87,31 @@ def model_class(base: Any, config: Any) -> Any:
         drop_plans(self)
         add_context(self)
 
-    members = {"__init__": __init__, "config_class": config, "__module__": __name__, "__doc__": base.__doc__}
+    def from_pretrained(cls: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return base.from_pretrained.__func__(cls, source, *args, **kwargs)
+        except SafetensorError as error:
+            raise UserError(damaged_weights(str(source), error)) from error
+
+    def resize_token_embeddings(self: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        for layer in moe_layers(self):
+            router = inner_router(layer)
+            size = router.spec.vocab_size
+            if "token_ids" in router.requires and size is not None and new_num_tokens not in (None, size):
+                raise UserError(
+                    f"{type(router).__name__} looks up {size} token ids, not {new_num_tokens}: resize the embeddings "
+                    "before replace_routers or upcycle"
+                )
+        return base.resize_token_embeddings(self, new_num_tokens, *args, **kwargs)
+
+    members = {
+        "__init__": __init__,
+        "resize_token_embeddings": resize_token_embeddings,
+        "from_pretrained": classmethod(from_pretrained),
+        "config_class": config,
+        "__module__": __name__,
+        "__doc__": base.__doc__,
+    }
     routed: type = type(PREFIX + base.__name__, (base,), members)
     _CLASSES[base] = routed
     return routed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 import transformers
@@ -14,7 +13,9 @@ from routerzoo.errors import UserError
 from routerzoo.hf.changes import KEEP, replace_change, sparsify_change
 from routerzoo.hf.modeling import record_change
 from routerzoo.hf.recipe import described
+from routerzoo.hf.source import load_model
 from routerzoo.models.blocks import MoEBlocks
+from routerzoo.models.sparsify import plan_sparsify
 from routerzoo.moe.layer import ExpertsFactory, RouterFactory, moe_layers
 
 Source = str | os.PathLike[str] | PreTrainedConfig | PreTrainedModel
@@ -53,6 +54,9 @@ def upcycle(
         ValueError: a model without feed-forward networks that experts can replace; a router that is not registered.
     """
     model = _model(source, auto_class, options)
+    bank = next((name for name, _ in model.named_modules() if name.endswith(".experts")), None)
+    if bank is not None and not plan_sparsify(model, blocks="all").replaced:
+        raise UserError(f"{type(model).__name__} is a Mixture of Experts, with {bank}: replace_routers takes it")
     change = {
         "change": "sparsify",
         "num_experts": num_experts,
@@ -113,19 +117,32 @@ def freeze_experts(model: nn.Module) -> None:
 
 
 def _model(source: Source, auto_class: Any, options: dict[str, Any]) -> Any:
-    build: Callable[..., Any]
+    model: Any
     if isinstance(source, PreTrainedModel):
         if options:
             raise TypeError(f"{', '.join(options)} are for from_pretrained, the source is a model already")
-        model: Any = source
+        model = source
+    elif isinstance(source, PreTrainedConfig):
+        if type(source) not in auto_class._model_mapping:
+            raise UserError(
+                f"{auto_class.__name__} builds nothing of a {type(source).__name__}: pass another auto_class"
+            )
+        model = auto_class.from_config(source, **options)
+    elif isinstance(source, str | os.PathLike):
+        model = load_model(os.fspath(source), auto_class, options)
     else:
-        build = auto_class.from_config if isinstance(source, PreTrainedConfig) else auto_class.from_pretrained
-        model = build(source, **options)
+        raise TypeError(f"the source is {type(source).__name__}, not a model of transformers, its config, name or path")
     places = {name: parameter.is_meta for name, parameter in model.named_parameters()}
     if any(places.values()) and not all(places.values()):
         name = next(name for name, is_meta in places.items() if is_meta)
         raise UserError(
             f"{name} is offloaded, and cannot be changed: load the model without offloading (device_map='cpu'), save "
             "what was changed, and load that with offloading"
+        )
+    quantized: Any = getattr(model.config, "quantization_config", None)
+    if quantized is not None:
+        raise UserError(
+            f"{type(model).__name__} is quantized, and cannot be changed: load it without a quantization_config, or "
+            "dequantize it, save what was changed, and load that with one"
         )
     return model

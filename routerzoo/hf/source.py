@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -47,7 +47,7 @@ def read_model(
     if isinstance(source, Mapping):
         model = _built(source, auto_class, num_labels, vocab_size, options)
     else:
-        model = _loaded(source, auto_class, num_labels, options)
+        model = load_model(source, auto_class, options, num_labels)
     text: Any = model.config.get_text_config()
     if auto_class.__name__ == "AutoModelForCausalLM":
         _check_causal(model)
@@ -76,8 +76,19 @@ def _built(
     return model
 
 
-def _loaded(source: str, auto_class: Any, num_labels: int | None, options: dict[str, Any]) -> PreTrainedModel:
-    path, kind = Path(source).expanduser(), KINDS[auto_class.__name__]
+def load_model(source: str, auto_class: Any, options: dict[str, Any], num_labels: int | None = None) -> PreTrainedModel:
+    """Return the model of a name or path.
+
+    Args:
+        source: name or path.
+        auto_class: of transformers.
+        options: for `from_pretrained`.
+        num_labels: of a classifier of texts.
+
+    Raises:
+        UserError: no such model, a file that is damaged, or weights that it lacks.
+    """
+    path, kind = Path(source).expanduser(), KINDS.get(auto_class.__name__, "model")
     if path.is_file():
         raise UserError(f"{source} is a file: name the folder that it is in, with the model's config and weights")
     if source.startswith(("/", ".", "~")) and not path.is_dir():
@@ -88,7 +99,9 @@ def _loaded(source: str, auto_class: Any, num_labels: int | None, options: dict[
         model, found = auto_class.from_pretrained(str(path), output_loading_info=True, **labels, **options)
     except UserError:
         raise
-    except (ImportError, OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+    except SafetensorError as error:
+        raise UserError(damaged_weights(source, error)) from error
+    except (ImportError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         if "ignore_mismatched_sizes" in str(error):
             raise UserError(
                 f"weights of {source} have other sizes than its config says: they are another model's"
@@ -108,6 +121,17 @@ def _loaded(source: str, auto_class: Any, num_labels: int | None, options: dict[
             "transformers would draw at random: it is incomplete, or another model's"
         )
     return model
+
+
+def damaged_weights(source: str, error: SafetensorError) -> str:
+    """Return a sentence that names the file of a model's weights that cannot be read."""
+    for file in sorted(Path(source).glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as found:
+            return f"{file} is damaged ({found}): copy or download it again"
+    return f"a file of the weights of {source} is damaged ({error}): download it again"
 
 
 def _config(values: dict[str, Any], vocab_size: int | None) -> PreTrainedConfig:

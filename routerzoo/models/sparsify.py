@@ -256,7 +256,7 @@ def _nothing_found(model: nn.Module, found: list[FeedForward]) -> str:
     kinds = sorted({type(module).__name__ for module in model.modules()})
     return (
         f"no feed-forward network found in {name}, which consists of {', '.join(kinds)}; "
-        "pass match=, a function that tells one"
+        "pass match= to routerzoo.sparsify, a function that tells one"
     )
 
 

@@ -24,6 +24,11 @@ def loaded(path):
     return transformers.AutoModelForCausalLM.from_pretrained(path).eval()
 
 
+def quantized(model):
+    model.config.quantization_config = {"quant_method": "fp8"}
+    return model
+
+
 @pytest.mark.full
 def test_importing_routerzoo_imports_no_transformers():
     code = "import routerzoo, sys; routerzoo.list_routers(); sys.exit('transformers' in sys.modules)"
@@ -293,6 +298,26 @@ def test_routers_have_options_of_their_own():
         (lambda: hf.replace_routers(build("Llama")), r"no gate of LlamaForCausalLM is known.*upcycle"),
         (lambda: hf.upcycle(build("Llama"), num_experts=4, router=lambda spec: LinearRouter(spec)), "no registered"),
         (lambda: hf.upcycle(build("Llama"), num_experts=4, router="Linear"), "unknown router"),
+        (lambda: hf.upcycle("/no/model", num_experts=4), "there is no folder /no/model"),
+        (lambda: hf.upcycle(torch.nn.Linear(2, 2), num_experts=4), "the source is Linear, not a model"),
+        (lambda: hf.upcycle(build("ViT").config, num_experts=4), "builds nothing of a ViTConfig: pass another auto_cl"),
+        (
+            lambda: hf.upcycle(build("Mixtral"), num_experts=4),
+            r"a Mixture of Experts, with .*\.experts: replace_routers",
+        ),
+        (
+            lambda: hf.upcycle(build("ViT"), num_experts=4, router="HashRouter"),
+            "HashRouter requires token_ids.*: context fields of a ViTForImageClassification are none",
+        ),
+        (
+            lambda: hf.replace_routers(quantized(build("Mixtral"))),
+            "MixtralForCausalLM is quantized, and cannot be chan",
+        ),
+        (
+            lambda: hf.replace_routers(build("Mixtral"), "HashRouter").resize_token_embeddings(44),
+            "HashRouter looks up 40 token ids, not 44: resize the embeddings before",
+        ),
+        (lambda: hf.to_transformers(torch.nn.Linear(2, 2)), "takes what upcycle or replace_routers returned, got Lin"),
         (lambda: hf.replace_routers(build("Mixtral"), partial(LinearRouter, top_k=9)), "between 1 and num_experts = 8"),
         (lambda: hf.replace_routers(build("Mixtral"), partial(LinearRouter, k=2)), "no argument 'k'"),
         (lambda: hf.replace_routers(hf.replace_routers(build("Mixtral"))), "has our routers already"),
@@ -314,7 +339,7 @@ def test_what_cannot_be_done_is_said_in_a_sentence(build_it, message):
     if message is None:
         build_it()
         return
-    with pytest.raises((ValueError, KeyError), match=message):
+    with pytest.raises((ValueError, KeyError, TypeError), match=message):
         build_it()
 
 
@@ -337,10 +362,36 @@ def test_a_gate_of_other_sizes_is_refused():
     assert not list(moe_layers(model))
 
 
-def test_a_config_of_nothing_known_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "routerzoo"}))
-    with pytest.raises(ValueError, match="names no model type that transformers knows"):
+CHANGE = {"change": "sparsify", "num_experts": 4, "router": {"name": "LinearRouter"}}
+
+
+@pytest.mark.parametrize(
+    ("routing", "message"),
+    [
+        (None, "names no model type that transformers knows, but None"),
+        ({"model_type": "llama"}, "has no list of changes, but None"),
+        ({"model_type": "llama", "changes": [{**CHANGE, "change": "prune"}]}, "none of sparsify, replace_routers"),
+        (
+            {"model_type": "llama", "changes": [{**CHANGE, "color": "red"}]},
+            "sparsify in .* has no 'color', but num_exp",
+        ),
+        ({"model_type": "llama", "changes": [{"change": "sparsify", "num_experts": 4}]}, "lacks router"),
+        ({"model_type": "llama", "changes": [{**CHANGE, "router": "LinearRouter"}]}, "not a name and its arguments"),
+    ],
+)
+def test_a_config_of_nothing_known_is_refused(routing, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "routerzoo", "routing": routing}))
+    with pytest.raises(ValueError, match=message):
         transformers.AutoConfig.from_pretrained(tmp_path)
+
+
+def test_a_truncated_shard_is_named(tmp_path):
+    hf.upcycle(build("Llama"), num_experts=2).save_pretrained(tmp_path, max_shard_size="8KB")
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    for read in (loaded, hf.replace_routers):
+        with pytest.raises(ValueError, match=f"{shard.name} is damaged .*: copy or download it again"):
+            read(tmp_path)
 
 
 @torch.no_grad()
