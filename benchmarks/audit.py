@@ -25,6 +25,8 @@ def main() -> None:
     parser.add_argument("--d_model", type=int, default=256)
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
@@ -33,12 +35,15 @@ def main() -> None:
         num_blocks=options.blocks,
         num_heads=4,
         num_experts=options.experts,
-        max_length=256,
+        max_length=options.length,
         router=partial(LinearRouter, top_k=2),
     )
     tune_cpu()
     subject = subject_of_task(
-        task, TextData(sequence_length=256, batch_size=8), name="model", num_batches=options.batches
+        task,
+        TextData(sequence_length=options.length, batch_size=options.batch_size),
+        name="model",
+        num_batches=options.batches,
     )
     plain, audited = [], []
     for _ in range(options.rounds):
@@ -46,7 +51,8 @@ def main() -> None:
         audited.append(_seconds(lambda: audit(subject)))
     weights = sum(parameter.numel() * parameter.element_size() for parameter in task.parameters())
     print(f"plain {statistics.median(plain):.2f} s, audit {statistics.median(audited):.2f} s")
-    print(f"ratio {statistics.median(audited) / statistics.median(plain):.3f}")
+    ratios = [one / other for one, other in zip(audited, plain, strict=True)]
+    print(f"ratio {statistics.median(audited) / statistics.median(plain):.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
     print(
         f"weights {weights / 2**20:.0f} MiB, peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MiB"
     )

@@ -231,7 +231,7 @@ def _best(added: Tensor) -> BestExpert:
     others_B = (~added_BE.isnan()).sum(1) - 1  # the router's own choice is there too, and adds nothing
     return BestExpert(
         len(added),
-        float(-lowest_B.mean()),
+        float(-lowest_B.mean()) + 0.0,  # never -0
         float((lowest_B >= 0).double().mean()),
         None if next_B.isnan().all() else float(next_B.nanmean()),
         float((added_BE.nansum(1) / others_B).mean()),
