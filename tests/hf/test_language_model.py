@@ -24,7 +24,11 @@ SIZES = {**{key: value for key, value in GQA.items() if "token" not in key}, "ma
 LLAMA = {"model_type": "llama", **SIZES}
 MIXTRAL = {"model_type": "mixtral", **SIZES, **LOCAL}
 ENCODER = {"model_type": "bert", **{key: SIZES[key] for key in SIZES if key.startswith(("hidden", "num_h", "num_att"))}}
-CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "pretrained").glob("*.yaml"))
+CONFIGS = [
+    path
+    for path in sorted((Path(__file__).parents[2] / "configs" / "pretrained").glob("*.yaml"))
+    if path.stem != "classify"
+]
 QUIET = {
     "accelerator": "cpu",
     "enable_progress_bar": False,
