@@ -97,7 +97,8 @@ def gather_weights(
 
 
 def _gather(logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or in_transform():
+    keeps = logits_TE.requires_grad and torch.is_grad_enabled()
+    if not keeps or torch.compiler.is_compiling() or in_transform():
         return logits_TE.gather(1, experts_TK)
     selected_TK: Tensor = _Gather.apply(logits_TE, experts_TK)
     return selected_TK
