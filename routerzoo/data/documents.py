@@ -337,7 +337,7 @@ def _text_of(document: dict[str, Any], text_field: str, where: str) -> str:
 def _parquet(path: Path) -> Any:
     parquet = optional_import("pyarrow.parquet", f"reading {path}")
     try:
-        return parquet.ParquetFile(path)
+        return parquet.ParquetFile(path, memory_map=True)  # or else it holds the columns of a row group
     except (OSError, ValueError) as error:  # Arrow's errors are of these
         reason = str(error).partition(". ")[0]
         raise UserError(f"{path} is no Parquet file, or a truncated one ({reason})") from error

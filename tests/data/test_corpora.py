@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
 
 from routerzoo import LanguageModeling, LinearRouter
 from routerzoo.cli.checkpoints import run_name
@@ -148,6 +148,20 @@ def test_files_that_change_while_they_are_read_are_refused(corpus, tmp_path):
     encoded(corpus, tmp_path / "encoded")
 
 
+def test_a_byte_level_bpe_returns_every_text(tmp_path):
+    train_bpe(TEXTS, 300, tmp_path / "t.json")
+    tokenizer = load_tokenizer(str(tmp_path / "t.json"))
+    texts = ["\r\n a\r", "\0", " ", "漢字 😀\u200d", "\ufeff", "e\u0301 é", "\u2028", "<|endoftext|>", ""]
+    assert [tokenizer.decode(ids.tolist()) for ids in tokenizer.encode(texts)] == texts
+
+
+def test_the_default_prompt_ends_with_its_document(tmp_path):
+    for split in ("train", "val", "test"):
+        write_jsonl(tmp_path / "c" / f"{split}.jsonl", ["ab", "cdé"])
+    (prompt,) = data_of(str(tmp_path / "c"), tmp_path).predict_dataloader()
+    assert prompt.tolist() == [[255, *b"ab"]]
+
+
 def test_no_text_is_encoded_as_the_mark_of_a_document():
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -214,6 +228,11 @@ def test_words_know_their_bytes(tmp_path):
     assert data.bytes_per_token("val") == 5 / 4  # "ab" is not predicted; " c", "\n", "d", "\n" are
 
 
+class LogTraining(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.bpb = float(trainer.callback_metrics["train/bpb"])
+
+
 def test_perplexity_comes_with_bits_per_byte(corpus, tmp_path):
     data = data_of(corpus, tmp_path, tokenizer="bpe-300")
     task = LanguageModeling(
@@ -226,9 +245,23 @@ def test_perplexity_comes_with_bits_per_byte(corpus, tmp_path):
     counts = data.counts("val")
     bits = (counts.tokens - 1) * math.log2(data.vocab_size)
     assert found["val/bpb"] == pytest.approx(bits / counts.bytes, rel=1e-4)
+    assert task.baseline(data)[1] > 1
     small = LanguageModeling("ppl", vocab_size=290, num_blocks=1, d_model=8, num_heads=1, num_experts=2, max_length=16)
     with pytest.raises(UserError, match="the tokenizer bpe-300 has 300 token ids, and the model only 290: set the"):
         trainer.validate(small, data, verbose=False)
+
+
+def test_the_marks_of_documents_are_no_bytes(corpus, tmp_path):
+    data = data_of(corpus, tmp_path)
+    task = LanguageModeling(num_blocks=1, d_model=8, num_heads=1, num_experts=2, max_length=16)
+    torch.nn.init.zeros_(task.net.head.weight)
+    (found,) = Trainer(**{**QUIET, "limit_val_batches": 1.0}).validate(task, data, verbose=False)
+    counts = data.counts("val")
+    assert found["val/bpb"] == pytest.approx(8 * (counts.tokens - 1) / counts.bytes, rel=1e-6)
+    assert task.baseline(data)[1] == pytest.approx(data.unigram_baseline() / math.log(2) / data.bytes_per_token("val"))
+    record = LogTraining()
+    Trainer(**{**QUIET, "max_steps": 1, "callbacks": [record], "limit_val_batches": 0}).fit(task, data)
+    assert record.bpb == pytest.approx(8 / data.bytes_per_token("train"), rel=1e-6)
 
 
 def test_a_stream_of_shards_is_the_whole():
@@ -444,6 +477,17 @@ def test_data_sets_of_hugging_face(corpus, tmp_path):
     assert named.counts("train").documents == 10
     with pytest.raises(UserError, match=r"the test split of hf:.* has no document"):
         named.stream("test")
+    card = "---\nconfigs:\n- config_name: en\n  data_files: en.jsonl\n- config_name: de\n  data_files: de.jsonl\n---\n"
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "README.md").write_text(card)
+    write_jsonl(tmp_path / "two" / "en.jsonl", TEXTS)
+    assert sum(data_of(f"hf:{tmp_path}/two:en", tmp_path).counts(s).documents for s in ("train", "val", "test")) == 80
+    with pytest.raises(UserError, match=r"pick one among the available configs: \['en', 'de'\]"):
+        data_of(f"hf:{tmp_path}/two", tmp_path).prepare_data()
+    with (tmp_path / "two" / "en.jsonl").open("a") as file:
+        file.write("{")
+    with pytest.raises(UserError, match=r"datasets cannot load hf:.*two:en \("):
+        data_of(f"hf:{tmp_path}/two:en", tmp_path).prepare_data()
     with pytest.raises(UserError, match=r"datasets cannot load hf:.*nowhere \("):
         data_of(f"hf:{tmp_path}/nowhere", tmp_path).prepare_data()
 

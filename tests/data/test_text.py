@@ -194,6 +194,16 @@ def test_words_are_encoded_once_and_anew_when_a_file_changes(tmp_path):
     assert limited.words[-1] == "<unk>"
 
 
+def test_words_are_those_of_whole_characters(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("é " * 200)
+    data = TextData(str(path), tokenizer="words", root=str(tmp_path / "root"), max_bytes=301)
+    assert data._words().words == ["é", "<eos>", "<unk>"]
+    path.write_bytes((b"a" * 1023 + b" ") * 1024 + b"\xff " + b"a" * 100_000)
+    with pytest.raises(UserError, match=r"text.txt is not UTF-8 text at byte 1048576: invalid start byte"):
+        TextData(str(path), tokenizer="words", root=str(tmp_path / "root")).prepare_data()
+
+
 def test_an_interrupted_encoding_leaves_nothing_finished(tmp_path, monkeypatch):
     path = tmp_path / "train.txt"
     path.write_text("a b c\n")
