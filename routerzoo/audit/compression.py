@@ -109,6 +109,8 @@ def check(net: nn.Module, num_experts: int, method: Method) -> None:
 
 
 def _check_number(index: int, num_experts: int, top_k: int, left: int) -> None:
+    if not isinstance(left, int):
+        raise UserError(f"num_experts is one number for all layers, so that the model can be built again, got {left!r}")
     if not max(top_k, 1) <= left < num_experts:
         raise UserError(
             f"num_experts must be at least k = {max(top_k, 1)} and below the {num_experts} of MoE layer {index}, got "

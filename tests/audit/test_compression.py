@@ -89,6 +89,7 @@ def test_what_cannot_be_cut_is_said_and_left_as_it_was():
     before = {name: value.clone() for name, value in subject.net.state_dict().items()}
     for options, told in (
         ({"num_experts": 1}, "num_experts must be at least k = 2 and below the 8 of MoE layer 0, got 1"),
+        ({"num_experts": [4, 6]}, r"num_experts is one number for all layers, .* got \[4, 6\]"),
         ({"num_experts": 8}, "below the 8 of MoE layer 0, got 8"),
         ({"num_experts": 4, "by": "norm"}, "method must be prune or merge, and by load or output"),
     ):
