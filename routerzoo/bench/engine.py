@@ -19,6 +19,7 @@ from routerzoo.bench import work
 from routerzoo.bench.protocol import Job
 from routerzoo.bench.rows import Row
 from routerzoo.errors import UserError
+from routerzoo.sweep.code import OtherCodeError
 
 RUN_SECONDS = 900.0
 """A run that takes longer is ended, and failed."""
@@ -120,7 +121,7 @@ def _cause(exit_code: int | None) -> str:
 
 
 class RayEngine:
-    """Ray tasks of one CPU each, whose processes Ray keeps for the next ones. Sources and task files are on all nodes.
+    """Ray tasks of one CPU each, whose processes Ray keeps for the next ones. All nodes have sources and task files.
 
     Args:
         slots: runs to hand to Ray at a time; Ray lets those wait that there is no room for.
@@ -142,7 +143,7 @@ class RayEngine:
             except ConnectionError:
                 ray.init(log_to_driver=False)
         self.slots = slots
-        self._task = ray.remote(num_cpus=1, max_retries=0)(work.do)
+        self._task = ray.remote(num_cpus=1, max_retries=0)(work.do_elsewhere)
         self._running: dict[Any, Job] = {}
 
     def start(self, job: Job) -> None:
@@ -150,7 +151,11 @@ class RayEngine:
         self._running[self._task.remote(job)] = job
 
     def ended(self, timeout: float) -> list[Row]:
-        """Return the rows of ended runs; those whose process or node died are failed."""
+        """Return the rows of ended runs; those whose process or node died are failed.
+
+        Raises:
+            OtherCodeError: a node has other sources.
+        """
         if not self._running:
             return []
         done, _ = self._ray.wait(list(self._running), num_returns=1, timeout=timeout)
@@ -159,6 +164,8 @@ class RayEngine:
             job = self._running.pop(reference)
             try:
                 rows.append(self._ray.get(reference))
+            except OtherCodeError as error:
+                raise getattr(error, "cause", error) from None  # which Ray has wrapped
             except Exception as error:
                 rows.append(job.row(status="failed", reason=f"Ray: {str(error).strip().splitlines()[0]}"))
         return rows

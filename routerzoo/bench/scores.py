@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -22,8 +23,8 @@ class Score:
     Args:
         row: the run.
         regret: (L - L_oracle) / (L_blind - L_oracle); 0 routes as the oracle, 1 is no better than a random id.
-        steps_to_half: steps after which an evaluation along training first had half of the blind run's final regret;
-            inf where none had.
+        steps_to_half: steps from which on all evaluations along training had at most half of the blind run's final
+            regret; inf where the last had more. What is lost again, as where a task turns, does not count.
     """
 
     row: Row
@@ -114,10 +115,13 @@ def scores(rows: Iterable[Row]) -> list[Score]:
             continue
         oracle, blind = scale
         regret = FAILED_REGRET if row.loss is None else (row.loss - oracle) / (blind - oracle)
-        half = (oracle + blind) / 2
-        reached = (step for step, loss in row.losses() if loss <= half)
-        found.append(Score(row, regret, next(reached, math.inf)))
+        found.append(Score(row, regret, _steps_to(row, (oracle + blind) / 2)))
     return found
+
+
+def _steps_to(row: Row, most: float) -> float:
+    reached = itertools.takewhile(lambda point: point[1] <= most, reversed(row.losses()))
+    return min((step for step, _ in reached), default=math.inf)
 
 
 def summaries(rows: Iterable[Row]) -> list[Summary]:

@@ -19,6 +19,7 @@ from routerzoo.bench.protocol import Job
 from routerzoo.bench.registry import list_tasks, task_class
 from routerzoo.bench.rows import Row
 from routerzoo.bench.run import Run
+from routerzoo.sweep.code import expect_code
 from routerzoo.tune_cpu import tune_cpu
 
 # In the server that workers are forked from, so that all of them run the same code, whatever is edited meanwhile.
@@ -50,6 +51,16 @@ def do(job: Job) -> Row:
         return job.row(status="failed", reason=reason, seconds=time.process_time() - started)
     declared_k = job.choice.declared_k(task.top_k)
     return job.row(status="finished", k=declared_k, **vars(outcome), seconds=time.process_time() - started)
+
+
+def do_elsewhere(job: Job) -> Row:
+    """Make a run in a process that may have other sources than the one that hands it out.
+
+    Raises:
+        OtherCodeError: it has.
+    """
+    expect_code(job.code)
+    return do(job)
 
 
 def _place(error: Exception, job: Job) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import socket
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import routerzoo
+from routerzoo.errors import UserError
 from routerzoo.registry import ENTRY_POINT_GROUP
 
 
@@ -26,3 +28,25 @@ def code_version() -> str:
             for path in sorted(Path(folder).rglob("*.py")):
                 digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
     return f"{routerzoo.__version__}+{digest.hexdigest()[:8]}"
+
+
+class OtherCodeError(UserError):
+    """A machine has other sources than the one that hands it runs."""
+
+
+def expect_code(code: str) -> None:
+    """Check that this machine has the sources that a run is said to be made by.
+
+    Args:
+        code: as `code_version` has it where the run was handed out, with anything behind a further `+`.
+
+    Raises:
+        OtherCodeError: it has others.
+    """
+    code_version.cache_clear()  # of a process that takes run after run, before an edit and after it
+    own = code_version()
+    if not f"{code}+".startswith(f"{own}+"):
+        raise OtherCodeError(
+            f"{socket.gethostname()} has other code ({own}) than the command ({code}): give all machines the same "
+            "version, do not edit it meanwhile, and repeat the command, which goes on from here"
+        )

@@ -15,8 +15,9 @@ import yaml
 
 from routerzoo.errors import UserError
 from routerzoo.sweep import work
+from routerzoo.sweep.code import OtherCodeError, expect_code
 from routerzoo.sweep.engine import tests_of
-from routerzoo.sweep.ledger import Run
+from routerzoo.sweep.ledger import THEN, Run
 from routerzoo.sweep.processes import num_processes
 
 
@@ -56,11 +57,15 @@ class RayEngine:
         (folder / work.OUTCOME).unlink(missing_ok=True)
         trainer = (yaml.safe_load(run.config) or {}).get("trainer", {})
         task = self._task.options(num_cpus=self.threads * num_processes(trainer, int(self.gpus)))
-        reference = task.remote(str(folder.resolve()), tests_of(run), self.threads)
+        reference = task.remote(str(folder.resolve()), tests_of(run), self.threads, run.code.split(THEN)[-1])
         self._running[reference] = (run, folder)
 
     def ended(self) -> list[tuple[Run, str, str]]:
-        """Return the runs that have ended."""
+        """Return the runs that have ended.
+
+        Raises:
+            OtherCodeError: a node has other sources.
+        """
         if not self._running:
             return []
         done, _ = self._ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
@@ -69,6 +74,8 @@ class RayEngine:
             run, folder = self._running.pop(reference)
             try:
                 found.append((run, *work.outcome(folder, self._ray.get(reference))))
+            except OtherCodeError as error:
+                raise getattr(error, "cause", error) from None  # which Ray has wrapped
             except Exception as error:  # the node died, or the task could not be placed
                 found.append((run, "failed", f"Ray: {str(error).strip().splitlines()[0]}"))
         return found
@@ -87,8 +94,13 @@ class RayEngine:
             self._ray.shutdown()
 
 
-def _in_process(folder: str, test: list[str] | None, threads: int) -> int:
-    """Do a run in a process of its own, which neither a crash nor what it leaves in memory can carry into the next."""
+def _in_process(folder: str, test: list[str] | None, threads: int, code: str) -> int:
+    """Do a run in a process of its own, which neither a crash nor what it leaves in memory can carry into the next.
+
+    Raises:
+        OtherCodeError: this machine has other sources than the sweep.
+    """
+    expect_code(code)
     # Ray sets it to the task's CPUs; a run by hand has what the sweep says.
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "routerzoo.sweep.work", folder, json.dumps(test), str(threads)]

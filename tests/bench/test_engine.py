@@ -10,20 +10,23 @@ from routerzoo.bench.loop import work_through
 from routerzoo.bench.protocol import Protocol, make_cell
 from routerzoo.bench.rows import RowFile
 from routerzoo.bench.work import do
+from routerzoo.sweep.code import OtherCodeError, code_version
 
 PROTOCOL = Protocol(seeds=3, tuning_seeds=0)
 OWN = ["own_router.OwnRouter", "own_router.KilledRouter", "own_router.NaNRouter"]
 
 
-def cells(task, names, protocol=PROTOCOL):
-    return [make_cell(task, RouterChoice(name), protocol, "code") for name in names]
+def cells(task, names, protocol=PROTOCOL, code="code"):
+    return [make_cell(task, RouterChoice(name), protocol, code) for name in names]
 
 
-def work(folder, engine, task, names, protocol=PROTOCOL):
+def work(folder, engine, task, names, protocol=PROTOCOL, code="code"):
     done = []
     try:
         with RowFile(folder) as file:
-            work_through(cells(task, names, protocol), file, engine, lambda row, cell, end: done.append((row, end)))
+            work_through(
+                cells(task, names, protocol, code), file, engine, lambda row, cell, end: done.append((row, end))
+            )
             return done, dict(file.rows)
     finally:
         engine.close()
@@ -90,5 +93,8 @@ def test_workers_end_with_the_engine(small_task):
 @pytest.mark.full
 def test_ray_does_runs(tmp_path, small_task):
     pytest.importorskip("ray")
-    _, rows = work(tmp_path, RayEngine(2), small_task, ["LinearRouter", "oracle"], Protocol(seeds=1, tuning_seeds=0))
+    protocol, names = Protocol(seeds=1, tuning_seeds=0), ["LinearRouter", "oracle"]
+    _, rows = work(tmp_path / "same", RayEngine(2), small_task, names, protocol, code_version())
     assert {row.status for row in rows.values()} == {"finished"}
+    with pytest.raises(OtherCodeError, match="has other code"):
+        work(tmp_path / "other", RayEngine(2), small_task, names, protocol)

@@ -67,9 +67,11 @@ def test_a_longer_run_of_equal_flops_is_scored_by_the_controls_of_its_seed():
 
 def test_steps_to_half_regret():
     rows = [*controls(0), row("a", 0, 0.2, "20:0.6 40:0.3 60:0.2"), row("b", 0, 0.4, "20:0.6 40:0.4")]
+    rows.append(row("c", 0, 0.2, "20:0.6 40:0.2 60:0.5 80:0.3 100:0.2"))  # as where a task turns
     found = by_name(rows)
     assert found["a"].steps_to_half == 40
     assert found["b"].steps_to_half == math.inf
+    assert found["c"].steps_to_half == 80
 
 
 def test_differences_are_paired_by_seed():

@@ -10,6 +10,7 @@ ray = pytest.importorskip("ray", reason="needs pip install 'routerzoo[ray]'")
 cluster_utils = pytest.importorskip("ray.cluster_utils")
 
 from routerzoo.cli.sweep import main  # noqa: E402
+from routerzoo.sweep.code import OtherCodeError, code_version  # noqa: E402
 from routerzoo.sweep.ledger import Ledger  # noqa: E402
 from routerzoo.sweep.ray_engine import RayEngine  # noqa: E402
 from tests.sweep.test_sweep import BASE, measured  # noqa: E402
@@ -57,8 +58,21 @@ def test_a_run_that_finds_no_room_waits_and_is_stopped(cluster, tmp_path):
     ledger = Ledger(tmp_path)
     row = {"task": "t", "router": "R", "variant": "R", "seed": 0, "folder": ".", "config": "", "test": []}
     ledger.plan([{**row, "key": "a", "stage": "final"}])
-    run = ledger.claim("code")
+    run = ledger.claim(code_version())
     engine.start(run, tmp_path)
     time.sleep(1)
     assert engine.ended() == []
     assert engine.stop() == [run]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_node_of_other_code_stops_the_sweep(cluster, tmp_path):
+    engine = RayEngine(slots=1, threads=1, gpus=0.0)
+    ledger = Ledger(tmp_path)
+    row = {"task": "t", "router": "R", "variant": "R", "seed": 0, "folder": ".", "config": "", "test": []}
+    ledger.plan([{**row, "key": "a", "stage": "final"}])
+    engine.start(ledger.claim("0.1+older"), tmp_path)
+    ray.wait(list(engine._running))
+    with pytest.raises(OtherCodeError, match=r"has other code .* than the command \(0.1\+older\): give all machines"):
+        engine.ended()

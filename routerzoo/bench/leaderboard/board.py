@@ -244,7 +244,7 @@ class Board:
 
     @cached_property
     def outcomes(self) -> list[Outcome]:
-        """What became of the predictions of all tasks, which are corrected among themselves: they were made before."""
+        """What became of the predictions of all tasks, which are corrected among themselves."""
         declared = [(task, told) for task in [*self.tasks, *self.realistic] for told in predictions(task)]
         compared = [self.pairs[task].get((told.better, told.worse)) for task, told in declared]
         corrected = iter(holm([found.p for found in compared if found is not None]))
