@@ -50,7 +50,11 @@ def evaluate(
     results = None if run is None else Path(run) / RESULTS
     if results is not None and not results.is_file():
         raise UserError(f"{results} does not exist: run names the folder of a run that has ended")
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    folder = None if include_path is None else str(include_path)
+    # An index of its own 15,000 tasks takes seconds.
+    manager = TaskManager(include_path=folder, include_defaults=folder is None)
+    if any(task not in manager.all_tasks for task in tasks):
+        manager = TaskManager(include_path=folder)
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise UserError(f"lm-eval knows no task {unknown[0]!r}: name the folder of its YAML file as include_path")
     training = model.training

@@ -87,7 +87,7 @@ def test_our_model_and_the_exported_one_are_evaluated_alike(tasks, tmp_path):
         "hf",
         model_args=f"pretrained={tmp_path / 'plain'},dtype=float32",
         tasks=["local_choices"],
-        task_manager=lm_eval.tasks.TaskManager(include_path=str(tasks)),
+        task_manager=lm_eval.tasks.TaskManager(include_path=str(tasks), include_defaults=False),
         device="cpu",
     )
     assert found["results"]["local_choices"]["acc,none"] == expected
