@@ -304,7 +304,9 @@ def _differentiable(
 ) -> list[Tensor | None]:
     """Return gradients that can be differentiated themselves: those of plain operations, computed again."""
     top_k, activation, dropout, dtype, _ = options
-    x_TD, weight_N, up_EZD, up_bias_EZ, down_EDH, down_bias_ED = tensors[:6]
+    # Views, so that the gradient of one holds nothing that comes by way of another: weights depend on hidden states.
+    inputs: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors[:6]]
+    x_TD, weight_N, up_EZD, up_bias_EZ, down_EDH, down_bias_ED = inputs
     expert_N, order_N, begin_T = tensors[6:9]
     rows = place_rows(Order(expert_N, order_N, begin_T, top_k or None), len(x_TD), len(down_EDH))
     if dropout > 0:
@@ -321,7 +323,7 @@ def _differentiable(
     weight_N1 = weight_N.to(dtype).index_select(0, rows.order_N).unsqueeze(1)
     y_ND = torch.where(real_N.unsqueeze(1), y_ND * weight_N1, 0)
     out_TD = torch.zeros_like(grad_TD).index_add(0, rows.source_N, y_ND)
-    wanted = [tensor for tensor, needed in zip(tensors[:6], needs, strict=True) if needed]
+    wanted = [tensor for tensor, needed in zip(inputs, needs, strict=True) if needed]
     grads = iter(torch.autograd.grad(out_TD, wanted, grad_TD, create_graph=True, allow_unused=True))
     return [next(grads) if needed else None for needed in needs]
 

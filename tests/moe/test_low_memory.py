@@ -313,6 +313,19 @@ def test_gradients_of_gradients_are_right():
     assert torch.autograd.gradgradcheck(compute, inputs)
 
 
+def test_gradients_of_gradients_of_a_layer():
+    """The weights depend on the hidden states too, which must count once."""
+    found = []
+    for low in (False, True):
+        torch.manual_seed(0)
+        layer = MoE(d_model=6, num_experts=3, low_memory=low).double()
+        x_TD = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+        inputs = [x_TD, *layer.parameters()]
+        first = torch.autograd.grad(layer(x_TD).square().sum(), inputs, create_graph=True)
+        found.append([*first, *torch.autograd.grad(sum(grad.square().sum() for grad in first), inputs)])
+    assert_close(found[1], found[0])
+
+
 def test_gradients_of_gradients_under_autocast():
     layer = MoE(d_model=16, num_experts=2, low_memory=True)
     x_TD = torch.randn(3, 16, requires_grad=True)
