@@ -377,7 +377,11 @@ def _unreadable(corpus: str, error: Exception) -> UserError:
 def hub_version(corpus: str) -> str:
     """Return what changes with the files of a data set of Hugging Face."""
     builder = _hub(corpus)
-    return f"{builder.hash} {builder.config_id}"
+    # The hash leaves out files that a data set's card names.
+    files = {
+        str(split): [list(files), files.origin_metadata] for split, files in (builder.config.data_files or {}).items()
+    }
+    return f"{builder.hash} {builder.config_id} {files}"
 
 
 def _hub_pieces(corpus: str) -> list[Piece]:
