@@ -34,7 +34,7 @@ from routerzoo.checkpoints.single import WholeCheckpoints, expect_checkpoint, re
 from routerzoo.cli.arguments import TRUST, TRUST_VARIABLE, option_names
 from routerzoo.cli.checkpoints import LINKED, init_arg, refuse_another_model, router_name, run_name
 from routerzoo.cli.configs import with_config_files
-from routerzoo.cli.parser_errors import explain, explain_bare_help, missing_package, refused_by_libraries
+from routerzoo.cli.parser_errors import explain, explain_bare_help, refused_by_libraries, refused_class
 from routerzoo.errors import UserError, in_a_sentence
 from routerzoo.moe.experts import Experts
 from routerzoo.router import Router
@@ -267,7 +267,7 @@ class RouterZooCLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, MisconfigurationException) as error:
             # A value that a class refuses when it is built; its message says which and why.
-            raise UserError(missing_package(error) or explain(str(error))) from error
+            raise UserError(refused_class(error) or explain(str(error))) from error
         for name, given in self._given_links.items():
             decided = getattr(self.datamodule, name, None)
             if decided is not None and decided != given:

@@ -228,11 +228,18 @@ def explain_bare_help(arguments: Sequence[str]) -> None:
             raise UserError(f"{argument} explains a class: give it {' or '.join(names) or 'the name of one'}")
 
 
-def missing_package(error: BaseException | None) -> str | None:
-    """Return which package a class lacks, such as a logger's, where that is why an option was refused."""
+def refused_class(error: BaseException | None) -> str | None:
+    """Return why a class could not be built, such as a logger, where that is why an option was refused.
+
+    The parser says no more than that its value is of another type.
+    """
     while error is not None:
+        told = " ".join(str(error).split())
         if isinstance(error, ModuleNotFoundError):
-            return " ".join(str(error).split()).replace(". HINT: Try running", ": run")
+            return told.replace(". HINT: Try running", ": run")
+        package = type(error).__module__.partition(".")[0]
+        if package not in ("builtins", "argparse", "jsonargparse", "routerzoo"):
+            return f"{package}: {told}"
         error = error.__cause__ or error.__context__
     return None
 

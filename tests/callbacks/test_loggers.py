@@ -86,10 +86,13 @@ def test_a_logger_whose_package_is_missing_says_so(name, monkeypatch, tmp_path):
         main(["fit", *configs, *detailed, "--run_dir", str(tmp_path / "run")])
 
 
-def test_a_missing_package_is_named():
-    from routerzoo.cli.parser_errors import missing_package
+def test_what_a_loggers_package_refuses_is_said():
+    from routerzoo.cli.parser_errors import refused_class
 
     error = ValueError("expected an Iterable")
     error.__cause__ = ModuleNotFoundError("Requirement 'wandb>=0.12.10' not met. HINT: Try running `pip install wandb`")
-    assert missing_package(error) == "Requirement 'wandb>=0.12.10' not met: run `pip install wandb`"
-    assert missing_package(ValueError("other")) is None
+    assert refused_class(error) == "Requirement 'wandb>=0.12.10' not met: run `pip install wandb`"
+    elsewhere = type("MlflowException", (Exception,), {"__module__": "mlflow.exceptions"})
+    error.__cause__ = elsewhere("The filesystem\ntracking backend is in maintenance mode")
+    assert refused_class(error) == "mlflow: The filesystem tracking backend is in maintenance mode"
+    assert refused_class(ValueError("other")) is None
