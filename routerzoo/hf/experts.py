@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, final
 
 import torch
@@ -95,6 +96,11 @@ def _activation(bank: Any) -> Activation | None:
     plain = getattr(type(bank), "_apply_gate", None) is transformers_moe._default_apply_gate
     if not plain or not bank.has_gate or not bank.is_concatenated or getattr(bank, "has_post_expert_norm", False):
         return None
+    return activation_of(bank.act_fn)
+
+
+def activation_of(function: Callable[[Tensor], Tensor]) -> Activation | None:
+    """Return what we call an activation function of transformers, None of one that we have not."""
     x = torch.linspace(-4, 4, 33, device="cpu", dtype=torch.float32)
-    expected = bank.act_fn(x)
+    expected = function(x)
     return next((name for name, act in ACTIVATIONS.items() if torch.allclose(act(x), expected, atol=1e-6)), None)

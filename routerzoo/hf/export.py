@@ -12,12 +12,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 from routerzoo.errors import UserError
 from routerzoo.hf.blocks import RoutedExperts
 from routerzoo.hf.changes import Site, gate_tensor, released_arguments, released_sites
-from routerzoo.hf.experts import put_back
+from routerzoo.hf.experts import activation_of, put_back
 from routerzoo.hf.modeling import plain_class
+from routerzoo.moe.activations import Activation
 from routerzoo.moe.experts import SwiGLUExperts
 from routerzoo.moe.layer import MoE, inner_router, moe_layers
 from routerzoo.router import LogitRouter, Router
@@ -177,6 +179,9 @@ def _counterpart(model: Any) -> Any:
     for key, value in counterpart.needed.items():
         if getattr(dense, key, value) != value:
             raise UserError(f"{counterpart.model} has no {key}, the model has {getattr(dense, key)!r}")
+    attention = set(getattr(dense, "layer_types", None) or ())
+    if len(attention) > 1:
+        raise UserError(f"{counterpart.model} has one kind of attention, the model has {', '.join(sorted(attention))}")
     sizes = _common_sizes(model, counterpart)
     target = getattr(transformers, counterpart.model)
     values = {key: value for key, value in dense.to_dict().items() if key not in ("model_type", "architectures")}
@@ -198,11 +203,11 @@ def _common_sizes(model: Any, counterpart: Counterpart) -> dict[str, Any]:
     """Return what the config of the counterpart says of all MoE layers."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MoE)}
     found = {
-        (_checked_layer(name, layer), layer.num_experts, layer.experts.hidden_dim) for name, layer in layers.items()
+        (*_checked_layer(name, layer), layer.num_experts, layer.experts.hidden_dim) for name, layer in layers.items()
     }
     if len(found) > 1:
         raise UserError(f"{counterpart.model} has equal layers, those of the model differ: {sorted(found)}")
-    (((top_k, renormalize), num_experts, hidden_dim),) = found
+    ((top_k, renormalize, activation, num_experts, hidden_dim),) = found
     if not renormalize and counterpart.renormalize is None:
         raise UserError(f"the weights of {counterpart.model} sum to 1: build the router with renormalize=True")
     dense = [
@@ -211,6 +216,13 @@ def _common_sizes(model: Any, counterpart: Counterpart) -> dict[str, Any]:
     if dense and counterpart.dense_layers is None:
         raise UserError(f"all layers of {counterpart.model} have experts, the model's {dense} have none: blocks='all'")
     sizes: dict[str, Any] = dict(zip(counterpart.sizes, (num_experts, top_k, hidden_dim), strict=True))
+    if activation_of(ACT2FN[model.config.hidden_act]) != activation:
+        if dense:
+            raise UserError(
+                f"experts of the model have the activation {activation}, its dense layers {model.config.hidden_act}: "
+                f"{counterpart.model} has one for both"
+            )
+        sizes["hidden_act"] = {"gelu_tanh": "gelu_pytorch_tanh"}.get(activation, activation)
     if counterpart.renormalize is not None:
         sizes[counterpart.renormalize] = renormalize
     if counterpart.dense_layers is not None:
@@ -218,7 +230,8 @@ def _common_sizes(model: Any, counterpart: Counterpart) -> dict[str, Any]:
     return sizes
 
 
-def _checked_layer(name: str, layer: MoE) -> tuple[int, bool]:
+def _checked_layer(name: str, layer: MoE) -> tuple[int, bool, Activation]:
+    """Return how many experts a token has, whether their weights sum to 1, and the experts' activation."""
     router: Any = inner_router(layer)
     known = type(router).__name__ in ("LinearRouter", "TopKRouter") and router.score_fn == "softmax"
     plain = known and router.bias is None and router.scale == 1 and getattr(router, "noise_weight", None) is None
@@ -226,11 +239,14 @@ def _checked_layer(name: str, layer: MoE) -> tuple[int, bool]:
     if not plain or biased or getattr(router, "num_groups", 1) != 1:
         raise UserError(
             f"{name} routes with {type(router).__name__}: transformers knows the linear gate with softmax weights, "
-            "LinearRouter or TopKRouter without bias and groups"
+            "LinearRouter or TopKRouter without bias, groups, scale and noise"
         )
-    if layer.shared_experts is not None or not isinstance(layer.experts, SwiGLUExperts):
-        raise UserError(f"{name} has shared or other experts than the model's own, which its counterpart has not")
-    return router.top_k, bool(router.renormalize)
+    experts = layer.experts
+    if layer.shared_experts is not None or not isinstance(experts, SwiGLUExperts) or experts.gate_up_bias is not None:
+        raise UserError(
+            f"{name} has shared experts, or others than SwiGLUExperts without bias, which its counterpart has not"
+        )
+    return router.top_k, bool(router.renormalize), experts.activation
 
 
 def _renamed_state(model: Any) -> dict[str, Tensor]:

@@ -24,6 +24,13 @@ def loaded(path):
     return transformers.AutoModelForCausalLM.from_pretrained(path).eval()
 
 
+def windowed(name):
+    model_class, config = config_of(name)
+    config.layer_types = ["full_attention", "sliding_attention"]
+    config.sliding_window = 4
+    return model_class(config)
+
+
 def quantized(model):
     model.config.quantization_config = {"quant_method": "fp8"}
     return model
@@ -211,6 +218,17 @@ def test_every_way_of_decoding_gives_the_tokens_of_the_plain_model(name, options
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("activation", ["relu", "gelu_tanh"])
+@torch.no_grad()
+def test_experts_go_out_with_their_activation(activation, tmp_path):
+    experts = partial(SwiGLUExperts, activation=activation, hidden_dim=20)
+    model = hf.upcycle(build("Llama"), num_experts=4, experts=experts, copy_weights=False)
+    expected = model(**inputs_of(model)).logits
+    hf.to_transformers(model).save_pretrained(tmp_path)
+    assert_close(loaded(tmp_path)(**inputs_of(model)).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")  # Trainer's
 def test_transformers_trainer_saves_and_resumes(tmp_path):
     ids = torch.randint(3, 40, (24, 8), generator=torch.Generator().manual_seed(0))
@@ -333,6 +351,25 @@ def test_routers_have_options_of_their_own():
             lambda: hf.to_transformers(hf.upcycle(build("Llama"), num_experts=4, router="XMoERouter")),
             "transformers knows the linear gate",
         ),
+        (
+            lambda: hf.to_transformers(
+                hf.upcycle(build("Llama"), num_experts=4, experts=partial(SwiGLUExperts, bias=True), copy_weights=False)
+            ),
+            "others than SwiGLUExperts without bias",
+        ),
+        (
+            lambda: hf.to_transformers(
+                hf.upcycle(
+                    build("Qwen3"),
+                    num_experts=4,
+                    experts=partial(SwiGLUExperts, activation="gelu"),
+                    copy_weights=False,
+                    blocks=[0],
+                )
+            ),
+            "the activation gelu, its dense layers silu: Qwen3MoeForCausalLM has one for both",
+        ),
+        (lambda: hf.to_transformers(hf.upcycle(windowed("Qwen3"), num_experts=4)), "has one kind of attention, the mo"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_sentence(build_it, message):
