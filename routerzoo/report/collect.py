@@ -50,7 +50,7 @@ class Task:
 
     Args:
         name: of the task and the place.
-        metric: headline metric, as the task declares it.
+        metric: headline metric, as the task declares it; bits per byte, where runs differ in their tokenizers.
         lower_is_better: whether a smaller metric is better.
         values: the metric on the test split by router and seed; NaN where the run failed or measured no finite one.
         runs: finished runs by router and seed.
@@ -196,6 +196,8 @@ def _task(base: str, setting: str, planned: Sequence[Run], folder: Path) -> Task
     values: dict[str, dict[int, float]] = defaultdict(dict)
     tested = next(run for run in planned if run.status == "finished").results.get("test", {})
     metric, lower_is_better = tested.get("headline_metric", "loss"), not tested.get("higher_is_better", False)
+    if metric == "ppl" and len({_tokenizer(run) for run in planned}) > 1:
+        metric = "bpb"  # perplexities of different tokens are not comparable
     for run in planned:
         if run.status == "finished":
             finished[run.router][run.seed] = run
@@ -217,6 +219,11 @@ def _task(base: str, setting: str, planned: Sequence[Run], folder: Path) -> Task
         setting,
         sum(run.status in ("waiting", "running") for run in planned),
     )
+
+
+def _tokenizer(run: Run) -> Any:
+    config = yaml.safe_load(run.config)
+    return flat(config).get("data.init_args.tokenizer") if isinstance(config, dict) else None
 
 
 def _finite(value: Any) -> float:

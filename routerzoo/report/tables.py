@@ -41,8 +41,10 @@ class Column:
 
 def columns(metric: str, direction: str) -> list[Column]:
     """Return the columns of the table of a task."""
+    bits = [Column("bits per byte", "bits per byte", lambda row: _plain(row["bits per byte"], ".4f"))]
     return [
         Column("mean", f"{metric} ({direction})", lambda row: shown(Interval(row["mean"], row["low"], row["high"]))),
+        *(bits if metric == "ppl" else ()),
         Column("standing", "beside the best", lambda row: row["standing"], is_text=True),
         Column("seeds", "seeds", lambda row: str(row["seeds"])),
         Column("failed", "failed", lambda row: str(row["failed"]) if row["failed"] else "0"),
@@ -74,6 +76,7 @@ def _of_task(found: TaskAnalysis, analysis: Analysis) -> Rows:
         rows.append(
             {"task": task.name, "router": name, "metric": task.metric, "seeds": len(values)}
             | {"failed": task.failures(name), **found.mean(name)._asdict(), "standing": standings.get(name, "")}
+            | {"bits per byte": _mean(runs, "test", "bpb")}
             | {"trained k": budget.k, "training FLOPs": budget.flops}
             | {"unequal": " ".join(what for what, names in unequal.items() if name in names)}
             | {"difference": pair.difference.mean if pair else math.nan}

@@ -50,6 +50,29 @@ def test_runs_become_variants_tasks_and_seeds(run, tmp_path):
     assert sweep.runs[0].folder == "../HashRouter-0"
 
 
+def test_runs_with_other_tokenizers_are_compared_by_bits_per_byte(run, tmp_path):
+    def with_tokens(name, tokenizer, ppl, bpb, router):
+        folder = run(name, router)
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        config["data"]["init_args"]["tokenizer"] = tokenizer
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        found = json.loads((folder / "results.json").read_text())
+        for stage in found.values():
+            stage |= {"headline_metric": "ppl", "ppl": ppl, "best ppl": ppl, "bpb": bpb}
+        (folder / "results.json").write_text(json.dumps(found))
+        return folder
+
+    large = with_tokens("large", "bpe-8192", 900.0, 1.25, "LinearRouter")
+    small = with_tokens("small", "bpe-512", 20.0, 1.5, "HashRouter")
+    same = with_tokens("same", "bpe-8192", 950.0, 1.375, "HashRouter")
+    (task,) = read_runs([large, small], tmp_path / "out").tasks
+    assert (task.metric, task.values) == ("bpb", {"LinearRouter": {0: 1.25}, "HashRouter": {0: 1.5}})
+    report.main([str(large), str(same), "--out", str(tmp_path / "page")])
+    page = (tmp_path / "page" / "report.md").read_text()
+    assert "| router | ppl (lower is better) | bits per byte |" in page
+    assert "| LinearRouter | 900.0000 | 1.2500 |" in page
+
+
 def test_what_differs_beside_the_router_is_said(run, tmp_path):
     folders = [run("a"), run("b", lr=0.002), run("c", "HashRouter", lr=0.002, tested=False)]
     sweep = read_runs(folders, tmp_path / "out")
