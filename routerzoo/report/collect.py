@@ -159,7 +159,9 @@ def read_sweep(folder: Path, *, may_be_empty: bool = False) -> Sweep:
     runs = Ledger(folder).runs()
     planned = [run for run in runs if run.planned and run.stage == "final"]
     if not may_be_empty and not any(run.status == "finished" for run in planned):
-        raise UserError(f"no run in {folder} has finished yet")
+        failed = [run.reason for run in planned if run.status == "failed"]
+        told = f"; {len(failed)} of {len(planned)} failed, the first: {failed[0]}" if failed else " yet"
+        raise UserError(f"no run in {folder} has finished{told}")
     try:
         plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
         config, baseline, margins = str(plan["config"]), str(plan["baseline"]), dict(plan["margins"])

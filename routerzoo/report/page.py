@@ -60,7 +60,8 @@ def write_report(sweep: Sweep, *, refresh: float | None = None) -> Report:
         *sections.joined("tuning", "Tuned and untuned", sections.tuned(sweep, analysis, known, means)),
         *([sections.over_all(analysis, known)] if analysis.ranks else []),
     ]
-    counts = Counter(run.status for run in sweep.runs)
+    counts = Counter(dict.fromkeys(("waiting", "running", "finished", "failed"), 0))
+    counts.update(run.status for run in sweep.runs)
     content: dict[str, Any] = {
         "sweep": sweep,
         "refresh": refresh,
@@ -74,7 +75,7 @@ def write_report(sweep: Sweep, *, refresh: float | None = None) -> Report:
         "runs": [(run, _value(run)) for run in sweep.runs],
         "missing": [run for run in sweep.runs if run.status in ("failed", "running")],
         "progress": lambda run: progress_of(sweep.folder / run.folder),
-        "counts": counts | {"pending": counts["waiting"] + counts["running"]},
+        "counts": {**counts, "pending": counts["waiting"] + counts["running"]},
         "codes": (codes := sorted({run.code for run in sweep.runs if run.status == "finished" and run.code})),
         "mixed": len(codes) > 1 or any(THEN in code for code in codes),
         "hosts": sorted({run.host for run in sweep.runs if run.host}),

@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -162,7 +163,16 @@ def _in_group(command: list[str]) -> None:
         raise SystemExit(f"a process of the run was killed by {signal.Signals(-ended).name}")
     if ended:
         log = Path(command[command.index("--run_dir") + 1]) / LOG
-        raise SystemExit(ended if ended == 143 else _reason(log.read_text(encoding="utf-8", errors="replace")[-4000:]))
+        told = log.read_text(encoding="utf-8", errors="replace")[-20_000:]
+        raise SystemExit(ended if ended == 143 else reason_of_group(told))
+
+
+def reason_of_group(log: str) -> str:
+    """Return why a run of several processes failed; what those say that lost the connection to another comes last."""
+    errors = re.findall(r"(?m)^(?:\[rank\d+\]: )?((?:error|[\w.]*Error): .*)$", log)
+    if causes := [error for error in errors if "/gloo/transport/" not in error]:
+        return _reason(causes[-1])
+    return "one of its processes was killed, as the system does when memory runs out" if errors else _reason(log)
 
 
 def goes_on(folder: Path) -> bool:

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from routerzoo.errors import UserError
 from routerzoo.report.collect import read_sweep
 from routerzoo.report.page import write_report
 
@@ -128,6 +129,19 @@ def test_every_number_of_the_table_is_in_the_csv(report, content):
         assert float(row["mean"]) == pytest.approx(sum(values) / len(values))
         assert int(row["failed"]) == len(runs) - len(values)
     assert [name for name, *_ in table] == sorted(rows, key=lambda n: (rows[n]["failed"], float(rows[n]["mean"])))
+
+
+@pytest.mark.parametrize(("status", "told"), [("failed", "finished: "), ("waiting", "finished yet: ")])
+def test_a_watched_sweep_without_results_says_so(made_up, status, told):
+    folder = made_up(routers=("LinearRouter",), seeds=1, curves=False, **{status: ("language LinearRouter seed 0",)})
+    why = "of 1 failed, the first: the loss is NaN" if status == "failed" else "has finished yet"
+    with pytest.raises(UserError, match=why):
+        read_sweep(folder)
+    write_report(read_sweep(folder, may_be_empty=True))
+    text = (folder / "report.html").read_text()
+    assert "0 of 1 runs finished" in text
+    assert f"No run has {told}there is nothing to decide." in text
+    assert "0 of 1 runs finished" in (folder / "report.md").read_text()
 
 
 @pytest.mark.full

@@ -298,6 +298,22 @@ def test_a_process_that_left_no_word_is_judged_by_how_it_ended(tmp_path, code, e
     assert expected in reason
 
 
+LOST = "[rank0]: RuntimeError: [/__w/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error: Connection reset\n"
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        (f"step 1\n{LOST}", "one of its processes was killed, as the system does when memory runs out"),
+        (f"[rank1]: ValueError: a bad batch\n{LOST}{LOST}", "ValueError: a bad batch"),
+        (f"error: the loss is nan at step 3\n{LOST}", "the loss is nan at step 3"),
+        ("no such thing\n\n", "no such thing"),
+    ],
+)
+def test_what_lost_the_connection_is_not_the_reason(log, expected):
+    assert work.reason_of_group(log) == expected
+
+
 @pytest.mark.parametrize(
     ("trainer", "expected"),
     [
