@@ -31,6 +31,18 @@ def counted(generator, shape):
     return np.round(2.5 * generator.normal(size=shape)) / 2.5
 
 
+def heavy_tailed(generator, shape):
+    return generator.standard_t(2, size=shape)
+
+
+def seldom_different(generator, shape):
+    return 5.0 * (generator.random(shape) < 0.1)
+
+
+def uniform(generator, shape):
+    return generator.random(shape)
+
+
 def with_failures(generator, shape):
     return np.where(generator.random(shape) < 0.1, math.nan, generator.normal(size=shape))
 
@@ -66,7 +78,8 @@ def is_false_difference(tasks, alpha=ALPHA):
 @pytest.mark.full
 def test_reports_on_identical_routers_find_no_difference():
     generator = np.random.default_rng(0)
-    kinds = itertools.cycle(itertools.product((normal, skewed, counted), (True, False)))
+    noises = (normal, skewed, counted, heavy_tailed, seldom_different, uniform)
+    kinds = itertools.cycle(itertools.product(noises, (True, False)))
     false: dict[Any, list[bool]] = {}
     for noise, paired in itertools.islice(kinds, 2000):
         tasks = made_up(generator, noise, paired)
