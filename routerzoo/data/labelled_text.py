@@ -186,6 +186,11 @@ class LabelledText(LightningDataModule):
         self._ids: dict[str, list[np.ndarray]] = {}
 
     @property
+    def tokenizer_digest(self) -> str:
+        """Equal for data whose token ids mean the same."""
+        return self._encoder.digest
+
+    @property
     def vocab_size(self) -> int:
         """Number of token ids."""
         return self._encoder.vocab_size

@@ -458,23 +458,9 @@ class TextData(LightningDataModule):
             "pin_memory": torch.cuda.is_available(),
         }
 
-    def state_dict(self) -> dict[str, str]:
-        """Return what token ids mean; for bytes they mean the same everywhere."""
-        return {} if self.tokenizer == "bytes" else {"tokenizer": self._digest()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to resume with another tokenizer.
-
-        Raises:
-            UserError: it is another.
-        """
-        if state_dict.get("tokenizer") != self._digest():
-            raise UserError(
-                f"the checkpoint was trained with another tokenizer than {self.tokenizer}, or with other words: resume "
-                "with the same (data.tokenizer)"
-            )
-
-    def _digest(self) -> str:
+    @property
+    def tokenizer_digest(self) -> str:
+        """Equal for data whose token ids mean the same."""
         if self.tokenizer == "words":
             return hashlib.sha256(json.dumps(self._words().words).encode()).hexdigest()[:16]
         return self._encoder.digest

@@ -31,24 +31,54 @@ class TextTask(MoETask):
 
     net: Any
     vocab_size: int
+    _tokenizer: str | None = None
+    """Digest of the tokenizer that it was trained with, where a checkpoint says so."""
 
     def setup(self, stage: str) -> None:
         """Refuse data with other tokens.
 
         Raises:
-            UserError: token ids that the model does not have.
+            UserError: token ids that the model does not have, or that mean something else.
         """
         super().setup(stage)
-        data: Any = getattr(self.trainer, "datamodule", None)
+        self._check_tokenizer()
+        data = self._data
         if (ids := getattr(data, "vocab_size", None)) is not None and ids > self.vocab_size:
             raise UserError(
                 f"the tokenizer {getattr(data, 'tokenizer', 'of the data')} has {ids} token ids, and the model only "
                 f"{self.vocab_size}: set the model's vocab_size to {ids}, or choose the tokenizer that it was built for"
             )
 
+    @property
+    def _data(self) -> Any:
+        return None if self._trainer is None else getattr(self._trainer, "datamodule", None)
+
+    def _check_tokenizer(self) -> None:
+        digest = getattr(self._data, "tokenizer_digest", None)
+        if None not in (digest, self._tokenizer) and digest != self._tokenizer:
+            raise UserError(
+                f"the checkpoint was trained with another tokenizer than {self._data.tokenizer}, or with other words: "
+                "take the same (data.tokenizer)"
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save what token ids mean."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["tokenizer"] = getattr(self._data, "tokenizer_digest", self._tokenizer)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse data whose token ids mean something else.
+
+        Raises:
+            UserError: they do; see `MoETask` too.
+        """
+        self._tokenizer = checkpoint.get("tokenizer")
+        self._check_tokenizer()
+        super().on_load_checkpoint(checkpoint)
+
     def token_counts(self) -> Tensor | None:
         """Count the token ids of the training split, where the data module can."""
-        counts = getattr(getattr(self.trainer, "datamodule", None), "token_counts", None)
+        counts = getattr(self._data, "token_counts", None)
         return None if counts is None else torch.from_numpy(counts())
 
     def example(self, count: int = 1) -> int:

@@ -213,12 +213,8 @@ def test_a_bpe_is_trained_once_on_the_training_split(tmp_path):
     assert special[0] == 0
     assert 0 not in special[1:]  # no text is encoded as the start of a document
     assert first.token_counts().sum() == len(first.stream("train"))
-    state = first.state_dict()
-    again.load_state_dict(state)
-    with pytest.raises(
-        UserError, match="trained with another tokenizer than bpe-300, or with other words: resume with"
-    ):
-        data("bpe-300").load_state_dict(state)
+    assert again.tokenizer_digest == first.tokenizer_digest
+    assert data("bpe-300").tokenizer_digest != first.tokenizer_digest
 
 
 def test_words_know_their_bytes(tmp_path):
