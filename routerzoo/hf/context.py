@@ -31,7 +31,8 @@ class ContextOfInputs:
         """Build the context.
 
         Raises:
-            ValueError: a router that looks at other tokens of a sequence, while a cache holds them back.
+            ValueError: a router that looks at other tokens of a sequence, while a cache holds them back; a model that
+                hands tokens on in chunks.
         """
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         ids_BS, embedded = given.get("input_ids"), given.get("inputs_embeds")
@@ -39,6 +40,8 @@ class ContextOfInputs:
         config: Any = self.model.config
         if tokens is None or config.get_text_config().is_encoder_decoder:
             return RoutingContext(compute_aux_losses=self.model.training)
+        if getattr(config, "chunk_size_feed_forward", 0):
+            raise ValueError("MoE layers see all tokens at once: set chunk_size_feed_forward of the config to 0")
         num_sequences, length = tokens.shape[:2]
         mask, cache = given.get("attention_mask"), given.get("cache", given.get("past_key_values"))
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from routerzoo.errors import UserError
-from routerzoo.hf.modeling import config_class, model_class
+from routerzoo.hf.modeling import check_weights, config_class, model_class
 from routerzoo.hf.recipe import described
 from routerzoo.models.decoder import Decoder, DenseFeedForward
 from routerzoo.moe.experts import SwiGLUExperts
@@ -47,6 +47,7 @@ def from_decoder(source: nn.Module) -> Any:
             f"from_decoder takes a Decoder, or LanguageModeling around one, got {type(decoder).__name__}: other models "
             "have no class in transformers"
         )
+    check_weights(decoder)
     layers = {index: block.feed_forward for index, block in enumerate(decoder.blocks)}
     moe = {index: layer for index, layer in layers.items() if isinstance(layer, MoE)}
     dense = {index: layer for index, layer in layers.items() if isinstance(layer, DenseFeedForward)}
@@ -70,7 +71,10 @@ def from_decoder(source: nn.Module) -> Any:
         routing={"model_type": "llama", "changes": [_change(first, list(moe))]},
     )
     model = model_class(LlamaForCausalLM, type(config))(config)
-    model.load_state_dict(dict(_renamed(decoder)), strict=False)  # tied weights are named once
+    found = model.load_state_dict(dict(_renamed(decoder)), strict=False)
+    lost = {*found.missing_keys, *found.unexpected_keys} - {"lm_head.weight"}  # tied weights are named once
+    if lost:
+        raise UserError(f"a Llama with MoE layers has no place for {min(lost)}")
     return model.to(device=decoder.embedding.weight.device, dtype=decoder.embedding.weight.dtype).train(source.training)
 
 

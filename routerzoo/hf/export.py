@@ -18,7 +18,7 @@ from routerzoo.errors import UserError
 from routerzoo.hf.blocks import RoutedExperts
 from routerzoo.hf.changes import Site, gate_tensor, released_arguments, released_sites
 from routerzoo.hf.experts import activation_of, put_back
-from routerzoo.hf.modeling import plain_class
+from routerzoo.hf.modeling import check_weights, plain_class
 from routerzoo.moe.activations import Activation
 from routerzoo.moe.experts import SwiGLUExperts
 from routerzoo.moe.layer import MoE, inner_router, moe_layers
@@ -87,6 +87,7 @@ def to_transformers(model: Any) -> Any:
         )
     if not hasattr(model.config, "routing"):
         raise UserError(f"{type(model).__name__} is a plain model of transformers: save it as it is")
+    check_weights(model)
     layers = list(moe_layers(model))
     routed = [module for module in model.modules() if isinstance(module, RoutedExperts)]
     if len(routed) == len(layers):

@@ -15,6 +15,7 @@ from typing import Any
 import transformers
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -87,11 +88,11 @@ def model_class(base: Any, config: Any) -> Any:
         drop_plans(self)
         add_context(self)
 
-    def from_pretrained(cls: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            return base.from_pretrained.__func__(cls, source, *args, **kwargs)
+            return base.from_pretrained.__func__(cls, pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:
-            raise UserError(damaged_weights(str(source), error)) from error
+            raise UserError(damaged_weights(str(pretrained_model_name_or_path), error)) from error
 
     def resize_token_embeddings(self: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
         for layer in moe_layers(self):
@@ -104,8 +105,13 @@ def model_class(base: Any, config: Any) -> Any:
                 )
         return base.resize_token_embeddings(self, new_num_tokens, *args, **kwargs)
 
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> None:
+        check_weights(self)
+        base.save_pretrained(self, *args, **kwargs)
+
     members = {
         "__init__": __init__,
+        "save_pretrained": save_pretrained,
         "resize_token_embeddings": resize_token_embeddings,
         "from_pretrained": classmethod(from_pretrained),
         "config_class": config,
@@ -177,6 +183,16 @@ def _own_config(model: Any) -> Any:
         if id(held := getattr(module, "config", None)) in copies:
             module.config = copies[id(held)]
     return own
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise a UserError where weights of MoE layers are computed from others, which are saved under other names."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, MoE) and any(parametrize.is_parametrized(part) for part in layer.modules()):
+            raise UserError(
+                f"weights of {name} are computed from others, as those of quantize_experts are, and would not be read "
+                "again: save or export the model before"
+            )
 
 
 def plain_class(model: PreTrainedModel) -> type[PreTrainedModel]:

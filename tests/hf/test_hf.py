@@ -31,6 +31,16 @@ def windowed(name):
     return model_class(config)
 
 
+def in_eight_bits(model):
+    quantize_experts(model)
+    return model
+
+
+def in_chunks(model):
+    model.config.chunk_size_feed_forward = 1
+    return model(**inputs_of(model))
+
+
 def quantized(model):
     model.config.quantization_config = {"quant_method": "fp8"}
     return model
@@ -342,6 +352,12 @@ def test_routers_have_options_of_their_own():
         (lambda: hf.to_transformers(build("Mixtral")), "a plain model of transformers"),
         (lambda: hf.to_transformers(hf.replace_routers(build("Mixtral"), "HyperRouter")), "no class for that"),
         (lambda: hf.to_transformers(hf.replace_routers(build("Mixtral"), "TopKRouter")), None),
+        (lambda: in_eight_bits(hf.upcycle(build("Llama"), num_experts=4)).save_pretrained("x"), "are computed from ot"),
+        (lambda: hf.to_transformers(in_eight_bits(hf.replace_routers(build("Mixtral")))), "are computed from others"),
+        (
+            lambda: in_chunks(hf.upcycle(build("Llama"), num_experts=4)),
+            "set chunk_size_feed_forward of the config to 0",
+        ),
         (lambda: hf.to_transformers(hf.upcycle(build("Phi"), num_experts=4)), "no Mixture of Experts of transformers"),
         (
             lambda: hf.to_transformers(hf.upcycle(build("Llama"), num_experts=4, blocks=[0])),
