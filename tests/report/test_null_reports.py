@@ -129,6 +129,15 @@ def test_looking_after_every_seed_finds_nothing_false():
     assert np.mean(false) <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 500)
 
 
+@pytest.mark.full
+def test_seeds_that_are_added_to_what_was_inconclusive_are_a_second_look():
+    generator, false = np.random.default_rng(0), []
+    for _ in range(1000):
+        tasks = made_up(generator, normal, True, shape=(6, 15), num_tasks=1)
+        false.append(is_false_difference(_first(tasks, 5)) or is_false_difference(tasks))
+    assert np.mean(false) == pytest.approx(0.09, abs=0.027)
+
+
 def _first(tasks, seeds):
     return {
         name: Results(
