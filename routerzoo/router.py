@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -555,8 +556,8 @@ class LogitRouter(Router):
     """Factor on the weights."""
     balances_by_score: bool = False
     """Balance losses count the largest scores, not the selected experts: see `Routing.balances_by_score`."""
-    gate: ClassVar[str] = "weight"
-    """The parameter or buffer that the logits' scale is proportional to, for `scale_initial_logits`."""
+    gate_name: ClassVar[str] = "weight"
+    """The parameter or buffer that the logits are proportional to, as `gate.weight`, for `scale_initial_logits`."""
 
     def __init__(
         self,
@@ -642,7 +643,13 @@ class LogitRouter(Router):
     @torch.no_grad()
     def scale_initial_logits(self, factor: float) -> None:
         """Multiply the gate."""
-        gate = getattr(self, self.gate)
+        try:
+            gate: Tensor = attrgetter(self.gate_name)(self)
+        except AttributeError:
+            raise NotImplementedError(
+                f"{type(self).__name__} has no {self.gate_name}: set its class's gate_name to the parameter that the "
+                "logits are proportional to, or implement scale_initial_logits"
+            ) from None
         gate.mul_(factor)
 
 

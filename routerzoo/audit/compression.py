@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -187,7 +188,7 @@ def _partners(layer: LayerAudit, kept: Sequence[int], router: Any) -> dict[int, 
     """Return which of the kept experts each of the others is merged into."""
     similar_EE = None if layer.together_EE is None else layer.together_EE.clone()
     if similar_EE is None or layer.top_k < 2:
-        rows_ED = getattr(router, router.gate).detach().float().flatten(1)
+        rows_ED = attrgetter(router.gate_name)(router).detach().float().flatten(1)
         similar_EE = torch.nn.functional.normalize(rows_ED, dim=1).cpu()
         similar_EE = similar_EE @ similar_EE.T
     gone = [expert for expert in range(layer.num_experts) if expert not in kept]

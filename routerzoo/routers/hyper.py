@@ -44,7 +44,7 @@ class HyperRouter(LogitRouter):
     """
 
     paper = "Do et al., EMNLP 2023, arXiv:2312.07035"
-    gate = "hypernet_w2"
+    gate_name = "hypernet_w2"
     hypernet_w1: Tensor
     hypernet_b1: Tensor
     hypernet_w2: Tensor

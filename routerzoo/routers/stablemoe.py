@@ -61,7 +61,7 @@ class StableMoERouter(LogitRouter):
     needs_updates = True
     score_fn = "sigmoid"
     renormalize = False
-    gate = "expert_centroids"
+    gate_name = "expert_centroids"
     frozen_choices: Tensor
 
     def __init__(

@@ -82,6 +82,28 @@ class Following(LogitRouter):
             super().scale_initial_logits(factor)
 
 
+class Holding(LogitRouter):
+    """Has a module named as gates are."""
+
+    gate_name = "gate.weight"
+
+    def __init__(self, spec):
+        super().__init__(spec)
+        self.gate = torch.nn.Linear(spec.d_model, spec.num_experts, bias=False)
+
+    def logits(self, x_TD, context):
+        return self.gate(x_TD)
+
+
+def test_the_gate_of_a_module_is_scaled_and_one_that_is_not_named_is_asked_for(monkeypatch):
+    router = Holding(SPEC)
+    match_logit_std(router, 0.7)
+    assert initial_logit_std(router) == pytest.approx(0.7, rel=1e-3)
+    monkeypatch.setattr(Holding, "gate_name", LogitRouter.gate_name)
+    with pytest.raises(NotImplementedError, match="Holding has no weight: set its class's gate_name"):
+        match_logit_std(router, 0.7)
+
+
 def test_later_layers_are_measured_after_the_earlier_ones_were_scaled():
     routers = [Following(LayerSpec(8, 4, layer=layer, num_layers=3)) for layer in range(3)]
     match_logit_std(routers, 0.8)

@@ -40,7 +40,7 @@ class BaseLayerRouter(LogitRouter):
     paper = "Lewis et al., ICML 2021, arXiv:2103.16716"
     score_fn = "sigmoid"
     renormalize = False
-    gate = "expert_embedding"
+    gate_name = "expert_embedding"
     causal = ByMode(training=False)
     causal_form = "ExpertThresholdRouter"
     batch_independent = ByMode(training=False)

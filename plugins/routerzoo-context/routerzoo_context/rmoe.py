@@ -61,7 +61,7 @@ class RMoERouter(LogitRouter):
     """
 
     paper = "Qiu et al., 2024, arXiv:2408.06793"
-    gate = "up"
+    gate_name = "up"
 
     def __init__(self, spec: LayerSpec, *, top_k: int = 2, recurrent_dim: int = 256, init_std: float = 0.02) -> None:
         if recurrent_dim < 1:

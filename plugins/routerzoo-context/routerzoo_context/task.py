@@ -53,7 +53,7 @@ class TaskRouter(LogitRouter):
 
     paper = "Ye et al. 2022, arXiv:2205.12701"
     requires = frozenset({"task_ids"})
-    gate = "up"
+    gate_name = "up"
 
     def __init__(
         self,

@@ -28,7 +28,7 @@ class TemplateRouter(LogitRouter):
     """
 
     paper = "You et al. 2027"
-    gate = "up"  # the parameter that the logits are proportional to
+    gate_name = "up"  # the parameter that the logits are proportional to
     default_loss_weights: Mapping[str, float | LossWeight] = {"balance": 1e-2}
 
     def __init__(self, spec: LayerSpec, *, top_k: int = 2, rank: int = 8) -> None:
