@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 import transformers
@@ -102,10 +103,25 @@ def replace_routers(
 
 
 def train_routers_only(model: nn.Module) -> None:
-    """Freeze all but the routers of a model's MoE layers."""
+    """Freeze all but the routers of a model's MoE layers.
+
+    Raises:
+        UserError: routers that have nothing to train.
+    """
+    routers = {layer.router for layer in moe_layers(model)}
+    if not any(True for router in routers for _ in router.parameters()):
+        names = ", ".join(sorted({type(router).__name__ for router in routers})) or "no router"
+        raise UserError(f"{type(model).__name__} has {names}, without parameters to train: replace_routers")
     model.requires_grad_(False)
-    for layer in moe_layers(model):
-        layer.router.requires_grad_(True)
+    for router in routers:
+        router.requires_grad_(True)
+        inner: Any = getattr(router, "router", router)
+        if inner.top_k == 1 and not inner.properties.trains_at_top_1:
+            warnings.warn(
+                f"{type(inner).__name__} gives its one choice a weight that does not depend on it: only auxiliary "
+                "losses train it, or top_k=2",
+                stacklevel=2,
+            )
 
 
 def freeze_experts(model: nn.Module) -> None:

@@ -315,6 +315,10 @@ def test_routers_have_options_of_their_own():
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     hf.train_routers_only(model)
     assert {p for p in model.parameters() if p.requires_grad} == routers
+    with pytest.warns(UserWarning, match="HyperRouter gives its one choice a weight that does not depend on it"):
+        hf.train_routers_only(hf.replace_routers(model, partial(HyperRouter, top_k=1)))
+    with pytest.raises(ValueError, match="has HashRouter, without parameters to train: replace_routers"):
+        hf.train_routers_only(hf.replace_routers(model, "HashRouter"))
     model.requires_grad_(True)
     hf.freeze_experts(model)
     assert sum(not p.requires_grad for p in model.parameters()) == 4
