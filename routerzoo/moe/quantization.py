@@ -28,7 +28,8 @@ def modules_to_skip(model: nn.Module) -> list[str]:
 def _skipped(model: nn.Module) -> Iterator[str]:
     gates = {part for layer in moe_layers(model) for part in (layer.router, layer.shared_gate) if part is not None}
     for name, module in model.named_modules():
-        if module in gates:
+        # In a released model the shared expert, with its gate, stays outside of our layer.
+        if module in gates or name.endswith(".shared_expert_gate"):
             yield name
 
 

@@ -59,6 +59,8 @@ def test_weights_that_are_integers_times_a_scale_are_kept_exactly():
 def test_quantizers_are_told_what_to_skip():
     block = Block(SwiGLUExperts, HyperRouter)
     assert modules_to_skip(block) == ["moe.router", "moe.shared_gate"]
+    block.moe.shared_expert_gate = nn.Linear(16, 1)  # as Qwen2-MoE calls its own
+    assert modules_to_skip(block) == ["moe.router", "moe.shared_expert_gate", "moe.shared_gate"]
 
 
 def test_what_cannot_be_quantized_is_said():
