@@ -50,6 +50,8 @@ class PretrainedTask(TextTask):
         activation_checkpointing: keep only the blocks' inputs and compute the rest again in the backward pass.
         vocab_size: number of the data's token ids. From the command line it is the data's.
         max_length: longest sequence; by default 256. From the command line it is the data's `sequence_length`.
+        num_tasks: ignored: no model of transformers tells corpora apart. From the command line it is the
+            data's.
         loss_weights: see `MoETask`; likewise the arguments that follow.
         eval_top_k: see `MoETask`.
         initial_logit_std: see `MoETask`.
@@ -81,6 +83,7 @@ class PretrainedTask(TextTask):
         activation_checkpointing: bool = False,
         vocab_size: int | None = None,
         max_length: int | None = None,
+        num_tasks: int | None = None,
         loss_weights: dict[str, float | LossWeight] | None = None,
         eval_top_k: int | list[int] | None = None,
         initial_logit_std: float | None = None,

@@ -287,3 +287,4 @@ def test_every_config_trains_resumes_and_reports(config, tmp_path):
     run("test", tmp_path / "straight", "--ckpt_path", "last", "--trainer.limit_test_batches", "1")
     run("predict", tmp_path / "straight", "--ckpt_path", "last", "--model.predict_tokens", "3")
     assert (tmp_path / "straight" / "predictions.jsonl").is_file()
+    PretrainedLanguageModeling.load_from_checkpoint(tmp_path / "straight" / "checkpoints" / "last.ckpt")

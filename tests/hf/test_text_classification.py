@@ -242,6 +242,8 @@ def test_the_config_trains_resumes_tests_predicts_and_is_audited(moods, tmp_path
     assert straight["training FLOPs"] > 0
     run("test", "straight", "--ckpt_path", "last")
     run("predict", "straight", "--ckpt_path", "last")
+    task = PretrainedTextClassification.load_from_checkpoint(tmp_path / "straight" / "checkpoints" / "last.ckpt")
+    assert task.num_classes == 2
     rows = list(csv.reader((tmp_path / "straight" / "predictions.csv").read_text().splitlines()))
     assert rows[0] == ["text", "label", "predicted", "bad", "good"]
     with pytest.raises(SystemExit) as ended:
