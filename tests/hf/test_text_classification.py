@@ -1,5 +1,6 @@
 """`PretrainedTextClassification`, in Python and on the command line."""
 
+import contextlib
 import csv
 import json
 import sys
@@ -12,6 +13,7 @@ from lightning import Trainer
 from torch.testing import assert_close
 
 from routerzoo import HashRouter, LabelledText, LinearRouter, PretrainedTextClassification, moe_layers
+from routerzoo.cli import audit
 from routerzoo.cli import main as cli
 from routerzoo.data.labelled_text import LabelledBatch
 from routerzoo.errors import UserError
@@ -236,18 +238,19 @@ def test_the_config_trains_resumes_tests_predicts_and_is_audited(moods, tmp_path
     run("fit", "resumed", *named, "--trainer.max_steps", "2")
     run("fit", "resumed", "--ckpt_path", "last", "--trainer.max_steps", "4")
     straight, resumed = (
-        json.loads((tmp_path / name / "results.json").read_text())["fit"] for name in ("straight", "resumed")
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=False)["state_dict"]
+        for name in ("straight", "resumed")
     )
-    assert resumed["loss"] == straight["loss"]
-    assert straight["training FLOPs"] > 0
+    assert_close(resumed, straight, rtol=0, atol=0)  # BERT has dropout
+    fit = json.loads((tmp_path / "straight" / "results.json").read_text())["fit"]
+    assert fit["training FLOPs"] > 0
     run("test", "straight", "--ckpt_path", "last")
     run("predict", "straight", "--ckpt_path", "last")
     task = PretrainedTextClassification.load_from_checkpoint(tmp_path / "straight" / "checkpoints" / "last.ckpt")
     assert task.num_classes == 2
     rows = list(csv.reader((tmp_path / "straight" / "predictions.csv").read_text().splitlines()))
     assert rows[0] == ["text", "label", "predicted", "bad", "good"]
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["audit", str(tmp_path / "straight"), "--best", "1"])
-    assert ended.value.code in (None, 0, 1)
-    audit = json.loads((tmp_path / "straight" / "audit.json").read_text())
-    assert len(audit["layers"]) == 2
+    with contextlib.suppress(SystemExit):  # it need not be healthy
+        audit.main([str(tmp_path / "straight"), "--best", "1"])
+    found = json.loads((tmp_path / "straight" / "audit.json").read_text())
+    assert len(found["layers"]) == 2
