@@ -235,12 +235,14 @@ def refused_class(error: BaseException | None) -> str | None:
     """
     while error is not None:
         told = " ".join(str(error).split())
+        package = type(error).__module__.partition(".")[0]
+        if package == "routerzoo":
+            return None  # it says more than what it was raised from
         if isinstance(error, ModuleNotFoundError):
             return told.replace(". HINT: Try running", ": run")
-        package = type(error).__module__.partition(".")[0]
-        if package not in ("builtins", "argparse", "jsonargparse", "routerzoo"):
+        if package not in ("builtins", "argparse", "jsonargparse"):
             return f"{package}: {told}"
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None
 
 

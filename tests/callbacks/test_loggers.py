@@ -9,6 +9,7 @@ from lightning.pytorch.loggers.logger import Logger
 
 from routerzoo import LanguageModeling, RoutingMonitor, TextData
 from routerzoo.__main__ import main
+from routerzoo.errors import UserError
 from routerzoo.metrics.over_layers import REDUCTIONS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -96,3 +97,6 @@ def test_what_a_loggers_package_refuses_is_said():
     error.__cause__ = elsewhere("The filesystem\ntracking backend is in maintenance mode")
     assert refused_class(error) == "mlflow: The filesystem tracking backend is in maintenance mode"
     assert refused_class(ValueError("other")) is None
+    own = UserError("m.safetensors is damaged: copy or download it again")
+    own.__cause__ = elsewhere("invalid header length")
+    assert refused_class(own) is None  # its own sentence says more
