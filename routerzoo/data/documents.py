@@ -200,7 +200,7 @@ def _kind(path: Path) -> Kind | None:
 def _files(corpus: str) -> list[Path]:
     path = Path(corpus).expanduser()
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and not _is_hidden(file, path))
+        files = sorted(file for file in path.rglob("*") if file.is_file() and not _is_left_out(file, path))
     else:
         files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
     if path.is_file():
@@ -221,7 +221,7 @@ def _files(corpus: str) -> list[Path]:
     return files
 
 
-def _is_hidden(file: Path, folder: Path) -> bool:
+def _is_left_out(file: Path, folder: Path) -> bool:
     # Data sets come with a README.
     return file.stem == "README" or any(part.startswith(".") for part in file.relative_to(folder).parts)
 
@@ -309,7 +309,7 @@ def _read_jsonl(piece: Piece, text_field: str) -> Iterator[str]:
                     raise UserError(f"{where}: a {type(document).__name__}, where each line has an object")
                 yield _text_of(document, text_field, where)
     except (EOFError, OSError, zlib.error) as error:  # of gzip, and of Arrow
-        if isinstance(error, UserError) or not path.endswith(COMPRESSED):
+        if not path.endswith(COMPRESSED) or getattr(error, "errno", None) is not None:  # the system's
             raise
         raise UserError(f"{path} is a truncated or damaged {Path(path).suffix} file ({error})") from error
 

@@ -152,9 +152,9 @@ class TokenStore:
         if not self.shards[split]:
             least, lost = self.reading.min_bytes, self.num_dropped
             told = f" of at least {least} bytes" if least > 1 else ""
-            shorter = f", and {lost} that {'are shorter' if least > 1 else 'are empty'}" if lost else ""
+            dropped = f" (left out as {'too short' if least > 1 else 'empty'}: {lost})" if lost else ""
             raise UserError(
-                f"the {'training' if split == 'train' else split} split of {self.name} has no document{told}{shorter}: "
+                f"the {'training' if split == 'train' else split} split of {self.name} has no document{told}{dropped}: "
                 f"add documents{' or lower min_bytes' if least > 1 and lost else ''}"
             )
         return TokenStream(self.shards[split])

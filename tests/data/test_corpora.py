@@ -187,7 +187,7 @@ def test_tokens_are_documents_with_a_start_and_their_bytes_are_counted(tmp_path)
     longer = data_of(str(tmp_path / "c"), tmp_path, min_bytes=2)
     with pytest.raises(
         UserError,
-        match=r"the val split of .* has no document of at least 2 bytes, and 3 that are shorter: add documents or",
+        match=r"the val split of .* has no document of at least 2 bytes \(left out as too short: 3\): add documents or",
     ):
         longer.prepare_data()
     assert data_of(str(tmp_path / "c"), tmp_path, max_bytes=2).counts("train") == (3, 1, 2)
@@ -372,7 +372,7 @@ def test_a_model_trains_on_separate_documents(corpus, tmp_path):
         (
             {"a.jsonl": '{"text": " "}\n'},
             {},
-            "the val split of .* has no document, and 1 that are empty: add documents$",
+            r"the val split of .* has no document \(left out as empty: 1\): add documents$",
         ),
         ({"a.jsonl": '{"text": "a"}\n{"te'}, {}, r"a.jsonl, in the line at byte 14: no JSON"),
         ({"a.jsonl": "[1]\n"}, {}, "a.jsonl, in the line at byte 0: a list, where each line has an object"),
