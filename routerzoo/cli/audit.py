@@ -232,6 +232,9 @@ def _released(folder: Path, options: argparse.Namespace) -> Subject:
     chosen = {name: getattr(options, name) for name in FOR_TRANSFORMERS}
     chosen = {name: FOR_TRANSFORMERS[name] if value is None else value for name, value in chosen.items()}
     if model.main_input_name == "pixel_values":
+        for name in ("tokenizer", "text_field", "length"):
+            if getattr(options, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')} is for text, and {folder} takes images: leave it out")
         return subject_of_images(
             model,
             options.data,

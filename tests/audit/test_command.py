@@ -114,6 +114,8 @@ def test_vision_models_of_transformers_are_audited(tmp_path, capsys):
     capsys.readouterr()
     assert code_of("vit", "--data", "nothing", "--device", "cpu") == 2
     assert "no data set or folder is called 'nothing'" in capsys.readouterr().err
+    assert code_of("vit", "--data", "insects", "--device", "cpu", "--length", 8) == 2
+    assert "--length is for text, and vit takes images" in capsys.readouterr().err
 
 
 def test_files_that_are_broken_or_lack_weights_are_refused(tmp_path, capsys):
