@@ -115,12 +115,19 @@ def train_routers_only(model: nn.Module) -> None:
     model.requires_grad_(False)
     for router in routers:
         router.requires_grad_(True)
+    warn_of_untrained_routers(model)
+
+
+def warn_of_untrained_routers(model: nn.Module) -> None:
+    """Warn of routers with parameters that the task's loss does not reach."""
+    for router in {layer.router for layer in moe_layers(model)}:
         inner: Any = getattr(router, "router", router)
-        if inner.top_k == 1 and not inner.properties.trains_at_top_1:
+        trainable = any(True for _ in router.parameters())
+        if trainable and inner.top_k == 1 and not inner.properties.trains_at_top_1:
             warnings.warn(
                 f"{type(inner).__name__} gives its one choice a weight that does not depend on it: only auxiliary "
                 "losses train it, or top_k=2",
-                stacklevel=2,
+                stacklevel=3,
             )
 
 

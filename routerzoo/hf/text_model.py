@@ -13,7 +13,7 @@ from routerzoo.errors import UserError
 from routerzoo.hf.changes import KEEP, released_sites
 from routerzoo.hf.context import ContextOfInputs
 from routerzoo.hf.lora import adapted
-from routerzoo.hf.pretrained import freeze_experts, replace_routers, upcycle
+from routerzoo.hf.pretrained import freeze_experts, replace_routers, upcycle, warn_of_untrained_routers
 from routerzoo.hf.source import read_model
 from routerzoo.models.blocks import MoEBlocks
 from routerzoo.moe.context import ContextHook
@@ -181,4 +181,6 @@ def build_text_model(
             parameter.requires_grad_(parameter in trained)
         if not trained and auto_class.__name__ == "AutoModelForCausalLM":
             raise UserError(f"train is {train!r}, and the model has no such parameters: nothing would be trained")
+        if train == "routers":
+            warn_of_untrained_routers(model)
     return model.train()

@@ -122,6 +122,10 @@ def test_documents_that_are_kept_apart_do_not_see_each_other():
         ({"model_type": "lama"}, {}, "names no architecture of transformers; did you mean 'llama'"),
         ({"hidden_size": 8}, {}, "names no architecture of transformers, such as llama"),
         ({**LLAMA, "hiden_size": 8}, {}, "the config of llama has no 'hiden_size'; did you mean 'hidden_size'"),
+        ({**LLAMA, "max_length": 8}, {}, "the config of llama has no 'max_length'"),
+        ({**LLAMA, "hidden_size": 15}, {}, r"no causal language model has .*hidden size \(15\) is not a multiple"),
+        ({**LLAMA, "hidden_size": "16"}, {}, "no causal language model has .*expected int, got str"),
+        ({**LLAMA, "hidden_act": "sillu"}, {}, "no causal language model has .*transformers does not know 'sillu'"),
         (LLAMA, {}, "LlamaForCausalLM has no gate that is known.*set num_experts"),
         (LLAMA, {"num_experts": 4}, "is dense and has no router to keep"),
         (MIXTRAL, {"num_experts": 4}, "MixtralForCausalLM has experts already: leave num_experts out"),
@@ -160,6 +164,14 @@ def test_what_does_not_fit_is_said_in_a_sentence(source, options, message):
         task_of(source, **options)
 
 
+def test_names_of_older_configs_are_read():
+    older = {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}, "torch_dtype": "bfloat16"}
+    source = {**LLAMA, **older, "attn_implementation": "eager", "num_labels": 3, "vocab_size": 40}
+    config = task_of(source, moe_blocks="none").net.base.config
+    assert config.rope_parameters == {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
+    assert (config._attn_implementation, config.num_labels) == ("eager", 3)
+
+
 def test_a_model_of_another_vocabulary_is_refused(tmp_path):
     build("Mixtral").save_pretrained(tmp_path)
     with pytest.raises(
@@ -193,7 +205,7 @@ def of_weights(folder, change):
         (lambda f: of_weights(f, lambda w: {f"x.{k}": v for k, v in w.items()}), "lacks [0-9]* weights of a Mixtral"),
         (
             lambda f: of_weights(f, lambda w: {k: v[:8].clone() if "norm" in k else v for k, v in w.items()}),
-            "of other sizes than its config says|have other sizes than its config says: they are another model's",
+            "have other sizes than its config says: they are another model's",
         ),
     ],
     ids=["no-weights", "truncated", "no-config", "some-missing", "other-names", "other-sizes"],
@@ -207,6 +219,12 @@ def test_a_folder_without_all_weights_is_refused(damage, message, folder):
 def test_a_file_is_no_source(folder):
     with pytest.raises(UserError, match=r"model.safetensors is a file: name the folder that it is in"):
         task_of(str(folder / "model.safetensors"))
+
+
+def test_a_router_that_the_loss_does_not_reach_is_named():
+    one = partial(LinearRouter, top_k=1, renormalize=True)
+    with pytest.warns(UserWarning, match="LinearRouter gives its one choice a weight that does not depend on it"):
+        task_of({**MIXTRAL, "vocab_size": 256}, router=one, train="routers")
 
 
 def test_an_option_that_the_optimizer_has_not_is_refused():
