@@ -200,6 +200,12 @@ def _task(base: str, setting: str, planned: Sequence[Run], folder: Path) -> Task
     metric, lower_is_better = tested.get("headline_metric", "loss"), not tested.get("higher_is_better", False)
     if metric == "ppl" and len({_tokenizer(run) for run in planned}) > 1:
         metric = "bpb"  # perplexities of different tokens are not comparable
+        without = [run for run in planned if run.status == "finished" and metric not in run.results.get("test", {})]
+        if without:
+            raise UserError(
+                f"runs of {base} have different tokenizers, and {without[0].folder} has no bits per byte to compare "
+                "them by: test it again, with data that counts bytes"
+            )
     for run in planned:
         if run.status == "finished":
             finished[run.router][run.seed] = run

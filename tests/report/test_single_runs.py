@@ -71,6 +71,11 @@ def test_runs_with_other_tokenizers_are_compared_by_bits_per_byte(run, tmp_path)
     page = (tmp_path / "page" / "report.md").read_text()
     assert "| router | ppl (lower is better) | bits per byte |" in page
     assert "| LinearRouter | 900.0000 | 1.2500 |" in page
+    found = json.loads((small / "results.json").read_text())
+    del found["test"]["bpb"]
+    (small / "results.json").write_text(json.dumps(found))
+    with pytest.raises(UserError, match=r"different tokenizers, and .*small has no bits per byte to compare them by"):
+        read_runs([large, small], tmp_path / "out")
 
 
 def test_what_differs_beside_the_router_is_said(run, tmp_path):
