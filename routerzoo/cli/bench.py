@@ -224,8 +224,7 @@ def _bench(
     for router, of_router in _lost_in_tuning(rows).items():
         tasks = ", ".join(dict.fromkeys(row.task for row in of_router))
         console.print(
-            f"failed in tuning, so that their settings were not chosen: {len(of_router)} runs of {router} in {tasks}; "
-            f"the first: {of_router[0].reason}",
+            f"failed in tuning: {router} in {tasks}, {len(of_router)} of its runs; the first: {of_router[0].reason}",
             markup=False,
         )
     console.print(f"{len(rows)} rows in {file.path}; a failed run counts as regret 1", markup=False)
