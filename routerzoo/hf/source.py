@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from routerzoo.errors import UserError
@@ -22,6 +23,8 @@ KINDS = {
     "AutoModel": "model",
 }
 """What an Auto class of transformers builds, in words."""
+REFUSALS = (ValueError, TypeError, AttributeError, KeyError, RuntimeError, AssertionError, StrictDataclassError)
+"""What transformers raises where a config does not fit."""
 
 
 def read_model(
@@ -71,7 +74,7 @@ def _built(
         model: PreTrainedModel = auto_class.from_config(config, **options)
     except UserError:
         raise
-    except (ValueError, TypeError, AttributeError) as error:
+    except REFUSALS as error:
         raise UserError(f"no {KINDS[auto_class.__name__]} has the config {dict(source)}: {_sentence(error)}") from error
     return model
 
@@ -101,7 +104,7 @@ def load_model(source: str, auto_class: Any, options: dict[str, Any], num_labels
         raise
     except SafetensorError as error:
         raise UserError(damaged_weights(source, error)) from error
-    except (ImportError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except (ImportError, OSError, *REFUSALS) as error:
         if "ignore_mismatched_sizes" in str(error):
             raise UserError(
                 f"weights of {source} have other sizes than its config says: they are another model's"
@@ -141,15 +144,17 @@ def _config(values: dict[str, Any], vocab_size: int | None) -> PreTrainedConfig:
         hint = did_you_mean(str(kind), known) if kind else ", such as llama or mixtral."
         raise UserError(f"source.model_type is {kind!r}, which names no architecture of transformers{hint}")
     plain = CONFIG_MAPPING[kind]()
-    known = [*plain.to_dict(), *plain.attribute_map]
-    for name in values:
-        if name not in known:  # transformers would keep it in silence
-            raise UserError(f"the config of {kind} has no {name!r}{did_you_mean(name, known)}")
+    known, given = [*plain.to_dict(), *plain.attribute_map], list(values)
     if vocab_size is not None:
         values.setdefault("vocab_size", vocab_size)
         # Those of the published models, which a small vocabulary may not have.
         values |= {n: values.get(n) for n in ("pad_token_id", "bos_token_id", "eos_token_id")}
     config: PreTrainedConfig = AutoConfig.for_model(kind, **values)
+    generation = GenerationConfig()
+    for name in given:
+        # Others, such as rope_theta, transformers turns into those that it knows; these it keeps, or drops, in silence.
+        if name not in known and (name in vars(config) or hasattr(generation, name)):
+            raise UserError(f"the config of {kind} has no {name!r}{did_you_mean(name, known)}")
     return config
 
 
@@ -168,4 +173,6 @@ def _check_causal(model: Any) -> None:
 
 
 def _sentence(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"transformers does not know {error}"
     return " ".join(str(error).split()).partition(". ")[0] or type(error).__name__
