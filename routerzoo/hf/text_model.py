@@ -43,6 +43,8 @@ class TextModel(nn.Module):
         self.model, self.max_length = model, max_length
         config = self.base.config.get_text_config()
         longest = getattr(config, "max_position_embeddings", None)
+        if longest is not None:
+            longest -= _first_position(self.base)
         if longest is not None and max_length > longest:
             raise UserError(
                 f"the model has positions up to {longest}, and the data's sequence_length is {max_length}: lower it"
@@ -98,6 +100,14 @@ class TextModel(nn.Module):
         finally:
             self._known = {}
         return output, self.base.routing.context
+
+
+def _first_position(model: nn.Module) -> int:
+    """Return the position of the first token: in RoBERTa and MPNet it comes after that of padding."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.padding_idx + 1
+    return 0
 
 
 def build_text_model(

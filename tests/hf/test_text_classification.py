@@ -170,6 +170,7 @@ def test_texts_are_read_as_the_model_reads_them(moods, tmp_path):
         ({"model_type": "clip_vision_model"}, {}, "no classifier of texts has the config"),
         (BERT, {"num_experts": None}, "BertForSequenceClassification has no gate that is known.*set num_experts"),
         (BERT, {"max_length": 65}, "positions up to 64, and the data's sequence_length is 65"),
+        ({**BERT, "model_type": "roberta"}, {"max_length": 63}, "positions up to 62, and the data"),
         ({**BERT, "vocab_size": 100}, {"vocab_size": 256}, "the data has 256 token ids, and the model 100"),
     ],
 )
