@@ -110,6 +110,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_TE: Tensor, experts_TK: Tensor) -> Tensor:
         ctx.save_for_backward(experts_TK)
+        ctx.save_for_forward(experts_TK)
         ctx.sizes = logits_TE.shape
         return logits_TE.gather(1, experts_TK)
 
@@ -117,6 +118,11 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, grad_TK: Tensor) -> tuple[Tensor, None]:
         (experts_TK,) = ctx.saved_tensors
         return grad_TK.new_zeros(ctx.sizes).scatter_add(1, experts_TK, grad_TK), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent_TE: Tensor, _: None) -> Tensor:
+        (experts_TK,) = ctx.saved_tensors
+        return tangent_TE.gather(1, experts_TK)
 
 
 def apply_score_fn(logits_TE: Tensor, score_fn: ScoreFunction) -> Tensor:

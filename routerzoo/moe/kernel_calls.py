@@ -215,7 +215,7 @@ def bias_grads(
     """
     num_rows, num_experts = len(rows.source_N), len(rows.ends_E)
     dup_bias_EZ, ddown_bias_ED = (
-        weight_N.new_empty(0) if bias is None else torch.empty_like(bias) for bias in (up_bias_EZ, down_bias_ED)
+        grad_TD.new_empty(0) if bias is None else torch.empty_like(bias) for bias in (up_bias_EZ, down_bias_ED)
     )
     z_width, width = (0 if bias is None else bias.shape[1] for bias in (up_bias_EZ, down_bias_ED))
     sizes = {"E": num_experts, "E2": triton.next_power_of_2(num_experts), "Z": z_width, "D": width, **SUM_SIZES}
@@ -332,7 +332,7 @@ def softmax_losses(
         len(parts),
         E=num_experts,
         E2=sizes["E2"],
-        BP=min(sizes["BT"], triton.next_power_of_2(len(parts))),
+        BP=min(max(1, 4096 // sizes["E2"]), triton.next_power_of_2(len(parts))),
         num_warps=8,
     )
     return balance, z, log_partition_T, sums

@@ -422,7 +422,7 @@ class _Torch:
         down_bias_ED: Tensor | None,
         rows: Rows,
     ) -> tuple[Tensor, Tensor]:
-        dup_bias_EZ = ddown_bias_ED = weight_N.new_empty(0)
+        dup_bias_EZ, ddown_bias_ED = grad_TD.new_empty(0), grad_TD.new_empty(0)
         if up_bias_EZ is not None:
             dup_bias_EZ = _column_sums(dz_NZ, up_bias_EZ, rows)
         if down_bias_ED is not None:

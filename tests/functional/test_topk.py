@@ -4,6 +4,7 @@ import torch
 from routerzoo.functional.topk import softmax_at
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # torch's own, forward mode
 @pytest.mark.parametrize("may_drop", [False, True])
 def test_the_softmax_over_selected_logits(may_drop):
     logits_TE = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
@@ -13,8 +14,12 @@ def test_the_softmax_over_selected_logits(may_drop):
         scales = [0.0 if expert < 0 else torch.tensor(logits_E[expert]).exp().item() for expert in experts_K]
         expected = [scale / max(sum(scales), 1e-9) for scale in scales]
         assert weights_K.tolist() == pytest.approx(expected, rel=1e-6)
-    assert torch.autograd.gradcheck(lambda logits_TE: softmax_at(logits_TE, experts_TK, may_drop=may_drop), logits_TE)
-    assert torch.autograd.gradgradcheck(lambda x: softmax_at(x, experts_TK, may_drop=may_drop), logits_TE)
+
+    def compute(logits_TE):
+        return softmax_at(logits_TE, experts_TK, may_drop=may_drop)
+
+    assert torch.autograd.gradcheck(compute, logits_TE, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(compute, logits_TE, check_fwd_over_rev=True)
 
 
 def test_it_keeps_no_logits():

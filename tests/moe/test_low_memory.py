@@ -377,11 +377,24 @@ def test_it_compiles_as_one_operator():
     torch.library.opcheck(low_memory._experts, _arguments(layer, x_TD), test_utils=("test_schema", "test_faketensor"))
 
 
-def _arguments(layer, x_TD):
+@pytest.mark.parametrize("means", MEANS)
+def test_a_compiler_knows_the_gradients_of_either_bias(means):
+    """In mixed precision, where what is not asked for has the dtype of the gradient, not of the weights."""
+    layer = MoE(d_model=16, num_experts=4, router=partial(LinearRouter, top_k=2))
+    arguments = _arguments(layer, torch.randn(6, 16), torch.bfloat16, means)
+    out_TD, z_NZ, order_N = low_memory._experts(*(a.detach() if torch.is_tensor(a) else a for a in arguments))
+    tensors = (*arguments[:7], order_N, *arguments[8:10], z_NZ, *arguments[10:13], means)
+    for first, second in ((True, True), (True, False), (False, True)):
+        needs = [False, False, False, first, False, second]
+        given = (torch.randn_like(out_TD), *tensors, needs)
+        torch.library.opcheck(low_memory._experts_backward, given, test_utils=("test_schema", "test_faketensor"))
+
+
+def _arguments(layer, x_TD, dtype=torch.float32, means="torch"):
     (expert_N, order_N, begin_T, top_k), weight_N = sort_assignments(layer.router(x_TD), len(x_TD), 4)
     network = layer.experts.network()
     tensors = (x_TD, weight_N.detach(), network.up, network.up_bias, network.down, network.down_bias)
-    options = (top_k, network.activation, 0.0, torch.float32, "torch", True)
+    options = (top_k, network.activation, 0.0, dtype, means, True)
     return (*tensors, expert_N, order_N, begin_T, None, *options)
 
 
