@@ -150,7 +150,7 @@ def _config(values: dict[str, Any], vocab_size: int | None) -> PreTrainedConfig:
         # Those of the published models, which a small vocabulary may not have.
         values |= {n: values.get(n) for n in ("pad_token_id", "bos_token_id", "eos_token_id")}
     config: PreTrainedConfig = AutoConfig.for_model(kind, **values)
-    generation = GenerationConfig()
+    generation = GenerationConfig()  # type: ignore[no-untyped-call]
     for name in given:
         # Others, such as rope_theta, transformers turns into those that it knows; these it keeps, or drops, in silence.
         if name not in known and (name in vars(config) or hasattr(generation, name)):
