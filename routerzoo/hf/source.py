@@ -23,6 +23,9 @@ KINDS = {
     "AutoModel": "model",
 }
 """What an Auto class of transformers builds, in words."""
+
+COUNTS_FROM_PADDING = ("camembert", "data2vec-text", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta")
+"""Architectures whose positions are counted from the id of padding, so that there must be one."""
 REFUSALS = (ValueError, TypeError, AttributeError, KeyError, RuntimeError, AssertionError, StrictDataclassError)
 """What transformers raises where a config does not fit."""
 
@@ -148,7 +151,8 @@ def _config(values: dict[str, Any], vocab_size: int | None) -> PreTrainedConfig:
     if vocab_size is not None:
         values.setdefault("vocab_size", vocab_size)
         # Those of the published models, which a small vocabulary may not have.
-        values |= {n: values.get(n) for n in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        special = ("bos_token_id", "eos_token_id", *(() if kind in COUNTS_FROM_PADDING else ("pad_token_id",)))
+        values |= {name: values.get(name) for name in special}
     config: PreTrainedConfig = AutoConfig.for_model(kind, **values)
     generation = GenerationConfig()  # type: ignore[no-untyped-call]
     for name in given:

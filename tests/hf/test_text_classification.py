@@ -219,6 +219,18 @@ def test_a_mean_of_hidden_states_is_that_of_the_text():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", ["roberta", "mpnet"])
+def test_models_whose_positions_follow_padding_have_its_id(kind):
+    source = {"model_type": kind, **{k: v for k, v in BERT.items() if k not in ("model_type", "vocab_size")}}
+    task = task_of(source, max_length=16, vocab_size=256).eval()
+    short_BS, padded_BS = torch.tensor([[5, 6, 7]]), torch.tensor([[5, 6, 7, 0, 0]])
+    logits = [
+        task(LabelledBatch(ids_BS, padding_mask_BS=ids_BS == 0, labels_B=torch.tensor([0])))[0]
+        for ids_BS in (short_BS, padded_BS)
+    ]
+    assert_close(*logits)
+
+
 def test_it_goes_out_with_its_head(moods, tmp_path):
     task = task_of(num_classes=3).eval()
     task.net.model.save_pretrained(tmp_path)
