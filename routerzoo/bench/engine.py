@@ -10,8 +10,10 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
@@ -58,10 +60,7 @@ class LocalEngine:
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
-        self._context = multiprocessing.get_context("forkserver")
-        # Imported once, before the first fork.
-        self._context.set_forkserver_preload(["routerzoo.bench.work"])
-        os.environ["OMP_NUM_THREADS"] = "1"  # known before the server loads its libraries
+        self._context = _forkserver()
         self._workers: list[_Worker] = []
 
     def start(self, job: Job) -> None:
@@ -111,6 +110,22 @@ class LocalEngine:
             worker.process.join()
             worker.channel.close()
         self._workers = []
+
+
+def survives(function: Callable[..., object], *args: Any) -> bool:
+    """Whether a process outlives a call of a function."""
+    process = _forkserver().Process(target=function, args=args)
+    process.start()
+    process.join()
+    return process.exitcode == 0
+
+
+def _forkserver() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    # Imported once, before the first fork.
+    context.set_forkserver_preload(["routerzoo.bench.work"])
+    os.environ["OMP_NUM_THREADS"] = "1"  # known before the server loads its libraries
+    return context
 
 
 def _cause(exit_code: int | None) -> str:

@@ -175,7 +175,7 @@ class Cell:
         return [math.inf if loss is None else loss for loss in found]
 
 
-def make_cell(task: str, choice: RouterChoice, protocol: Protocol, code: str) -> Cell | Row:
+def make_cell(task: str, choice: RouterChoice, protocol: Protocol, code: str, *, is_safe: bool = True) -> Cell | Row:
     """Return a router's cell, or the row that says why it cannot do the task.
 
     Args:
@@ -183,11 +183,14 @@ def make_cell(task: str, choice: RouterChoice, protocol: Protocol, code: str) ->
         choice: the router.
         protocol: how it is tuned and run.
         code: version of the installed sources; a digest of those that are not part of it is added.
+        is_safe: whether to build the router here, where it would take the whole command with it.
     """
     cls = task_class(task)
     steps = protocol.steps or cls.steps
     code = "+".join([code, *filter(None, (source_digest(cls), source_digest(choice.cls)))])
     settings = settings_digest(cls, choice)
+    if not is_safe:  # its runs fail, and their rows say why
+        return Cell(task, choice, protocol, False, code, settings, steps)
     try:
         run = Run(cls(0, steps), choice, 0.0)
     except UnmetRequirementError as error:

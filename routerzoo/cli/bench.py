@@ -9,6 +9,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -21,9 +22,9 @@ from scipy import stats
 
 from routerzoo.bench.choices import RouterChoice, read_choices
 from routerzoo.bench.controls import CONTROLS
-from routerzoo.bench.engine import Engine, LocalEngine, RayEngine
+from routerzoo.bench.engine import Engine, LocalEngine, RayEngine, survives
 from routerzoo.bench.loop import work_through
-from routerzoo.bench.protocol import TUNING_SEED, Budget, Cell, Protocol, make_cell
+from routerzoo.bench.protocol import TUNING_SEED, Budget, Cell, Protocol, make_cell, source_digest
 from routerzoo.bench.realistic.byte_model import ByteLanguageModel
 from routerzoo.bench.realistic.excess import domain_table, excess_table
 from routerzoo.bench.realistic.scopes import SCOPES
@@ -263,7 +264,12 @@ def _cells(
         UserError: the folder has rows of the same names that are something else.
     """
     code = code_version()
-    made = [make_cell(task, choice, protocol, code) for task in tasks for choice in choices]
+    # A constructor of the user's may end its process, and would end the command without a word.
+    own = [choice for choice in choices if source_digest(choice.cls)]
+    unsafe = [choice for choice in own if not survives(_try_out, tasks, choice, protocol, code)]
+    made = [
+        make_cell(task, choice, protocol, code, is_safe=choice not in unsafe) for task in tasks for choice in choices
+    ]
     cells = [cell for cell in made if isinstance(cell, Cell)]
     refused = [row for row in made if isinstance(row, Row)]
     settings = {(task_class(cell.task).name, cell.choice.label): cell.settings for cell in cells}
@@ -281,6 +287,12 @@ def _cells(
         if row.key not in file.rows:
             file.append(row)
     return cells, refused
+
+
+def _try_out(tasks: Sequence[str], choice: RouterChoice, protocol: Protocol, code: str) -> None:
+    for task in tasks:
+        with suppress(Exception):
+            make_cell(task, choice, protocol, code)
 
 
 def _renew(file: RowFile, cells: Sequence[Cell], options: argparse.Namespace, console: Console) -> None:

@@ -115,11 +115,14 @@ def _router(config: Mapping[str, Any]) -> str:
 
 
 def _task(config: Mapping[str, Any]) -> str:
-    return _short(config.get("data.init_args.dataset") or config.get("data.class_path") or "data")
+    if dataset := config.get("data.init_args.dataset"):
+        names = dataset if isinstance(dataset, list) else [dataset]
+        return "+".join(Path(str(name)).name for name in names)
+    return _short(config.get("data.class_path") or "data")
 
 
-def _short(name: str) -> str:
-    return str(name).rpartition(".")[2] if "/" not in str(name) else Path(name).name
+def _short(class_path: str) -> str:
+    return str(class_path).rpartition(".")[2]
 
 
 def _run(place: int, task: str, label: str, seed: int, folder: str, config: str, results: dict[str, Any]) -> Run:

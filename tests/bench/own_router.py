@@ -36,3 +36,8 @@ class KilledRouter(OwnRouter):
         if self.training and context.step == 3:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().logits(x_TD, context)
+
+
+class ExitingRouter(OwnRouter):
+    def __init__(self, spec, *, top_k=2):
+        os._exit(4)

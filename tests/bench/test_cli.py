@@ -149,6 +149,18 @@ def test_failed_runs_are_named_count_as_one_and_can_be_made_again(tmp_path, smal
 
 
 @pytest.mark.full
+def test_a_constructor_that_ends_its_process_fails_the_runs_of_its_router_alone(
+    tmp_path, small_task, own_routers, capsys
+):
+    with pytest.raises(SystemExit) as error:
+        bench("--tasks", small_task, "--routers", "own_router.ExitingRouter", "--folder", tmp_path, *SMALL)
+    assert error.value.code == 1
+    told = capsys.readouterr().out
+    assert "failed: ExitingRouter in signs, 2 of its runs: its process ended with code 4" in told
+    assert len([row for row in read_rows(tmp_path / "rows.csv") if row.status == "finished"]) == 3 * 2
+
+
+@pytest.mark.full
 def test_what_fails_in_tuning_gets_no_final_runs_and_budgets_may_be_of_flops(tmp_path, small_task, own_routers, capsys):
     args = ["--tasks", small_task, "--folder", tmp_path, "--seeds", 2, "--tuning-seeds", 1, "--budget", "flops"]
     with pytest.raises(SystemExit):

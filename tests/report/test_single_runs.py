@@ -50,6 +50,15 @@ def test_runs_become_variants_tasks_and_seeds(run, tmp_path):
     assert sweep.runs[0].folder == "../HashRouter-0"
 
 
+@pytest.mark.parametrize(
+    ("dataset", "name"),
+    [("p.jsonl", "p.jsonl"), ("corpora/p.jsonl", "p.jsonl"), (["play", "notes/p.jsonl"], "play+p.jsonl")],
+)
+def test_a_task_is_called_by_its_data(run, tmp_path, dataset, name):
+    sweep = read_runs([run("a", dataset=dataset), run("b", "HashRouter", dataset=dataset)], tmp_path / "out")
+    assert [task.name for task in sweep.tasks] == [name]
+
+
 def test_runs_with_other_tokenizers_are_compared_by_bits_per_byte(run, tmp_path):
     def with_tokens(name, tokenizer, ppl, bpb, router):
         folder = run(name, router)
