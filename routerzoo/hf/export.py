@@ -186,6 +186,10 @@ def _counterpart(model: Any) -> Any:
     sizes = _common_sizes(model, counterpart)
     target = getattr(transformers, counterpart.model)
     values = {key: value for key, value in dense.to_dict().items() if key not in ("model_type", "architectures")}
+    if attention == {"full_attention"}:  # the counterpart looks at the window alone, whatever the layers are
+        values |= {
+            key: none for key, none in (("sliding_window", None), ("use_sliding_window", False)) if key in values
+        }
     config = target.config_class(**{**values, **sizes})
     with torch.device("meta"):
         plain = target(config)

@@ -468,3 +468,15 @@ def test_a_quantizer_of_transformers_skips_routers_and_eight_bits_keep_their_cho
     model(**inputs)
     after = [published.routing.experts_TK for published in model.routing.context.routings]
     assert all(map(torch.equal, before, after))
+
+
+@torch.no_grad()
+def test_a_window_that_no_layer_attends_to_is_left_behind():
+    config = build("Qwen3").config
+    config.layer_types, config.sliding_window, config.use_sliding_window = ["full_attention"] * 2, 4, True
+    model = hf.upcycle(transformers.Qwen3ForCausalLM(config), num_experts=4).eval()
+    ids_BS = torch.arange(3, 19)[None]
+    expected_BSV = model(input_ids=ids_BS).logits
+    plain = hf.to_transformers(model)
+    assert plain.config.sliding_window is None
+    assert_close(plain(input_ids=ids_BS).logits, expected_BSV, rtol=0, atol=1e-5)
