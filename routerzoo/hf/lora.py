@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -51,20 +52,27 @@ def _check_names(model: nn.Module, options: dict[str, Any]) -> None:
     """Refuse names that PEFT would pass over."""
     if options.get("target_parameters") and (ignored := [name for name in OF_MODULES if options.get(name)]):
         raise UserError(f"lora: PEFT ignores {ignored[0]} for target_parameters: leave it out")
+    if isinstance(saved := options.get("modules_to_save"), str):  # PEFT would take each letter for an ending
+        raise UserError(f"lora: modules_to_save is {saved!r}, not a list: [{saved}]")
     modules = [name for name, module in model.named_modules() if any(True for _ in module.parameters())]
     parameters = [name for name, _ in model.named_parameters()]
     for argument, known, words in (
         ("target_modules", modules, 1),
         ("modules_to_save", modules, 1),
+        ("exclude_modules", modules, 1),
         ("target_parameters", parameters, 2),
     ):
         given = options.get(argument)
-        for name in given if isinstance(given, list) else ():
+        for name in given if isinstance(given, list | tuple | set) else ():
             if not any(f".{one}".endswith(f".{name}") for one in known):
                 hint = did_you_mean(str(name), _endings(known, words))
                 raise UserError(
                     f"lora: {argument} names {name!r}, as no part of the model with weights is called{hint}"
                 )
+    for argument in ("rank_pattern", "alpha_pattern"):
+        for pattern in options.get(argument) or ():
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in (*modules, *parameters)):
+                raise UserError(f"lora: {argument} has {pattern!r}, which matches no part of the model with weights")
 
 
 def _endings(names: Iterable[str], words: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal
@@ -148,4 +149,15 @@ class PretrainedTask(TextTask):
             if name not in optimizer.defaults:  # torch would keep it in silence
                 hint = did_you_mean(name, optimizer.defaults)
                 raise UserError(f"router_options: {type(optimizer).__name__} has no option {name!r}{hint}")
+        if self.router_options:
+            self._check_router_options(optimizer)
         return built
+
+    def _check_router_options(self, optimizer: Optimizer) -> None:
+        """Refuse values that the optimizer checks when it is built, but not those of a group."""
+        cls, options = type(optimizer), {**optimizer.defaults, **(self.router_options or {})}
+        known = inspect.signature(cls).parameters
+        try:
+            cls(optimizer.param_groups[0]["params"][:1], **{name: options[name] for name in options if name in known})
+        except (ValueError, TypeError) as error:
+            raise UserError(f"router_options: {cls.__name__} refuses {self.router_options}: {error}") from error

@@ -149,6 +149,14 @@ def test_documents_that_are_kept_apart_do_not_see_each_other():
             {"lora": {"target_parameters": ["experts.down", "experts.up"]}},
             "target_parameters names 'experts.up'",
         ),
+        (MIXTRAL, {"lora": {"target_modules": ("q_proj", "v_prj")}}, "target_modules names 'v_prj'"),
+        (MIXTRAL, {"lora": {"modules_to_save": "lm_head"}}, r"modules_to_save is 'lm_head', not a list: \[lm_head\]"),
+        (MIXTRAL, {"lora": {"rank_pattern": {"experts.up": 4}}}, "rank_pattern has 'experts.up', which matches no"),
+        (
+            MIXTRAL,
+            {"lora": {"target_modules": "all-linear", "exclude_modules": ["lm_hed"]}},
+            "exclude_modules names 'lm_hed'",
+        ),
         (MIXTRAL, {"lora": {"layers_to_transform": [0]}}, "PEFT ignores layers_to_transform for target_parameters"),
         (MIXTRAL, {"train": "router"}, "train must be one of all, all-but-experts, .*got 'router'"),
         (MIXTRAL, {"options": {"dtype": "float7"}}, "has no attribute 'float7'"),
@@ -227,9 +235,17 @@ def test_a_router_that_the_loss_does_not_reach_is_named():
         task_of({**MIXTRAL, "vocab_size": 256}, router=one, train="routers")
 
 
-def test_an_option_that_the_optimizer_has_not_is_refused():
-    task = task_of({**MIXTRAL, "vocab_size": 256}, router_options={"learning_rate": 1.0}, lr_scheduler=None)
-    with pytest.raises(UserError, match="router_options: AdamW has no option 'learning_rate'"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": 1.0}, "router_options: AdamW has no option 'learning_rate'"),
+        ({"lr": -1.0}, r"router_options: AdamW refuses \{'lr': -1.0\}: Invalid learning rate"),
+        ({"lr": "0.1"}, "router_options: AdamW refuses"),
+    ],
+)
+def test_options_that_the_optimizer_would_not_take_are_refused(options, message):
+    task = task_of({**MIXTRAL, "vocab_size": 256}, router_options=options, lr_scheduler=None)
+    with pytest.raises(UserError, match=message):
         task.configure_optimizers()
 
 
