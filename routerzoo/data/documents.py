@@ -38,6 +38,8 @@ COMPRESSED = (".gz", ".zst")
 """What may follow the suffix of JSON lines."""
 NAMED_SPLITS = {"train": "train", "val": "val", "dev": "val", "test": "test"}
 """What the names of files, and of splits of data sets, begin with."""
+SPLIT_FOLDERS = NAMED_SPLITS | {"valid": "val", "validation": "val"}
+"""What folders of a split are called."""
 
 
 class Piece(NamedTuple):
@@ -95,10 +97,11 @@ def has_documents(corpus: str) -> bool:
 def find_pieces(corpus: str, whole: bool = False) -> list[Piece]:
     """Return the pieces of a corpus of documents.
 
-    Files whose names begin with train, val (or dev) and test have these splits, where there are some for training and
-    for validation. Otherwise documents are dealt to the splits by their content, and where there are fewer than
-    `MANY_FILES` text files, each of these is cut 90/5/5 by position. The same holds for the splits of a data set of
-    Hugging Face; where it has some for training and none for validation, the documents of the former are dealt.
+    Files whose names begin with train, val (or dev) and test, or that are in folders of these names, have these splits,
+    where there are some for training and for validation. Otherwise documents are dealt to the splits by their content,
+    and where there are fewer than `MANY_FILES` text files, each of these is cut 90/5/5 by position. The same holds for
+    the splits of a data set of Hugging Face; where it has some for training and none for validation, the documents of
+    the former are dealt.
 
     Args:
         corpus: `hf:` and a data set's name, a folder, a file, or a pattern of paths.
@@ -110,7 +113,7 @@ def find_pieces(corpus: str, whole: bool = False) -> list[Piece]:
     if corpus.startswith(HUB):
         return _hub_pieces(corpus)
     files = _files(corpus)
-    splits = {file: _named_split(file.name) for file in files}
+    splits = {file: _split_of_file(file, corpus) for file in files}
     named = {"train", "val"} <= set(splits.values())
     if not named and {"train", "test"} <= set(splits.values()):
         raise UserError(
@@ -228,6 +231,15 @@ def _is_left_out(file: Path, folder: Path) -> bool:
 
 def _named_split(name: str) -> str | None:
     return next((split for prefix, split in NAMED_SPLITS.items() if name.lower().startswith(prefix)), None)
+
+
+def _split_of_file(file: Path, corpus: str) -> str | None:
+    """Return the split that a folder within the corpus, or else the file, is named after."""
+    given = itertools.takewhile(lambda part: not glob.has_magic(part), Path(corpus).expanduser().parts)
+    folders = file.parts[len(list(given)) : -1]
+    return next((SPLIT_FOLDERS[name.lower()] for name in folders if name.lower() in SPLIT_FOLDERS), None) or (
+        _named_split(file.name)
+    )
 
 
 def _file_pieces(file: Path, split: str | None, cut: bool) -> list[Piece]:

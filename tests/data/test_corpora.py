@@ -94,6 +94,17 @@ def test_splits_come_from_names_or_else_from_content(tmp_path):
         "validation.jsonl": "val",
         "test.jsonl": "test",
     }
+    # Folders are named as data sets of Hugging Face have them; those above the corpus do not count.
+    folder = tmp_path / "train" / "c"
+    for name in ("train/a.jsonl", "Validation/x/test.jsonl", "test/a.jsonl"):
+        write_jsonl(folder / name, [name])
+    for corpus in (str(folder), f"{folder}/**/*.jsonl"):
+        assert {str(Path(piece.name).relative_to(folder)): piece.split for piece in find_pieces(corpus)} == {
+            "train/a.jsonl": "train",
+            "Validation/x/test.jsonl": "val",
+            "test/a.jsonl": "test",
+        }
+    assert [piece.split for piece in find_pieces(f"{folder}/train/*.jsonl")] == [None]
     write_jsonl(tmp_path / "dealt" / "b.jsonl", TEXTS)
     assert [piece.split for piece in find_pieces(f"{tmp_path}/dealt/*.jsonl")] == [None]
     dealt = [split_of(f"document {index}") for index in range(4000)]
