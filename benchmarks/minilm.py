@@ -6,7 +6,7 @@
 
 `cut` writes fixed parts of SST-2 and BANKING77, which are downloaded or found in `$ROUTERZOO_DATA`. all-MiniLM-L6-v2 is
 the folder of the model and its tokenizer. `neighbors` takes such folders, and checkpoints of
-`PretrainedTextClassification`. Fine-tuning is a sweep: benchmarks/sweeps/minilm.yaml.
+`PretrainedTextClassification`. Routers in fine-tuning: benchmarks/minilm_routers.py.
 """
 # Shape suffixes: N texts, B texts of a batch, S tokens of the longest one, D model width.
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -82,7 +83,8 @@ def features(folder: str, data: Path, task: str) -> tuple[dict[str, list[Text]],
     """Return the texts of each split, and how many labels there are; from a file if they are there."""
     splits: dict[str, list[Example]] = {s: read_csv(data / task / f"{s}.csv") for s in ("train", "val", "test")}
     labels = sorted({example.label for example in splits["train"]})
-    kept = data / task / "features.pt"
+    told = (Path(folder) / "model.safetensors").read_bytes() + repr((LENGTH, TRAINING, TESTED)).encode()
+    kept = data / task / f"features-{hashlib.sha256(told).hexdigest()[:12]}.pt"
     if not kept.is_file():
         tokenizer, model = (
             auto.from_pretrained(folder) for auto in (transformers.AutoTokenizer, transformers.AutoModel)
