@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -12,10 +12,7 @@ from torch import Tensor
 
 from routerzoo.moe import kernels
 from routerzoo.moe.kernels import INTERPRETED
-from routerzoo.moe.rows import Rows
-
-if TYPE_CHECKING:
-    from routerzoo.moe.rows import Order
+from routerzoo.moe.rows import Order, Rows
 
 MOST_UNROLLED = 16
 """Of so many experts per token the kernels are compiled for each k; of more, for all."""

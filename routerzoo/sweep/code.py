@@ -48,5 +48,5 @@ def expect_code(code: str) -> None:
     if not f"{code}+".startswith(f"{own}+"):
         raise OtherCodeError(
             f"{socket.gethostname()} has other code ({own}) than the command ({code}): give all machines the same "
-            "version, do not edit it meanwhile, and repeat the command, which goes on from here"
+            "version, do not edit it while it runs, and run the command again: it resumes"
         )

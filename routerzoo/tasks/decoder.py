@@ -32,7 +32,7 @@ class TextTask(MoETask):
     net: Any
     vocab_size: int
     _tokenizer: str | None = None
-    """Digest of the tokenizer that it was trained with, where a checkpoint says so."""
+    """Digest of the tokenizer that it was trained with; None where the checkpoint has none."""
 
     def setup(self, stage: str) -> None:
         """Refuse data with other tokens.

@@ -184,3 +184,14 @@ def inputs_of(model, seed=1):
     if model.main_input_name == "pixel_values":
         return {"pixel_values": torch.randn(2, 3, 8, 8, generator=generator)}
     return {"input_ids": torch.randint(3, 40, (2, 10), generator=generator)}
+
+
+QUIET = {
+    "accelerator": "cpu",
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "logger": False,
+    "num_sanity_val_steps": 0,
+    "enable_checkpointing": False,
+}
+"""Arguments of a Trainer that prints and writes nothing."""

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from routerzoo import HashRouter, HyperRouter, LinearRouter, PretrainedLanguageModeling, TextData, moe_layers
 from routerzoo.cli import main as cli
 from routerzoo.errors import UserError
-from tests.hf.models import GQA, LOCAL, build
+from tests.hf.models import GQA, LOCAL, QUIET, build
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -29,14 +29,6 @@ CONFIGS = [
     for path in sorted((Path(__file__).parents[2] / "configs" / "pretrained").glob("*.yaml"))
     if path.stem != "classify"
 ]
-QUIET = {
-    "accelerator": "cpu",
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "logger": False,
-    "num_sanity_val_steps": 0,
-    "enable_checkpointing": False,
-}
 
 
 def task_of(source, **options):

@@ -18,7 +18,7 @@ from routerzoo.cli import main as cli
 from routerzoo.data.labelled_text import LabelledBatch
 from routerzoo.errors import UserError
 from tests.conftest import router_factory
-from tests.hf.models import GQA, LOCAL
+from tests.hf.models import GQA, LOCAL, QUIET
 
 transformers = pytest.importorskip("transformers")
 hf = pytest.importorskip("routerzoo.hf")
@@ -33,14 +33,6 @@ BERT = {
 }
 LLAMA = {"model_type": "llama", **SIZES, "vocab_size": 256}
 MIXTRAL = {"model_type": "mixtral", **SIZES, **LOCAL, "vocab_size": 256}
-QUIET = {
-    "accelerator": "cpu",
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "logger": False,
-    "num_sanity_val_steps": 0,
-    "enable_checkpointing": False,
-}
 
 
 @pytest.fixture

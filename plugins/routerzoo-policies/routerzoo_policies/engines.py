@@ -228,7 +228,7 @@ def _in_answer(answer: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def _start(payload: Any) -> int:
-    """Return the token that the routes start at, as far as an answer says so."""
+    """Return the index of the token that the routes start at; 0 where the answer does not give one."""
     if not isinstance(payload, Mapping):
         return 0
     if "data" in payload:
