@@ -19,6 +19,7 @@ from routerzoo.models.weight_decay import spare_biases
 from routerzoo.moe.experts import Experts, FeedForwardWeights, MLPExperts, SwiGLUExperts
 from routerzoo.moe.grouped_linear import Backend
 from routerzoo.moe.layer import ExpertsFactory, MoE, RouterFactory, inner_router, moe_layers
+from routerzoo.router import ByMode
 from routerzoo.routing import LayerSpec
 
 M = TypeVar("M", bound=nn.Module)
@@ -126,6 +127,10 @@ def sparsify(
         ValueError: no feed-forward network found, one that experts cannot replace, or blocks that do not exist.
         UnmetRequirementError: the router requires a field that is not provided.
 
+    Warns:
+        UserWarning: an upcycled model does not compute what the dense one did; networks are left as they are, or were
+            frozen in part.
+
     Example:
         >>> import timm
         >>> model = timm.create_model("vit_tiny_patch16_224", depth=4)
@@ -186,6 +191,8 @@ def sparsify(
         built.append(moe.to(device=weight.device, dtype=weight.dtype).train(network.holder.training))
     for network, moe in zip(chosen, built, strict=True):
         _put(model, network, moe)
+    if changes := _changes(built) if upcycle else "":
+        warnings.warn(f"the upcycled model does not compute what the dense one did: {changes}", stacklevel=2)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):  # nested tensors are for its fast path alone
             module.enable_nested_tensor = module.use_nested_tensor = False
@@ -246,6 +253,18 @@ def _freeze_alike(network: FeedForward, experts: nn.Module) -> None:
         warnings.warn(
             f"{_called(network)} is frozen in part, its experts are trained: set requires_grad of theirs", stacklevel=3
         )
+
+
+def _changes(upcycled: list[MoE]) -> str:
+    """Return why the output is another one, though every expert is the dense network; empty if it is not."""
+    router = inner_router(upcycled[0])
+    keeps, reasons = router.normalized, []
+    if not (keeps.evaluation if isinstance(keeps, ByMode) else keeps):
+        name = type(router).__name__
+        reasons.append(f"the weights of {name} do not sum to 1, as those of LinearRouter with top_k=2 do")
+    if upcycled[0].shared_experts is not None:
+        reasons.append("shared experts start at random, and are added")
+    return "; ".join(reasons)
 
 
 def _nothing_found(model: nn.Module, found: list[FeedForward]) -> str:

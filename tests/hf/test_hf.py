@@ -144,6 +144,7 @@ def test_the_config_names_router_and_arguments(tmp_path):
         router=partial(capacity, router=partial(HyperRouter, top_k=1, hidden_dim=8)),
         blocks="every-other",
         num_shared_experts=1,
+        copy_weights=False,
     )
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -274,7 +275,7 @@ def test_transformers_trainer_saves_and_resumes(tmp_path):
 @pytest.mark.parametrize("shared", [0, 1])
 @torch.no_grad()
 def test_layers_that_lie_on_disk_are_fetched(shared, tmp_path):
-    model = hf.upcycle(build("Llama"), num_experts=4, num_shared_experts=shared)
+    model = hf.upcycle(build("Llama"), num_experts=4, num_shared_experts=shared, copy_weights=False)
     model.save_pretrained(tmp_path)
     names = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"]
     places = {**dict.fromkeys(names, "cpu"), "model.layers.1": "disk"}
@@ -368,7 +369,7 @@ def test_routers_have_options_of_their_own():
             r"all layers of MixtralForCausalLM have experts, the model's \[1\] have none",
         ),
         (
-            lambda: hf.to_transformers(hf.upcycle(build("Llama"), num_experts=4, router="XMoERouter")),
+            lambda: hf.to_transformers(hf.upcycle(build("Llama"), num_experts=4, router="HyperRouter")),
             "transformers knows the linear gate",
         ),
         (
