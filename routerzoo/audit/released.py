@@ -84,9 +84,9 @@ def load(folder: Path, device: str = "cpu") -> Any:
     """
     try:
         import transformers
-        from safetensors import SafetensorError
 
         from routerzoo import hf
+        from routerzoo.hf.source import load_model
     except ImportError as error:
         raise UserError(f"{folder} is a model of transformers: {error}") from None
     try:
@@ -100,15 +100,7 @@ def load(folder: Path, device: str = "cpu") -> Any:
     for ending in ("ForCausalLM", "ForImageClassification"):  # those whose loss is known
         if architecture.endswith(ending):
             auto_class = getattr(transformers, "AutoModel" + ending)
-    try:
-        model, report = auto_class.from_pretrained(folder, dtype="auto", device_map=device, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load {folder}: {_sentence(error)}") from None
-    # transformers draws what is missing at random. A pooler is no part of a masked language model's files.
-    if missing := sorted(name for name in report["missing_keys"] if "pooler" not in name):
-        raise UserError(
-            f"cannot load {folder}: its files lack {len(missing)} weights of the model, such as {missing[0]}"
-        )
+    model: Any = load_model(str(folder), auto_class, {"dtype": "auto", "device_map": device}, new_heads=False)
     if getattr(config, "routing", None):
         return model
     try:

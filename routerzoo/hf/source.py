@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -82,7 +81,9 @@ def _built(
     return model
 
 
-def load_model(source: str, auto_class: Any, options: dict[str, Any], num_labels: int | None = None) -> PreTrainedModel:
+def load_model(
+    source: str, auto_class: Any, options: dict[str, Any], num_labels: int | None = None, *, new_heads: bool = True
+) -> PreTrainedModel:
     """Return the model of a name or path.
 
     Args:
@@ -90,6 +91,8 @@ def load_model(source: str, auto_class: Any, options: dict[str, Any], num_labels
         auto_class: of transformers.
         options: for `from_pretrained`.
         num_labels: of a classifier of texts.
+        new_heads: let transformers draw a head that the files lack, as fine-tuning needs it; never that of a causal
+            language model.
 
     Raises:
         UserError: no such model, a file that is damaged, or weights that it lacks.
@@ -117,13 +120,13 @@ def load_model(source: str, auto_class: Any, options: dict[str, Any], num_labels
             ) from error
         where = "the folder" if path.exists() else "the name or path"
         raise UserError(f"transformers reads no {kind} of {where} {source}: {_sentence(error)}") from error
-    # Heads of classifiers, and poolers, are new in most checkpoints; what is in a block must be there.
-    needed = [
-        n for n in found["missing_keys"] if auto_class.__name__ == "AutoModelForCausalLM" or re.search(r"\.\d+\.", n)
-    ]
+    # Most checkpoints have no pooler, and none has the head of a new task; what is in the body must be there.
+    body = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    may_be_new = new_heads and auto_class.__name__ != "AutoModelForCausalLM"
+    needed = [n for n in found["missing_keys"] if "pooler" not in n and (n.startswith(body) or not may_be_new)]
     if needed:
         raise UserError(
-            f"{source} lacks {len(needed)} weights of a {type(model).__name__}, such as {min(needed)}, which "
+            f"{source} lacks {len(needed)} of the weights of a {type(model).__name__}, such as {min(needed)}, which "
             "transformers would draw at random: it is incomplete, or another model's"
         )
     return model

@@ -130,9 +130,9 @@ def test_files_that_are_broken_or_lack_weights_are_refused(tmp_path, capsys):
     given = ["--data", "text.txt", "--tokenizer", "bytes", "--device", "cpu"]
     weights = {k: v for k, v in load_file(path).items() if "layers.1" not in k or "experts" not in k}
     save_file(weights, path, metadata={"format": "pt"})
-    for told in ("mixtral: its files lack 2 weights of the model, such as model.layers.1", "mixtral: Error while"):
+    for told in ("mixtral lacks 2 of the weights of a MixtralForCausalLM", "model.safetensors is damaged"):
         assert code_of("mixtral", *given) == 2
-        assert f"error: cannot load {told}" in capsys.readouterr().err
+        assert told in capsys.readouterr().err
         path.write_bytes(path.read_bytes()[:1000])
 
 

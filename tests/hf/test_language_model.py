@@ -200,9 +200,9 @@ def of_weights(folder, change):
         (lambda f: (f / "config.json").write_text("{"), "not a valid JSON file"),
         (
             lambda f: of_weights(f, lambda w: {k: v for k, v in w.items() if "q_proj" not in k}),
-            r"lacks 2 weights of a MixtralForCausalLM, such as model.layers.0.self_attn.q_proj.weight",
+            r"lacks 2 of the weights of a MixtralForCausalLM, such as model.layers.0.self_attn.q_proj.weight",
         ),
-        (lambda f: of_weights(f, lambda w: {f"x.{k}": v for k, v in w.items()}), "lacks [0-9]* weights of a Mixtral"),
+        (lambda f: of_weights(f, lambda w: {f"x.{k}": v for k, v in w.items()}), "lacks [0-9]* of the weights"),
         (
             lambda f: of_weights(f, lambda w: {k: v[:8].clone() if "norm" in k else v for k, v in w.items()}),
             "have other sizes than its config says: they are another model's",

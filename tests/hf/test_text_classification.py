@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning import Trainer
+from safetensors import torch as safetensors
 from torch.testing import assert_close
 
 from routerzoo import HashRouter, LabelledText, LinearRouter, PretrainedTextClassification, moe_layers
@@ -178,6 +179,18 @@ def test_a_head_for_other_labels_is_refused_or_initialized(tmp_path):
         task_of(str(tmp_path), num_classes=5)
     task = task_of(str(tmp_path), num_classes=5, options={"ignore_mismatched_sizes": True})
     assert task(batch_of([3, 2]))[0].shape == (2, 5)
+
+
+@pytest.mark.parametrize("pooling", ["model", "mean"])
+def test_the_head_may_be_new_and_nothing_else(pooling, tmp_path):
+    config = transformers.BertConfig(**{k: v for k, v in BERT.items() if k != "model_type"})
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    task_of(str(tmp_path), num_classes=2, pooling=pooling)
+    path = tmp_path / "model.safetensors"
+    weights = {k: v for k, v in safetensors.load_file(path).items() if "word_embeddings" not in k}
+    safetensors.save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 of the .* such as (bert\.)?embeddings.word_embeddings"):
+        task_of(str(tmp_path), num_classes=2, pooling=pooling)
 
 
 def test_too_short_a_sequence_is_refused(moods, tmp_path):
