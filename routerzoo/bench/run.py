@@ -25,7 +25,6 @@ from routerzoo.moe.layer import MoE, inner_router, moe_layers
 from routerzoo.router import LossWeight
 from routerzoo.routing import RoutingContext
 
-WARM_UP_STEPS = 20
 FINAL_LR = 0.1
 """The learning rate falls by a cosine to this share of its peak."""
 EVALUATIONS = 10
@@ -172,10 +171,13 @@ class Run:
         optimizer = AdamW(parameters, self.lr, weight_decay=0.0, fused=True)
         updates = attach(self.layers, optimizer, steps, token_counts=self._token_counts)
         generator = task.generator("training")
+        warm_up = max(min(task.warm_up_steps, steps // 5), 1)
         for step in range(steps):
             for batch in task.batch(task.tokens, generator, step / steps).split(self._passes):
                 torch.autograd.backward(self._loss(batch, step) / self._passes)
-            optimizer.param_groups[0]["lr"] = self.lr * learning_rate_share(step, steps)
+            if math.isfinite(task.max_gradient_norm):
+                nn.utils.clip_grad_norm_(parameters, task.max_gradient_norm)
+            optimizer.param_groups[0]["lr"] = self.lr * learning_rate_share(step, steps, warm_up)
             optimizer.step()
             optimizer.zero_grad()
             yield step + 1
@@ -282,10 +284,10 @@ def check_passes(cls: type[BenchTask]) -> None:
         )
 
 
-def learning_rate_share(step: int, steps: int) -> float:
+def learning_rate_share(step: int, steps: int, warm_up_steps: int) -> float:
     """Return the share of the peak learning rate: a linear warm-up, then a cosine."""
     share = FINAL_LR + (1 - FINAL_LR) * (1 + math.cos(math.pi * step / steps)) / 2
-    return min(1.0, (step + 1) / WARM_UP_STEPS) * share
+    return min(1.0, (step + 1) / warm_up_steps) * share
 
 
 def scaled(weights: Mapping[str, float | LossWeight], factor: float) -> dict[str, LossWeight]:

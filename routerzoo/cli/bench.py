@@ -42,7 +42,7 @@ from routerzoo.sweep.plan import TOLERANCE
 CORE = ["LinearRouter", "HyperRouter", "StableMoERouter", "XMoERouter", "HashRouter", "RandomFrozenRouter"]
 QUICK_TASKS = ["clusters", "skew", "ids", "xor"]
 QUICK = Protocol(seeds=5, tuning_seeds=0)
-REALISTIC = Protocol(seeds=10, lrs=(0.002, 0.001, 0.004))
+REALISTIC = Protocol(seeds=10, tuning_seeds=3, lrs=(0.004, 0.002, 0.008))
 PRESETS = {
     ("exact", False): ("exact", Protocol()),
     ("exact", True): ("quick", QUICK),

@@ -101,9 +101,27 @@ def test_a_loss_that_is_nan_ends_the_run(monkeypatch):
 
 
 def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
-    assert learning_rate_share(0, 200) == pytest.approx(1 / 20)
-    assert learning_rate_share(100, 200) == pytest.approx(0.55)
-    assert learning_rate_share(200, 200) == pytest.approx(bench_run.FINAL_LR)
+    assert learning_rate_share(0, 200, 20) == pytest.approx(1 / 20)
+    assert learning_rate_share(100, 200, 20) == pytest.approx(0.55)
+    assert learning_rate_share(200, 200, 20) == pytest.approx(bench_run.FINAL_LR)
+
+
+@pytest.mark.parametrize(("largest", "moves"), [(0.0, False), (1e-3, True)])
+def test_gradients_are_scaled_down_to_the_task_s_norm(largest, moves, monkeypatch):
+    norms, step = [], torch.optim.AdamW.step
+
+    def watched(self, *args):
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(torch.nn.utils.get_total_norm(gradients).item())
+        return step(self, *args)
+
+    monkeypatch.setattr(Small, "max_gradient_norm", largest)
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    run = build("LinearRouter")
+    before = run.model.experts.up.clone()
+    run.outcome()
+    assert norms == pytest.approx([largest] * 6, rel=1e-3)
+    assert torch.equal(run.model.experts.up, before) != moves
 
 
 def test_loss_weights_are_scaled_and_zeros_left_out():

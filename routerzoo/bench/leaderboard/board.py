@@ -104,7 +104,8 @@ class Board:
         tasks: of the exact tier, by name.
         realistic: likewise.
         refused: the row that says why, by task and router that are not applicable.
-
+        copies: routers that made the runs of another in all tasks of the exact tier, to the digit, by name; with that
+            other. They are not compared.
         left_out: tasks without runs of a router, or of the controls that regret is measured between.
 
     Raises:
@@ -120,7 +121,12 @@ class Board:
         self.labels: dict[str, list[str]] = {}
         for task, router in self.found:
             self.labels.setdefault(task, []).append(router)
-        self.labels = {task: labels for task, labels in self.labels.items() if set(labels) - CONTROLS.keys()}
+        self.copies = self._copies()
+        self.labels = {
+            task: [label for label in labels if label not in self.copies or tier(task) != "exact"]
+            for task, labels in self.labels.items()
+            if set(labels) - CONTROLS.keys()
+        }
         if not self.labels:
             raise UserError(
                 "there is no task with runs of a router, and of oracle and blind of its seed: nothing to compare"
@@ -128,6 +134,23 @@ class Board:
         self.tasks = sorted(task for task in self.labels if tier(task) == "exact")
         self.realistic = sorted(self.labels.keys() - set(self.tasks))
         self.left_out = sorted({row.task for row in record.rows} - self.labels.keys())
+
+    def _copies(self) -> dict[str, str]:
+        made: dict[str, set[tuple[object, ...]]] = {}
+        failing = set()
+        for (task, router), summary in self.found.items():
+            if tier(task) == "exact" and router not in CONTROLS:
+                for row in (score.row for score in summary.scores):
+                    made.setdefault(router, set()).add((task, row.seed, row.loss, row.nmi, row.train_flops))
+                if summary.failures:
+                    failing.add(router)
+        first: dict[frozenset[tuple[object, ...]], str] = {}
+        copies = {}
+        for router in sorted(made.keys() - failing, key=lambda name: (name not in BASELINES, name)):
+            other = first.setdefault(frozenset(made[router]), router)
+            if other != router:
+                copies[router] = other
+        return copies
 
     def baseline(self, task: str) -> str:
         """Return the label of the linear gate in a task; empty without one."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -35,11 +34,12 @@ class Family(NamedTuple):
 
 def findings(board: Board) -> list[str]:
     """Return the sentences at the head of the page."""
-    found = [*_leader(board), *_best_by_task(board), *_dense(board), *_predicted(board)]
+    found = [*_leader(board), *_winners(board), *_dense(board), *_predicted(board)]
     return [
         *found,
         *_failed(board),
         *_refused(board),
+        *_copied(board),
         *(sentence for task in board.realistic for sentence in _excess(board, task)),
     ]
 
@@ -107,23 +107,23 @@ def _counts(board: Board, router: str, baseline: str) -> str:
     return f"Against {baseline} it is {' and '.join(parts) or 'in no task significantly better or worse'}"
 
 
-def _best_by_task(board: Board) -> Iterator[str]:
-    best = {task: router for task in board.tasks if (router := board.best(task).router) is not None}
-    tasks: dict[str, list[str]] = {}
-    for task, router in best.items():
-        tasks.setdefault(router, []).append(f"{task}{cost(board, router, [task])}")
-    if len(tasks) > 1:
-        told = "; ".join(f"{router} in {listed(names)}" for router, names in tasks.items())
-        turns = any(
-            board.pairs[here][best[here], best[there]].verdict == "better"
-            and board.pairs[there][best[there], best[here]].verdict == "better"
-            for here, there in itertools.combinations(best, 2)
-            if best[here] != best[there]
-            and (best[here], best[there]) in board.pairs[here]
-            and (best[there], best[here]) in board.pairs[there]
-        )
-        head = "Which router is best depends on the task" if turns else "The lowest regret of each task"
-        yield f"**{head}** (of the routers with the common k): {told}."
+def _winners(board: Board) -> Iterator[str]:
+    """Say where a router with the common k beats the linear gate, and where none is shown to."""
+    winners, none = [], []
+    for task in filter(board.baseline, board.tasks):
+        rivals = [label for label in board.labels[task] if board.is_candidate(task, label)]
+        compared = {label: found for label in rivals if (found := board.against_baseline(task, label))}
+        better = [label for label, found in compared.items() if found.verdict == "better"]
+        if better:
+            first = min(better, key=lambda label: compared[label].difference.mean)
+            others = f" and {len(better) - 1} more" if len(better) > 1 else ""
+            winners.append(f"{task} {first}{cost(board, first, [task])}{others}")
+        elif compared:
+            none.append(task)
+    if winners or none:
+        told = f": in {'; in '.join(winners)}" if winners else ""
+        told += f"{'; in' if winners else ': in'} {listed(none)} none is shown to be" if none else ""
+        yield f"**Better than {board.baseline(board.tasks[0])}**, of the routers with the common k{told}."
 
 
 def _dense(board: Board) -> Iterator[str]:
@@ -169,6 +169,12 @@ def _refused(board: Board) -> Iterator[str]:
     nowhere = sorted(router for router, count in refused.items() if count == len(board.tasks))
     if nowhere:
         yield f"**Not applicable in any task**: {listed(nowhere)}."
+
+
+def _copied(board: Board) -> Iterator[str]:
+    if board.copies:
+        told = listed([f"{router} those of {other}" for router, other in sorted(board.copies.items())])
+        yield f"**Not compared**, since they made another router's runs, to the digit: {told}."
 
 
 def _excess(board: Board, task: str) -> Iterator[str]:

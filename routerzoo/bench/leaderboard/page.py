@@ -265,9 +265,6 @@ def _provenance(board: Board) -> Iterator[str]:
     tuning = board.record.tuning
     tuned = sum(setting.runs for setting in tuning)
     yield f"{len(final):,} final runs and {tuned:,} of tuning, {board.record.seconds:,.0f} CPU-seconds in all."
-    codes = Counter("+".join(row.code.split("+")[:2]) for row in final)
-    counted = ", ".join(f"{code} ({count:,} runs)" for code, count in codes.items())
-    yield f"Code, by version and digest of the sources: {counted if len(codes) == 1 else f'**{counted}**'}."
     if board.left_out:
         yield f"**Left out**, since they have no runs of a router beside oracle and blind: {', '.join(board.left_out)}."
     without = Counter((task, why) for (task, _), why in scales(board.record.rows).items() if isinstance(why, str))
@@ -285,7 +282,10 @@ def _provenance(board: Board) -> Iterator[str]:
             chosen = {(row.task, row.router): row.lr for row in rows}
             edges = sum(lr in (rates[0], rates[-1]) for lr in chosen.values())
             how += f" ({edges} of {len(chosen)} chose the lowest or highest rate, so that others may be better)"
-        yield f"{tier} tier: {_seeds(rows)}; {_steps(rows)}; {how}."
+        codes = Counter("+".join(row.code.split("+")[:2]) for row in rows)
+        counted = ", ".join(f"{code} ({count:,} runs)" for code, count in codes.items())
+        made = f"code (version and digest of the sources) {counted if len(codes) == 1 else f'**{counted}**'}"
+        yield f"{tier} tier: {_seeds(rows)}; {_steps(rows)}; {how}; {made}."
         if command := _command(board.record, rows):
             yield f"Its runs: `{command}`"
 

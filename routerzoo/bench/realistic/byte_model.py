@@ -77,6 +77,8 @@ class ByteLanguageModel(BenchTask):
     tokens = 1024
     sequence_length = 64
     steps = 500
+    warm_up_steps = 100
+    max_gradient_norm = 1.0
     evaluation_tokens = 16_384
     micro_batches = 8
     causal = True
