@@ -24,7 +24,7 @@ from routerzoo.functional.topk import (
     softmax_at,
     topk_indices,
 )
-from routerzoo.routing import CONTEXT_FIELDS, LayerSpec, Routing, RoutingContext
+from routerzoo.routing import CONTEXT_FIELDS, LayerSpec, Routing, RoutingContext, check_whole
 
 
 class UnmetRequirementError(ValueError):
@@ -121,7 +121,7 @@ class Router(Reinitializable, ABC):
         max_top_k: the largest k that the router can do; by default the number of experts.
 
     Raises:
-        ValueError: `top_k` below 1 or above `max_top_k`.
+        ValueError: `top_k` is no whole number, below 1 or above `max_top_k`.
         UnmetRequirementError: the model does not provide what the router requires.
     """
 
@@ -242,7 +242,7 @@ class Router(Reinitializable, ABC):
         self.store_int("k", value)
 
     def _checked_top_k(self, value: int) -> None:
-        if not 1 <= value <= self.max_top_k:
+        if not 1 <= check_whole("top_k", value) <= self.max_top_k:
             bound = "num_experts" if self.max_top_k == self.spec.num_experts else "the largest k of this router"
             raise ValueError(f"top_k must be between 1 and {bound} = {self.max_top_k}, got {value}")
 
@@ -544,7 +544,7 @@ class LogitRouter(Router):
         scale: factor on the weights; by default the class's.
 
     Raises:
-        ValueError: `top_k` below 1 or above `max_top_k`, or an unknown score function.
+        ValueError: `top_k` is no whole number, below 1 or above `max_top_k`. or an unknown score function.
         UnmetRequirementError: the model does not provide what the router requires.
     """
 

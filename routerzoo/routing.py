@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Self
@@ -40,7 +41,7 @@ class LayerSpec:
         decoder: True where a token must not see later ones; a router that is not `causal` is then refused.
 
     Raises:
-        ValueError: a size below 1, a negative layer, or a provided field that no context has.
+        ValueError: a size below 1, or no whole number; a negative layer; or a provided field that no context has.
     """
 
     d_model: int
@@ -57,12 +58,24 @@ class LayerSpec:
     def __post_init__(self) -> None:
         for name in ("d_model", "num_experts", "num_layers", "vocab_size", "num_positions", "hidden_dim", "num_tasks"):
             size = getattr(self, name)
-            if size is not None and size < 1:
+            if size is not None and check_whole(name, size) < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         if self.layer is not None and self.layer < 0:
             raise ValueError(f"layer must be at least 0, got {self.layer}")
         if unknown := self.provides - CONTEXT_FIELDS:
             raise ValueError(f"no context field is called {', '.join(sorted(unknown))}; there are {_known_fields()}")
+
+
+def check_whole(name: str, value: Any) -> int:
+    """Return a whole number, of any type of integer.
+
+    Raises:
+        ValueError: it is none, such as 2.0, which a tensor of integers would cut off in silence.
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, got {value!r}") from None
 
 
 def _known_fields() -> str:

@@ -8,6 +8,8 @@ from routerzoo import LayerSpec, Routing
 def test_a_spec_refuses_sizes_below_one():
     with pytest.raises(ValueError, match="num_experts must be at least 1, got 0"):
         LayerSpec(8, 0)
+    with pytest.raises(ValueError, match=r"num_experts must be a whole number, got 2.5"):
+        LayerSpec(8, 2.5)
 
 
 def test_a_spec_refuses_fields_that_no_context_has():

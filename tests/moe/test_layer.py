@@ -269,6 +269,7 @@ def test_experts_of_ones_own():
     ("options", "message"),
     [
         ({"router": "LinearRooter"}, "did you mean 'LinearRouter'"),
+        ({"router": partial(routerzoo.LinearRouter, top_k=1.5)}, "top_k must be a whole number, got 1.5"),
         ({"router": partial(routerzoo.LinearRouter, top_k=9)}, "top_k must be between 1 and num_experts = 4, got 9"),
         ({"num_shared_experts": -1}, "num_shared_experts must be at least 0"),
         ({"backend": "best"}, "backend must be one of"),
