@@ -24,7 +24,7 @@ from routerzoo.functional.topk import (
     softmax_at,
     topk_indices,
 )
-from routerzoo.routing import CONTEXT_FIELDS, LayerSpec, Routing, RoutingContext, check_whole
+from routerzoo.routing import CONTEXT_FIELDS, LayerSpec, Routing, RoutingContext, checked_whole
 
 
 class UnmetRequirementError(ValueError):
@@ -238,13 +238,14 @@ class Router(Reinitializable, ABC):
 
     @top_k.setter
     def top_k(self, value: int) -> None:
-        self._checked_top_k(value)
-        self.store_int("k", value)
+        self.store_int("k", self._checked_top_k(value))
 
-    def _checked_top_k(self, value: int) -> None:
-        if not 1 <= check_whole("top_k", value) <= self.max_top_k:
+    def _checked_top_k(self, value: int) -> int:
+        whole = checked_whole("top_k", value)
+        if not 1 <= whole <= self.max_top_k:
             bound = "num_experts" if self.max_top_k == self.spec.num_experts else "the largest k of this router"
             raise ValueError(f"top_k must be between 1 and {bound} = {self.max_top_k}, got {value}")
+        return whole
 
     @contextmanager
     def override_top_k(self, value: int) -> Iterator[None]:
@@ -253,9 +254,9 @@ class Router(Reinitializable, ABC):
         Raises:
             ValueError: a k that the router cannot do.
         """
-        self._checked_top_k(value)
+        whole = self._checked_top_k(value)
         before = self._overridden.get("k")
-        self._overridden["k"] = value
+        self._overridden["k"] = whole
         try:
             yield
         finally:
@@ -544,7 +545,7 @@ class LogitRouter(Router):
         scale: factor on the weights; by default the class's.
 
     Raises:
-        ValueError: `top_k` is no whole number, below 1 or above `max_top_k`. or an unknown score function.
+        ValueError: `top_k` is no whole number, below 1 or above `max_top_k`; an unknown score function.
         UnmetRequirementError: the model does not provide what the router requires.
     """
 

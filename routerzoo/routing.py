@@ -58,24 +58,26 @@ class LayerSpec:
     def __post_init__(self) -> None:
         for name in ("d_model", "num_experts", "num_layers", "vocab_size", "num_positions", "hidden_dim", "num_tasks"):
             size = getattr(self, name)
-            if size is not None and check_whole(name, size) < 1:
+            if size is not None and checked_whole(name, size) < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
-        if self.layer is not None and self.layer < 0:
+        if self.layer is not None and checked_whole("layer", self.layer) < 0:
             raise ValueError(f"layer must be at least 0, got {self.layer}")
         if unknown := self.provides - CONTEXT_FIELDS:
             raise ValueError(f"no context field is called {', '.join(sorted(unknown))}; there are {_known_fields()}")
 
 
-def check_whole(name: str, value: Any) -> int:
-    """Return a whole number, of any type of integer.
+def checked_whole(name: str, value: Any) -> int:
+    """Return an integer of any type as Python's.
 
     Raises:
-        ValueError: it is none, such as 2.0, which a tensor of integers would cut off in silence.
+        ValueError: it is none, such as 1.5, which a tensor of integers would cut to 1 in silence.
     """
     try:
-        return operator.index(value)
+        if not isinstance(value, bool):
+            return operator.index(value)
     except TypeError:
-        raise ValueError(f"{name} must be a whole number, got {value!r}") from None
+        pass
+    raise ValueError(f"{name} must be a whole number, got {value!r}")
 
 
 def _known_fields() -> str:

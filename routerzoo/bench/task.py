@@ -98,9 +98,9 @@ class BenchTask(ABC):
     """Tokens of a sequence, for routers that mix tokens or choose within a sequence."""
     steps: ClassVar[int] = 200
     warm_up_steps: ClassVar[int] = 20
-    """Over which the learning rate rises, at most a fifth of all; it falls by a cosine."""
+    """Steps over which the learning rate rises, at most a fifth of the run; then it falls by a cosine."""
     max_gradient_norm: ClassVar[float] = math.inf
-    """Gradients are scaled down to this norm of all parameters together."""
+    """Gradients are clipped to this norm, of all parameters together."""
     evaluation_tokens: ClassVar[int] = 4096
     """Of the final evaluation; a multiple of `sequence_length`."""
     causal: ClassVar[bool] = False

@@ -65,7 +65,7 @@ third control is a dense network of the active size. All else is equal bit for b
 
 examples:
   python -m routerzoo bench --quick                         six routers, four tasks: three minutes on two cores
-  python -m routerzoo bench --routers XMoERouter            one router in all tasks, tuned, 20 seeds: five CPU-minutes
+  python -m routerzoo bench --routers XMoERouter            one router in all tasks, tuned, 20 seeds: four CPU-minutes
   python -m routerzoo bench --routers my_package.MyRouter --tasks clusters my_task.py
   python -m routerzoo bench --routers LinearRouter '{class_path: LinearRouter, init_args: {noisy: true}, label: noisy}'
   python -m routerzoo bench --routers all                   the whole registry: a night on two cores
@@ -277,8 +277,8 @@ def _cells(
     for known in file.rows.values():
         if settings.get((known.task, known.router), known.settings) != known.settings:
             raise UserError(
-                f"{file.path} has rows of another {known.router} in {known.task}, with other arguments or sizes: give "
-                "the router a label, or choose another --folder"
+                f"{file.path} has rows of another {known.router} in {known.task}, with other arguments, or of another "
+                "size: give the router a label, or choose another --folder"
             )
     can = {(task_class(cell.task).name, cell.choice.label) for cell in cells}
     rows = list(file.rows.values())

@@ -115,19 +115,20 @@ def load_model(
             raise UserError(
                 f"weights of {source} have other sizes than its config says: they are another model's"
                 if num_labels is None
-                else f"weights of {source} have other sizes than its config and the data's labels say: set "
-                "model.options to {ignore_mismatched_sizes: true}, and those are initialized anew"
+                else f"weights of {source} have other sizes than its config and the data's labels say: if "
+                "only its head has, set model.options to {ignore_mismatched_sizes: true}, and that is initialized anew"
             ) from error
         where = "the folder" if path.exists() else "the name or path"
         raise UserError(f"transformers reads no {kind} of {where} {source}: {_sentence(error)}") from error
     # Most checkpoints have no pooler, and none has the head of a new task; what is in the body must be there.
     body = f"{model.base_model_prefix}." if model.base_model is not model else ""
     may_be_new = new_heads and auto_class.__name__ != "AutoModelForCausalLM"
-    needed = [n for n in found["missing_keys"] if "pooler" not in n and (n.startswith(body) or not may_be_new)]
+    drawn = [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]
+    needed = [name for name in drawn if "pooler" not in name and (name.startswith(body) or not may_be_new)]
     if needed:
         raise UserError(
-            f"{source} lacks {len(needed)} of the weights of a {type(model).__name__}, such as {min(needed)}, which "
-            "transformers would draw at random: it is incomplete, or another model's"
+            f"{source} lacks {len(needed)} of the weights of a {type(model).__name__}, such as {min(needed)}, or has "
+            "them in other sizes, and transformers would draw them at random: it is incomplete, or another model's"
         )
     return model
 

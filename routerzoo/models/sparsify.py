@@ -19,10 +19,13 @@ from routerzoo.models.weight_decay import spare_biases
 from routerzoo.moe.experts import Experts, FeedForwardWeights, MLPExperts, SwiGLUExperts
 from routerzoo.moe.grouped_linear import Backend
 from routerzoo.moe.layer import ExpertsFactory, MoE, RouterFactory, inner_router, moe_layers
-from routerzoo.router import ByMode
-from routerzoo.routing import LayerSpec
+from routerzoo.router import ByMode, Router
+from routerzoo.routing import LayerSpec, RoutingContext
 
 M = TypeVar("M", bound=nn.Module)
+
+PROBE_TOKENS, TOLERANCE = 32, 1e-3
+"""Whether weights sum to 1 is tried on so many random hidden states."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,7 @@ def sparsify(
         warnings.warn(f"sparsify leaves as they are: {left}{more}. See routerzoo.plan_sparsify", stacklevel=2)
     numbered = sum(1 for _ in moe_layers(model))
     # All layers are built before the first is put in place, so that a refusal leaves the model as it was.
-    built = []
+    built, changes = [], ["shared experts start at random, and are added"] if upcycle and num_shared_experts else []
     for layer, network in enumerate(chosen, start=numbered):
         weights = network.weights()
         hidden_dim, d_model = weights.up.weight_OI.shape
@@ -187,17 +190,18 @@ def sparsify(
             if moe.shared_experts is not None:
                 moe.shared_experts.reset_parameters()
             _freeze_alike(network, moe.experts)
+            changes.append(_change_of(inner_router(moe)))
         inner_router(moe).to(torch.promote_types(weight.dtype, torch.float32))  # where the default dtype is of 16 bits
         built.append(moe.to(device=weight.device, dtype=weight.dtype).train(network.holder.training))
     for network, moe in zip(chosen, built, strict=True):
         _put(model, network, moe)
-    if changes := _changes(built) if upcycle else "":
-        warnings.warn(f"the upcycled model does not compute what the dense one did: {changes}", stacklevel=2)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):  # nested tensors are for its fast path alone
             module.enable_nested_tensor = module.use_nested_tensor = False
     initialize_missing_weights(model)
     spare_biases(model)
+    if why := "; ".join(filter(None, dict.fromkeys(changes))):
+        warnings.warn(f"the upcycled model does not compute what the dense one did: {why}", stacklevel=2)
     return model
 
 
@@ -255,16 +259,41 @@ def _freeze_alike(network: FeedForward, experts: nn.Module) -> None:
         )
 
 
-def _changes(upcycled: list[MoE]) -> str:
-    """Return why the output is another one, though every expert is the dense network; empty if it is not."""
-    router = inner_router(upcycled[0])
-    keeps, reasons = router.normalized, []
-    if not (keeps.evaluation if isinstance(keeps, ByMode) else keeps):
-        name = type(router).__name__
-        reasons.append(f"the weights of {name} do not sum to 1, as those of LinearRouter with top_k=2 do")
-    if upcycled[0].shared_experts is not None:
-        reasons.append("shared experts start at random, and are added")
-    return "; ".join(reasons)
+@torch.no_grad()
+def _change_of(router: Router) -> str:
+    """Return why experts that are all the dense network compute something else together; empty if they do not."""
+    name = type(router).__name__
+    declared = router.normalized
+    keeps = declared.evaluation if isinstance(declared, ByMode) else declared
+    if not any(tensor.is_meta for tensor in [*router.parameters(), *router.buffers()]):
+        with torch.random.fork_rng(devices=[]):
+            routing = router.eval()(*_probe(router.spec))
+        if routing.dispatch_GSEP is not None:
+            return f"{name} mixes tokens before experts see them"
+        if routing.merge_GE is not None:
+            sums_T = routing.merged_weights().sum(-1)
+        else:
+            token_N, expert_N, weight_N, *_ = routing.assignments()
+            sums_T = torch.zeros(PROBE_TOKENS).index_add(0, token_N, weight_N.float() * (expert_N >= 0))
+        keeps = bool(((sums_T - 1).abs() < TOLERANCE).all())
+    return "" if keeps else f"the weights of {name} do not sum to 1, as those of LinearRouter with top_k=2 do"
+
+
+def _probe(spec: LayerSpec) -> tuple[Tensor, RoutingContext]:
+    """Return hidden states of a sequence, and all that a context may hold."""
+    tokens = PROBE_TOKENS
+    place_T = torch.arange(tokens)
+    nothing_T = torch.zeros_like(place_T)
+    context = RoutingContext(
+        token_ids=place_T % (spec.vocab_size or 1),
+        positions=place_T % (spec.num_positions or tokens),
+        sequence_ids=nothing_T,
+        task_ids=nothing_T,
+        attention=torch.full((tokens, 1, tokens), 1 / tokens),
+        step=0,
+        total_steps=1,
+    )
+    return torch.randn(tokens, spec.d_model, dtype=torch.float32), context
 
 
 def _nothing_found(model: nn.Module, found: list[FeedForward]) -> str:

@@ -111,7 +111,7 @@ def test_a_third_partys_routers_and_tasks(tmp_path, small_task, own_routers, cap
     assert "8 runs made before, 0 of them failed" in capsys.readouterr().out
     other = "{class_path: HashRouter, label: noisy}"
     for args, message in (
-        (["--routers", other, *SMALL], "has rows of another noisy in signs, with other arguments or sizes"),
+        (["--routers", other, *SMALL], "has rows of another noisy in signs, with other arguments, or of another size"),
         (["--routers", "LinearRouter", "--seeds", "2"], "have another protocol"),
     ):
         with pytest.raises(SystemExit) as error:

@@ -162,6 +162,21 @@ def test_copies_are_not_compared(board):
     almost = Board(Record((*ROWS, replace(first, loss=first.loss + 1e-6), *others), (), twice.record.families))
     assert not almost.copies
     assert "SteeredRouter" in almost.labels["clusters"]
+    one_failed = [replace(row, status="failed", loss=None) if row.seed == 0 else row for row in copied]
+    linear_too = [
+        replace(row, status="failed", loss=None) if (row.router, row.seed) == ("LinearRouter", 0) else row
+        for row in ROWS
+    ]
+    for rows in ((*linear_too, *one_failed), (*ROWS, *(row for row in copied if row.task == "ids" and row.seed))):
+        assert Board(Record(rows, (), twice.record.families)).copies == {"SteeredRouter": "LinearRouter"}
+    nothing = [final("clusters", name, seed, None) for name in ("Other", "Another") for seed in range(SEEDS)]
+    assert not Board(Record((*ROWS, *nothing), (), {**FAMILIES, "Other": "other", "Another": "other"})).copies
+
+
+def test_the_baseline_is_named_where_the_first_task_has_none():
+    rows = [row for row in ROWS if (row.task, row.router) != ("clusters", "LinearRouter")]
+    told = "\n".join(findings(Board(Record(tuple(rows), (), FAMILIES))))
+    assert "**Better than LinearRouter**, of the routers with the common k: in ids HashRouter." in told
 
 
 def test_predictions(board):

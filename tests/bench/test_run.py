@@ -106,6 +106,21 @@ def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
     assert learning_rate_share(200, 200, 20) == pytest.approx(bench_run.FINAL_LR)
 
 
+@pytest.mark.parametrize(("steps", "warm_up"), [(3, 1), (10, 2), (120, 20)])
+def test_the_warm_up_is_at_most_a_fifth_of_the_run(steps, warm_up, monkeypatch):
+    rates, step = [], torch.optim.AdamW.step
+
+    def watched(self, *args):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    build("LinearRouter", steps=steps).outcome()
+    assert rates[0] == pytest.approx(0.01 / warm_up)
+    assert rates == [pytest.approx(0.01 * learning_rate_share(at, steps, warm_up)) for at in range(steps)]
+    assert rates.index(max(rates)) == warm_up - 1
+
+
 @pytest.mark.parametrize(("largest", "moves"), [(0.0, False), (1e-3, True)])
 def test_gradients_are_scaled_down_to_the_task_s_norm(largest, moves, monkeypatch):
     norms, step = [], torch.optim.AdamW.step

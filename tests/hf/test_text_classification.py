@@ -179,6 +179,10 @@ def test_a_head_for_other_labels_is_refused_or_initialized(tmp_path):
         task_of(str(tmp_path), num_classes=5)
     task = task_of(str(tmp_path), num_classes=5, options={"ignore_mismatched_sizes": True})
     assert task(batch_of([3, 2]))[0].shape == (2, 5)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "vocab_size": 300}))
+    with pytest.raises(UserError, match=r"lacks 1 of the .* such as bert.embeddings.word_embeddings.weight"):
+        task_of(str(tmp_path), num_classes=5, options={"ignore_mismatched_sizes": True})
 
 
 @pytest.mark.parametrize("pooling", ["model", "mean"])

@@ -1,3 +1,4 @@
+import warnings
 from functools import partial
 
 import pytest
@@ -13,7 +14,9 @@ from routerzoo import (
     SwiGLUExperts,
     XMoERouter,
     auxiliary_loss,
+    list_routers,
     moe_layers,
+    provide_context,
     sparsify,
 )
 from routerzoo.models.blocks import moe_block_indices
@@ -21,6 +24,7 @@ from routerzoo.models.decoder import Decoder
 from routerzoo.models.patch_ids import create_patch_ids
 from routerzoo.models.vit import ViTMoE
 from routerzoo.router import UnmetRequirementError
+from routerzoo.routing import CONTEXT_FIELDS
 from tests.conftest import router_factory
 
 
@@ -172,13 +176,38 @@ def test_upcycling_keeps_the_output_where_weights_sum_to_one(name, router):
     assert_close(model(images), expected)
 
 
-def test_upcycling_scales_the_output_where_weights_do_not_sum_to_one():
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=5).eval()
+@pytest.mark.parametrize("name", [name for name in list_routers() if name != "TaskRouter"])  # a timm model has no tasks
+def test_upcycling_warns_exactly_where_the_output_changes(name, make_context):
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=16, depth=2, class_token=False, global_pool="avg"
+    ).eval()
     images = torch.randn(2, 3, 32, 32)
     expected = model(images)
-    with pytest.warns(UserWarning, match="what the dense one did: the weights of XMoERouter do not sum to 1"):
-        sparsify(model, num_experts=4, router=XMoERouter, upcycle=True)
-    assert not torch.allclose(model(images), expected)
+    context = make_context(8).replace(attention=torch.full((8, 1, 8), 1 / 8))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        options = {"provides": CONTEXT_FIELDS, "vocab_size": 40, "num_positions": 8}
+        sparsify(model, num_experts=4, router=name, upcycle=True, **options)
+    told = any("does not compute what the dense one did" in str(warning.message) for warning in caught)
+    with provide_context(model, context):
+        off = (model(images) - expected).abs().max() / expected.abs().max()
+    assert (off > 1e-4) == told, f"{off}"
+
+
+def test_upcycling_says_why_the_output_changes():
+    def changed(**options):
+        model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=5)
+        sparsify(model, num_experts=4, blocks="all", upcycle=True, **options)
+
+    def by_layer(spec):
+        return LinearRouter(spec, top_k=2 - spec.layer)
+
+    with pytest.warns(UserWarning, match="dense one did: the weights of XMoERouter do not sum to 1"):
+        changed(router=XMoERouter)
+    with pytest.warns(UserWarning, match="dense one did: the weights of LinearRouter do not sum to 1"):
+        changed(router=by_layer)
+    with pytest.warns(UserWarning, match="dense one did: shared experts start at random"):
+        changed(num_shared_experts=1)
 
 
 def test_pretrained_weights_are_upcycled(tmp_path):

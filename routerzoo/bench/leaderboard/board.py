@@ -12,6 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from routerzoo.bench.controls import CONTROLS
+from routerzoo.bench.leaderboard.families import OTHER
 from routerzoo.bench.leaderboard.record import Record, tier
 from routerzoo.bench.realistic.excess import excess_bits
 from routerzoo.bench.registry import task_class
@@ -104,8 +105,8 @@ class Board:
         tasks: of the exact tier, by name.
         realistic: likewise.
         refused: the row that says why, by task and router that are not applicable.
-        copies: routers that made the runs of another in all tasks of the exact tier, to the digit, by name; with that
-            other. They are not compared.
+        copies: routers whose runs of the exact tier are those of another, to the digit; by name, with that other. They
+            are not compared.
         left_out: tasks without runs of a router, or of the controls that regret is measured between.
 
     Raises:
@@ -137,18 +138,20 @@ class Board:
 
     def _copies(self) -> dict[str, str]:
         made: dict[str, set[tuple[object, ...]]] = {}
-        failing = set()
         for (task, router), summary in self.found.items():
             if tier(task) == "exact" and router not in CONTROLS:
-                for row in (score.row for score in summary.scores):
-                    made.setdefault(router, set()).add((task, row.seed, row.loss, row.nmi, row.train_flops))
-                if summary.failures:
-                    failing.add(router)
-        first: dict[frozenset[tuple[object, ...]], str] = {}
-        copies = {}
-        for router in sorted(made.keys() - failing, key=lambda name: (name not in BASELINES, name)):
-            other = first.setdefault(frozenset(made[router]), router)
-            if other != router:
+                rows = (score.row for score in summary.scores)
+                made.setdefault(router, set()).update(
+                    (task, row.seed, row.loss, row.nmi, row.train_flops) for row in rows
+                )
+        finished = [router for router, runs in made.items() if any(loss is not None for _, _, loss, *_ in runs)]
+        copies: dict[str, str] = {}
+        # The original is the linear gate, a router of the registry rather than a label, or what made more runs.
+        labels = {name for name, family in self.record.families.items() if family == OTHER}
+        order = sorted(finished, key=lambda name: (name not in BASELINES, name in labels, -len(made[name]), name))
+        for place, router in enumerate(order):
+            others = (other for other in order[:place] if other not in copies and made[router] <= made[other])
+            if other := next(others, None):
                 copies[router] = other
         return copies
 

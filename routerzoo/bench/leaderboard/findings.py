@@ -123,7 +123,8 @@ def _winners(board: Board) -> Iterator[str]:
     if winners or none:
         told = f": in {'; in '.join(winners)}" if winners else ""
         told += f"{'; in' if winners else ': in'} {listed(none)} none is shown to be" if none else ""
-        yield f"**Better than {board.baseline(board.tasks[0])}**, of the routers with the common k{told}."
+        baseline = next(filter(None, map(board.baseline, board.tasks)))
+        yield f"**Better than {baseline}**, of the routers with the common k{told}."
 
 
 def _dense(board: Board) -> Iterator[str]:
@@ -150,7 +151,7 @@ def _predicted(board: Board) -> Iterator[str]:
             for outcome in board.outcomes
             if outcome.verdict == "turned"
         ]
-        told = f"{counts['held']} held, {counts['inconclusive']} are inconclusive, and "
+        told = f"{counts['held']} held, {counts['inconclusive']} remained open, and "
         told += f"{len(turned)} turned: {listed(turned)}" if turned else "none turned"
         yield f"**Of {made} predictions** from theory and papers {told}."
 
