@@ -35,6 +35,15 @@ def runs_go_into_a_folder_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+QUIET = {
+    "accelerator": "cpu",
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "logger": False,
+    "num_sanity_val_steps": 0,
+}
+"""Arguments of a Trainer that prints nothing."""
+
 # Plugins have tests of their own.
 BUILT_IN = [name for name in routerzoo.list_routers() if routerzoo.registry.router_package(name) == "routerzoo"]
 

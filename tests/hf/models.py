@@ -3,6 +3,8 @@
 import torch
 import transformers
 
+from tests import conftest
+
 TOKENS = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 TEXT = {
     **TOKENS,
@@ -186,12 +188,5 @@ def inputs_of(model, seed=1):
     return {"input_ids": torch.randint(3, 40, (2, 10), generator=generator)}
 
 
-QUIET = {
-    "accelerator": "cpu",
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "logger": False,
-    "num_sanity_val_steps": 0,
-    "enable_checkpointing": False,
-}
+QUIET = {**conftest.QUIET, "enable_checkpointing": False}
 """Arguments of a Trainer that prints and writes nothing."""

@@ -66,7 +66,7 @@ def batch_of(lengths, high=256):
 
 
 @pytest.mark.full
-@pytest.mark.filterwarnings("ignore:the upcycled model does not compute")  # which it need not to learn
+@pytest.mark.filterwarnings("ignore:the upcycled model does not compute")  # it learns all the same
 def test_every_router_learns_to_classify(router_name, moods):
     torch.manual_seed(0)
     task = task_of(router=router_factory(router_name, top_k=2), optimizer=partial(torch.optim.AdamW, lr=0.01))

@@ -21,15 +21,7 @@ from routerzoo.callbacks import KSchedule
 from routerzoo.errors import UserError
 from routerzoo.moe.auxiliary_loss import loss_of
 from routerzoo.optim import WarmupCosine, parameter_groups, use_fused_kernel
-from tests.conftest import router_factory
-
-QUIET = {
-    "accelerator": "cpu",
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "logger": False,
-    "num_sanity_val_steps": 0,
-}
+from tests.conftest import QUIET, router_factory
 
 
 def language(router, table=None, **options):
