@@ -34,9 +34,10 @@ def read_runs(folders: Sequence[Path], out: Path, baseline: str | None = None) -
     """
     configs = {folder: _config(folder) for folder in folders}
     results = {folder: _results(folder) for folder in folders}
-    labels = _labels(configs)
+    tasks = _tasks(configs)
+    labels = _labels(configs, tasks)
     notes = []
-    if keys := _other_differences(configs):
+    if keys := _other_differences(configs, tasks):
         more = f" and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
         notes.append(f"The runs differ in more than router and seed: {', '.join(keys[:LISTED])}{more}.")
     if lacking := [folder for folder in folders if "test" not in results[folder]]:
@@ -52,7 +53,7 @@ def read_runs(folders: Sequence[Path], out: Path, baseline: str | None = None) -
     runs: list[Run] = []
     for place, folder in enumerate(folders):
         config, label = configs[folder], labels[folder]
-        task, seed = _task(config), int(config.get("seed_everything") or 0)
+        task, seed = tasks[folder], int(config.get("seed_everything") or 0)
         if any((run.task, run.variant, run.seed) == (task, label, seed) for run in runs):
             raise UserError(f"{folder} has the config and the seed of another run: give each run once")
         text = (folder / CONFIG).read_text(encoding="utf-8")
@@ -85,23 +86,24 @@ def _validation(folder: Path, fit: Mapping[str, Any]) -> dict[str, Any]:
     return {**fit, name: fit[f"best {name}"]}
 
 
-def _labels(configs: Mapping[Path, Mapping[str, Any]]) -> dict[Path, str]:
+def _labels(configs: Mapping[Path, Mapping[str, Any]], tasks: Mapping[Path, str]) -> dict[Path, str]:
     """Return what to call each: its router, and where one router has several configs, the values that differ."""
     routers = {folder: _router(config) for folder, config in configs.items()}
     labels = {}
     for folder, config in configs.items():
-        alike = [configs[other] for other, router in routers.items() if router == routers[folder]]
-        alike = [other for other in alike if _task(other) == _task(config)]
+        alike = [
+            configs[other] for other in configs if (routers[other], tasks[other]) == (routers[folder], tasks[folder])
+        ]
         keys = [key for key in config if not key.startswith(IGNORED) and len({str(o.get(key)) for o in alike}) > 1]
         labels[folder] = " ".join([routers[folder], *shown_values({key: config[key] for key in keys})])
     return labels
 
 
-def _other_differences(configs: Mapping[Path, Mapping[str, Any]]) -> list[str]:
+def _other_differences(configs: Mapping[Path, Mapping[str, Any]], tasks: Mapping[Path, str]) -> list[str]:
     """Return keys, not of routers, in which runs of a task differ."""
     found: dict[str, None] = {}
-    for task in {_task(config) for config in configs.values()}:
-        alike = [config for config in configs.values() if _task(config) == task]
+    for task in dict.fromkeys(tasks.values()):
+        alike = [config for folder, config in configs.items() if tasks[folder] == task]
         keys = dict.fromkeys(key for config in alike for key in config if not key.startswith((*IGNORED, ROUTER)))
         found |= dict.fromkeys(key for key in keys if len({str(config.get(key)) for config in alike}) > 1)
     return list(found)
@@ -114,11 +116,18 @@ def _router(config: Mapping[str, Any]) -> str:
     return _short(config.get("model.init_args.router.class_path") or config.get("model.class_path") or "model")
 
 
-def _task(config: Mapping[str, Any]) -> str:
+def _tasks(configs: Mapping[Path, Mapping[str, Any]]) -> dict[Path, str]:
+    """Return the name of each run's data: without folders, unless data of other folders have the same name."""
+    data = {folder: _datasets(config) for folder, config in configs.items()}
+    short = {names: tuple(Path(name).name for name in names) for names in data.values()}
+    named = {names: short[names] if list(short.values()).count(short[names]) == 1 else names for names in short}
+    return {folder: "+".join(named[names]) for folder, names in data.items()}
+
+
+def _datasets(config: Mapping[str, Any]) -> tuple[str, ...]:
     if dataset := config.get("data.init_args.dataset"):
-        names = dataset if isinstance(dataset, list) else [dataset]
-        return "+".join(Path(str(name)).name for name in names)
-    return _short(config.get("data.class_path") or "data")
+        return tuple(map(str, dataset)) if isinstance(dataset, list) else (str(dataset),)
+    return (_short(config.get("data.class_path") or "data"),)
 
 
 def _short(class_path: str) -> str:

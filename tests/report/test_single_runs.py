@@ -59,6 +59,16 @@ def test_a_task_is_called_by_its_data(run, tmp_path, dataset, name):
     assert [task.name for task in sweep.tasks] == [name]
 
 
+def test_data_of_one_name_in_different_folders_are_different_tasks(run, tmp_path):
+    folders = [
+        run("a", dataset="one/text.txt"),
+        run("b", "HashRouter", dataset="two/text.txt"),
+        run("c", dataset="x/y"),
+    ]
+    sweep = read_runs(folders, tmp_path / "out")
+    assert [one.task for one in sweep.runs] == ["one/text.txt", "two/text.txt", "y"]
+
+
 def test_runs_with_other_tokenizers_are_compared_by_bits_per_byte(run, tmp_path):
     def with_tokens(name, tokenizer, ppl, bpb, router):
         folder = run(name, router)
