@@ -121,7 +121,7 @@ def test_families_are_said_to_be_what_tests_carry(board):
 def test_findings(board):
     told = "\n".join(findings(board))
     assert "Over all 2 tasks LinearRouter has the lowest mean regret**, 0.450 (0.448 to 0.452)" in told
-    winners = "in ids HashRouter; in clusters none is shown to be."  # TopPRouter is, with another k
+    winners = "in ids HashRouter (-0.300); in clusters none is shown to be."  # TopPRouter is, with another k
     assert f"**Better than LinearRouter**, of the routers with the common k: {winners}" in told
     half = 2.3646 * np.std(WAVE, ddof=1) / math.sqrt(SEEDS)
     cells = ["clusters", "cluster of the hidden state", "LinearRouter", "XMoERouter"]
@@ -173,10 +173,33 @@ def test_copies_are_not_compared(board):
     assert not Board(Record((*ROWS, *nothing), (), {**FAMILIES, "Other": "other", "Another": "other"})).copies
 
 
+def test_a_lead_of_one_task_is_named():
+    losses = {"clusters": (0.20, 0.25), "skew": (0.30, 0.35), "ids": (0.70, 0.10)}
+    rows = [row for task in losses for row in controls(task)]
+    for task, (linear, hashed) in losses.items():
+        rows += [*runs(task, "LinearRouter", linear), *runs(task, "HashRouter", hashed, -1.0)]
+    told = findings(Board(Record(tuple(rows), (), FAMILIES)))[0]
+    assert told.startswith("**Over all 3 tasks HashRouter has the lowest mean regret**, 0.233")
+    # (0.20 + 0.30) / 2 and (0.25 + 0.35) / 2; without clusters or skew HashRouter has the lowest, too.
+    assert told.endswith("in clusters and skew. Without ids LinearRouter has the lowest, 0.250; HashRouter has 0.300.")
+    assert told.count("Without") == 1
+
+
+def test_a_difference_within_the_margin_is_called_so():
+    rows = [*controls("ids"), *runs("ids", "LinearRouter", 0.4), *runs("ids", "HashRouter", 0.39, 0.5)]
+    rows = [row for row in rows if row.router != "dense"] + runs("ids", "dense", 0.395, 0.5)
+    board = Board(Record(tuple(rows), (), FAMILIES))
+    outcomes = {(one.prediction.better, one.prediction.worse): one.verdict for one in board.outcomes}
+    assert outcomes["HashRouter", "LinearRouter"] == "negligible"
+    told = "\n".join(findings(board))
+    assert "1 by less than the margin" in told
+    assert "differs from it by less than the margin in ids" in told
+
+
 def test_the_baseline_is_named_where_the_first_task_has_none():
     rows = [row for row in ROWS if (row.task, row.router) != ("clusters", "LinearRouter")]
     told = "\n".join(findings(Board(Record(tuple(rows), (), FAMILIES))))
-    assert "**Better than LinearRouter**, of the routers with the common k: in ids HashRouter." in told
+    assert "**Better than LinearRouter**, of the routers with the common k: in ids HashRouter (-0.300)." in told
 
 
 def test_predictions(board):
@@ -233,6 +256,8 @@ def test_a_record_gives_the_page_again(tmp_path):
         (0.1, 2, 1, 3.0, 0.5),
     }
     assert record.seconds == pytest.approx(0.5 * (len(ROWS) - 1) + 1)
+    page = (tmp_path / "again/board.md").read_text()
+    assert "HashRouter, 1 of 2 tuning runs failed in ids, at learning rate 0.1" in page
 
 
 def test_the_realistic_tier_has_excess_bits():
@@ -248,6 +273,9 @@ def test_the_realistic_tier_has_excess_bits():
         "**In bytes, all processes has the lowest excess** over the reference. All others are significantly worse."
         in page["board.md"]
     )
+    alike = [row if row.router != "micro-batch" else replace(row, loss=1.5 * math.log(2)) for row in rows]
+    told = findings(Board(Record(tuple(alike), (), {})))[-1]
+    assert told.startswith("**In bytes, 2 of 2 are not told from the best**: ")
     half = 2.3646 * np.std([3 * noise for noise in WAVE], ddof=1) / math.sqrt(SEEDS)
     assert f"| micro-batch | 1.000 ± {half:.3f} | worse | 0.500 | 0.50 0.25 | 0.900 |" in page["board.md"]
 

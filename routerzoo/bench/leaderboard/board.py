@@ -85,7 +85,8 @@ class Outcome:
     Args:
         task: name of the task.
         prediction: as the task declares it.
-        verdict: `held` and `turned` are significant after correction for all predictions.
+        verdict: `held` and `turned` are significant after correction for all predictions; `negligible` is a significant
+            difference in the predicted direction that is shown to be within the margin.
         comparison: of the better with the worse; None where one of them was not run.
     """
 
@@ -288,7 +289,9 @@ class Board:
 def _verdict(found: Comparison, p: float) -> str:
     if not p < ALPHA:
         return "inconclusive"
-    return "held" if found.difference.mean < 0 else "turned"
+    if found.difference.mean > 0:
+        return "turned"
+    return "negligible" if found.verdict in ("equivalent", "negligibly better") else "held"
 
 
 def predictions(task: str) -> tuple[Prediction, ...]:

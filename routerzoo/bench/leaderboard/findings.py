@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -77,7 +78,8 @@ def _leader(board: Board) -> Iterator[str]:
     if best.router is None:
         return
     standings = {one.router: one for one in board.standings}
-    told = f"**Over all {len(board.tasks)} tasks {best.router} has the lowest mean regret**"
+    named = f"{best.router}{cost(board, best.router, board.tasks)}"
+    told = f"**Over all {len(board.tasks)} tasks {named} has the lowest mean regret**"
     told += f", {spread(standings[best.router].mean)}"
     baseline = board.baseline(board.tasks[0])
     if baseline in standings and baseline != best.router:
@@ -86,11 +88,24 @@ def _leader(board: Board) -> Iterator[str]:
     told += (
         f". Not shown to be worse: {listed(rivals)}."
         if rivals
-        else ". All others with the common k are significantly worse."
+        else ". All others with the common k that were run in every task are significantly worse."
     )
     if baseline and baseline != best.router:
-        told += f" {_counts(board, best.router, baseline)}{cost(board, best.router, board.tasks)}."
-    yield told
+        told += f" {_counts(board, best.router, baseline)}."
+    yield told + "".join(f" {sentence}" for sentence in _without_one(board, best.router))
+
+
+def _without_one(board: Board, leader: str) -> Iterator[str]:
+    """Say where a single task makes the lead: without it another router has the lowest mean."""
+    candidates = [label for label in board.results[OVERALL].values if board.is_candidate(OVERALL, label)]
+    for left_out in board.tasks if len(board.tasks) > 2 else []:
+        means = {
+            label: statistics.fmean(board.found[task, label].regret for task in board.tasks if task != left_out)
+            for label in candidates
+        }
+        first = min(means, key=lambda label: means[label])
+        if first != leader:
+            yield f"Without {left_out} {first} has the lowest, {means[first]:.3f}; {leader} has {means[leader]:.3f}."
 
 
 def cost(board: Board, router: str, tasks: Sequence[str]) -> str:
@@ -117,7 +132,10 @@ def _winners(board: Board) -> Iterator[str]:
         if better:
             first = min(better, key=lambda label: compared[label].difference.mean)
             others = f" and {len(better) - 1} more" if len(better) > 1 else ""
-            winners.append(f"{task} {first}{cost(board, first, [task])}{others}")
+            gain = (
+                f"{compared[first].difference.mean:+.3f}{cost(board, first, [task]).replace(' (', ', ', 1).rstrip(')')}"
+            )
+            winners.append(f"{task} {first} ({gain}){others}")
         elif compared:
             none.append(task)
     if winners or none:
@@ -128,14 +146,16 @@ def _winners(board: Board) -> Iterator[str]:
 
 
 def _dense(board: Board) -> Iterator[str]:
-    verdicts: dict[str, list[str]] = {"worse": [], "better": [], "": []}
+    verdicts: dict[str, list[str]] = {"worse": [], "better": [], "equivalent": [], "": []}
     for task in board.tasks:
         if found := board.against_baseline(task, "dense"):
-            verdicts[found.verdict if found.verdict in verdicts else ""].append(task)
+            verdict = "equivalent" if _is_small(found) else found.verdict
+            verdicts[verdict if verdict in verdicts else ""].append(task)
     parts = [
         f"a linear gate beats a dense network of equal active size in {listed(verdicts['worse'])}",
         f"is beaten by it in {listed(verdicts['better'])}",
-        f"is not shown to differ much from it in {listed(verdicts[''])}",
+        f"differs from it by less than the margin in {listed(verdicts['equivalent'])}",
+        f"is not told from it in {listed(verdicts[''])}",
     ]
     known = [part for part, tasks in zip(parts, verdicts.values(), strict=True) if tasks]
     if known:
@@ -151,7 +171,8 @@ def _predicted(board: Board) -> Iterator[str]:
             for outcome in board.outcomes
             if outcome.verdict == "turned"
         ]
-        told = f"{counts['held']} held, {counts['inconclusive']} remained open, and "
+        small = f"{counts['negligible']} by less than the margin, " if counts["negligible"] else ""
+        told = f"{counts['held']} held, {small}{counts['inconclusive']} remained open, and "
         told += f"{len(turned)} turned: {listed(turned)}" if turned else "none turned"
         yield f"**Of {made} predictions** from theory and papers {told}."
 
@@ -183,12 +204,23 @@ def _excess(board: Board, task: str) -> Iterator[str]:
     if best.router is None:
         return
     rivals = [*best.as_good, *best.open]
-    told = f"**In {task}, {best.router} has the lowest excess** over the reference"
-    yield (
-        f"{told}. Not shown to be worse: {listed(rivals)}."
-        if rivals
-        else f"{told}. All others are significantly worse."
-    )
+    others = [one for one in board.results[task].values if board.is_candidate(task, one) and one != best.router]
+    worse = [router for router in others if router not in rivals]
+    if not rivals:
+        told = f"**In {task}, {best.router} has the lowest excess** over the reference"
+        yield f"{told}. All others are significantly worse."
+    elif len(worse) < len(rivals):
+        told = f"**In {task}, {len(rivals) + 1} of {len(others) + 1} are not told from the best**: {best.router}, which"
+        told += f" has the lowest excess over the reference, {listed(rivals)}"
+        yield f"{told}. Significantly worse: {listed(worse)}." if worse else f"{told}."
+    else:
+        told = f"**In {task}, {best.router} has the lowest excess** over the reference"
+        yield f"{told}. Not shown to be worse: {listed(rivals)}."
+
+
+def _is_small(found: Comparison) -> bool:
+    """Whether a difference is shown to be within the margin."""
+    return found.verdict in ("equivalent", "negligibly better", "negligibly worse")
 
 
 def _is_baseline(board: Board, standing: Standing) -> bool:

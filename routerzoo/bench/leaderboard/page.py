@@ -251,13 +251,18 @@ def _by_layer(summary: Summary) -> str:
 
 
 def _reasons(board: Board) -> list[str]:
-    """Say what was not applicable and what failed, and why."""
+    """Say what was not applicable and what failed, and why; of tuning, where."""
     refused: dict[tuple[str, str], list[str]] = {}
     for (task, router), row in board.refused.items():
         refused.setdefault((router, row.reason), []).append(task)
     told = [f"{router}, not applicable in {', '.join(tasks)}: {why}" for (router, why), tasks in refused.items()]
     failed = Counter((row.router, row.task, row.reason) for row in board.failed)
-    return told + [f"{router}, {count} failed in {task}: {why}" for (router, task, why), count in failed.items()]
+    told += [f"{router}, {count} failed in {task}: {why}" for (router, task, why), count in failed.items()]
+    return told + [
+        f"{one.router}, {one.failed} of {one.runs} tuning runs failed in {one.task}, at learning rate {one.lr:g}"
+        for one in board.record.tuning
+        if one.failed
+    ]
 
 
 def _provenance(board: Board) -> Iterator[str]:
