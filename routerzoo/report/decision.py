@@ -213,9 +213,13 @@ def _over_all(
     for compute in computes:
         if (fit := compute.fit) is not None and baseline in fit.routers:
             gains = {name: fit.multiplier(name, baseline) for name in fit.routers if name != baseline}
-            ordered = sorted(gains, key=lambda name: -gains[name].mean)
+            turning = [name for name in gains if fit.turns(name, baseline)]
+            ordered = sorted(gains.keys() - set(turning), key=lambda name: -gains[name].mean)
+            told = [f"{_list([f'{n} {_shown(gains[n], 3)}' for n in ordered])}, against {baseline}"] if ordered else []
+            if turning:
+                told.append(f"none for {_list(turning)}, which are ahead of it at one budget and behind at another")
             about = f"Compute multiplier, {compute.name}" if len(computes) > 1 else "Compute multiplier"
-            lines[about] = f"{_list([f'{n} {_shown(gains[n], 3)}' for n in ordered])}, against {baseline}"
+            lines[about] = "; ".join(told)
     is_settled = all(one.best.is_settled for one in found.values())
     what = (
         "tasks"

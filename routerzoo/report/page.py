@@ -91,6 +91,7 @@ def write_report(sweep: Sweep, *, refresh: float | None = None) -> Report:
         "ranking.csv": [{"router": name, **middle._asdict()} for name, middle in analysis.ranks.items()],
         "front.csv": tables.front_rows(computes),
         "scaling.csv": tables.scaling_rows(computes, sweep.baseline),
+        "multipliers.csv": tables.multiplier_rows(computes, sweep.baseline),
         "scaling_curves.csv": tables.scaling_curve_rows(computes),
         "by_k.csv": tables.by_k_rows(sweep),
         "curves.csv": tables.curve_rows(sweep),

@@ -150,8 +150,19 @@ def by_compute(found: Compute, known: Mapping[str, Style], baseline: str) -> Sec
         caption = f"How many times the FLOPs {baseline} needs for the same loss, with 95 % intervals."
         figure = pictures.multipliers(gains, known, baseline)
         drawn.append(_picture(found.name, "Compute multipliers", caption, figure))
-        rows = [(known[n].place, n, [Cell(tables.shown(gain, 3), gain.mean)]) for n, gain in gains.items()]
-        listed.append(Table("Compute multipliers, with 95 % intervals", [f"against {baseline}"], rows))
+        if turning := [router for router in gains if fit.turns(router, baseline)]:
+            notes.append(
+                f"Ahead of {baseline} at one budget and behind at another: {', '.join(turning)}. No single multiplier "
+                "says what these save; the table has one for each budget."
+            )
+        local = {router: list(fit.multipliers(router, baseline).values()) for router in gains}
+        budgets = [short(compute) for compute in fit.multipliers(baseline, baseline)]
+        rows = [
+            (known[name].place, name, [Cell(tables.shown(one, 3), one.mean) for one in (gain, *local[name])])
+            for name, gain in gains.items()
+        ]
+        heads = [f"against {baseline}", *(f"at {flops} alone" for flops in budgets)]
+        listed.append(Table("Compute multipliers, with 95 % intervals", heads, rows))
     return Section("", found.name, notes, drawn, listed)
 
 

@@ -200,6 +200,17 @@ def scaling_rows(computes: Sequence[Compute], baseline: str) -> Rows:
     return rows
 
 
+def multiplier_rows(computes: Sequence[Compute], baseline: str) -> Rows:
+    """Return the compute multipliers at each budget by itself."""
+    return [
+        {"task": found.name, "router": router, "training FLOPs": compute, **middle._asdict()}
+        for found in computes
+        if found.fit is not None and baseline in found.fit.routers
+        for router in found.fit.routers
+        for compute, middle in found.fit.multipliers(router, baseline).items()
+    ]
+
+
 def scaling_curve_rows(computes: Sequence[Compute]) -> Rows:
     """Return the laws and their bands, at 60 points each."""
     rows = []

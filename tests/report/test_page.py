@@ -183,7 +183,13 @@ def test_budgets_have_scaling_curves_and_tuned_runs_stand_beside_untuned_ones(re
         assert multiplier == pytest.approx(math.exp(-offset / 0.3), abs=0.03)
         assert float(gains[name]["multiplier low"]) <= multiplier <= float(gains[name]["multiplier high"])
     assert len(read(folder, "scaling_curves.csv")) == 3 * 60
+    alone = [float(row["mean"]) for row in read(folder, "multipliers.csv") if row["router"] == "HashRouter"]
+    assert alone == pytest.approx([math.exp(-0.08 / 0.3)] * 3, abs=0.05)
     tables = tables_of(text)
+    heads, _ = tables["Compute multipliers, with 95 % intervals"]
+    assert heads[:2] == ["router", "against LinearRouter"]
+    assert all(head.startswith("at ") and head.endswith(" alone") for head in heads[2:])
+    assert len(heads) == 2 + 3
     heads, rows = tables["language, max_steps=100: Tuned beside untuned"]
     assert heads == ["router", "untuned", "tuned", "chosen"]
     assert [row[-1]["text"] for row in rows] == ["lr 0.002", "lr 0.003", "lr 0.002"]

@@ -39,6 +39,25 @@ def test_the_law_is_recovered():
     assert fit.worst < 1e-3
 
 
+def test_a_router_that_is_overtaken_has_no_single_multiplier():
+    found = losses(noise=0.001, b=0.3)
+    # Worth half the compute at the smallest budget, and twice as much at the largest.
+    turned = {compute: dict(by_seed) for compute, by_seed in found["Linear"].items()}
+    for compute, factor in ((BUDGETS[0], 0.5), (BUDGETS[-1], 2.0)):
+        turned[compute] = {seed: (value - 1.2) * factor**-0.3 + 1.2 for seed, value in turned[compute].items()}
+    fit = fit_scaling({**found, "Turned": turned}, draws=300)
+    assert fit.turns("Turned", "Linear")
+    assert not fit.turns("Better", "Linear")
+    exponent, floor = fit.b[0], fit.c[0]
+    at_first, middle, _, at_last = fit.multipliers("Turned", "Linear").values()
+    linear, own = (np.mean(list(of[BUDGETS[0]].values())) for of in (found["Linear"], turned))
+    assert at_first.mean == pytest.approx(((linear - floor) / (own - floor)) ** (1 / exponent))
+    assert at_first.high < 1 < at_last.low
+    assert middle.mean == pytest.approx(1)
+    shorter = {compute: value for compute, value in turned.items() if compute != BUDGETS[1]}
+    assert math.isnan(list(fit_scaling({**found, "Turned": shorter}).multipliers("Turned", "Linear").values())[1].mean)
+
+
 def test_one_seed_gives_no_intervals_and_two_budgets_no_law():
     fit = fit_scaling(losses(seeds=1))
     assert math.isnan(fit.multiplier("Better", "Linear").low)

@@ -1,7 +1,8 @@
 """Scaling laws over training compute, L = a C^-b + c: a router's own a; exponent b and floor c shared by all.
 
 The shape is that of Hoffmann et al. 2022 (arXiv:2203.15556) in compute alone. c is the entropy of the data, which no
-router changes; with b shared, too, a router's gain is the same at every budget: the multiplier (a_0 / a)^(1/b).
+router changes; with b shared, too, a router's gain is the same at every budget: the multiplier (a_0 / a)^(1/b). Whether
+it is, that of each budget's means alone shows: routers that overtake each other have no single multiplier.
 """
 # Shape suffixes: R routers, B budgets, S seeds, D draws of the bootstrap, N points.
 
@@ -19,6 +20,10 @@ Array = NDArray[np.float64]
 DRAWS = 1000
 LAWLESS = 0.05
 """Above this share of draws without a law there are no intervals."""
+SMALLEST = 1e-9
+"""Coefficient of a loss at the floor or below."""
+SAME_BUDGET = 1.5
+"""Means whose FLOPs differ by a larger factor are of different budgets."""
 FEWEST_BUDGETS = 3
 """As many as a router's curve has parameters."""
 _EXPONENTS = np.geomspace(0.01, 3.0, 400)
@@ -35,6 +40,8 @@ class ScalingFit:
         a_DR: coefficients at a compute of `unit`.
         unit: FLOPs.
         worst: largest distance of a mean loss from its curve.
+        points: router and training FLOPs of each mean.
+        local_DN: the coefficient that each mean has by itself, at `b` and `c`.
     """
 
     routers: Sequence[str]
@@ -43,6 +50,8 @@ class ScalingFit:
     a_DR: Array
     unit: float
     worst: float
+    points: Sequence[tuple[str, float]]
+    local_DN: Array
 
     @property
     def exponent(self) -> Interval:
@@ -61,6 +70,25 @@ class ScalingFit:
         """Return by how much more compute the baseline needs for the same loss; below 1 it needs less."""
         own, other = (self.a_DR[:, self.routers.index(name)] for name in (router, baseline))
         return _interval((other / own) ** (1 / self.b))
+
+    def multipliers(self, router: str, baseline: str) -> dict[float, Interval]:
+        """Return the multiplier of each budget alone, by the baseline's training FLOPs; NaN where a router has none."""
+        own, other = (
+            {compute: self.local_DN[:, place] for place, (who, compute) in enumerate(self.points) if who == name}
+            for name in (router, baseline)
+        )
+        found = {}
+        for compute in sorted(other):
+            near = min(own, key=lambda flops: abs(np.log(flops / compute)))
+            is_same = max(near / compute, compute / near) <= SAME_BUDGET
+            ratio = other[compute] / own[near] if is_same else np.full(1, np.nan)
+            found[compute] = _interval(ratio ** (1 / self.b[: len(ratio)]))
+        return found
+
+    def turns(self, router: str, baseline: str) -> bool:
+        """Whether a router is ahead of the baseline at one budget and behind at another, each beyond its interval."""
+        found = self.multipliers(router, baseline).values()
+        return any(one.low > 1 for one in found) and any(one.high < 1 for one in found)
 
 
 def fit_scaling(
@@ -98,7 +126,17 @@ def fit_scaling(
     if usable.mean() < 1 - LAWLESS:
         usable[1:] = False
     fitted_N = a_DR[0, who_N] * (compute_N / unit) ** -b[0] + c[0]
-    return ScalingFit(routers, b[usable], c[usable], a_DR[usable], unit, float(np.abs(fitted_N - mean_N).max()))
+    local_DN = (drawn - c[:, None]) * (compute_N / unit) ** b[:, None]
+    return ScalingFit(
+        routers,
+        b[usable],
+        c[usable],
+        a_DR[usable],
+        unit,
+        float(np.abs(fitted_N - mean_N).max()),
+        [(routers[who], compute) for who, compute, _ in points],
+        np.maximum(local_DN, SMALLEST)[usable],  # a draw of few seeds may be below the floor
+    )
 
 
 def _drawn(
