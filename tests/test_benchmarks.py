@@ -66,3 +66,44 @@ def test_power_laws_share_an_exponent(monkeypatch):
     assert told[-2:] == ["| LinearRouter | 10.000 | 1.00 |", "| HyperRouter | 9.330 | 2.00 |"]
     assert "need losses that fall" in _power_laws({("LinearRouter", 10): 1.0})[0]
     assert "need losses that fall" in _power_laws({})[0]
+
+
+def test_differences_at_each_k(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import by_k
+
+    rows = ["router,seed,k,value"]
+    for seed, noise in enumerate((-0.01, 0.0, 0.01)):
+        rows += [f"Linear,{seed},{k},{2 + noise}" for k in (1, 2)]
+        rows += [f"Hash,{seed},1,{1.5 + 2 * noise}", f"Hash,{seed},2,{2.0 - noise}"]
+    (tmp_path / "by_k.csv").write_text("\n".join(rows))
+    monkeypatch.setattr(sys, "argv", ["by_k.py", str(tmp_path / "by_k.csv"), "Hash: Linear"])
+    by_k.main()
+    # t(2) = 4.3027; standard errors of 0.01, 0.02 and, of the differences, 0.01 and 0.02, each over the root of 3.
+    assert capsys.readouterr().out.splitlines() == [
+        "| router | k = 1 | k = 2 |",
+        "| --- | --- | --- |",
+        "| Linear | 2.000 ± 0.025 | 2.000 ± 0.025 |",
+        "| Hash | 1.500 ± 0.050 | 2.000 ± 0.025 |",
+        "",
+        "| less | of | k = 1 | k = 2 |",
+        "| --- | --- | --- | --- |",
+        "| Hash | Linear | -0.500 ± 0.025* | +0.000 ± 0.050 |",
+        "",
+    ]
+    monkeypatch.setattr(sys, "argv", ["by_k.py", str(tmp_path / "by_k.csv"), "Hash: Other"])
+    with pytest.raises(SystemExit):
+        by_k.main()
+    assert "there is no router 'Other'; there are Linear, Hash" in capsys.readouterr().err
+
+
+def test_the_record_of_hyperrouter_has_the_numbers_of_its_rows(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import by_k
+
+    record = (BENCHMARKS / "results/hyperrouter.md").read_text()
+    pairs = [line.split("|")[1:3] for line in record.splitlines() if "±" in line and line.count("|") == 8]
+    pairs = [f"{one.strip()}: {other.strip()}" for one, other in pairs]
+    monkeypatch.setattr(sys, "argv", ["by_k.py", str(BENCHMARKS / "results/hyperrouter_by_k.csv"), *pairs])
+    by_k.main()
+    assert all(line in record for line in capsys.readouterr().out.splitlines())
