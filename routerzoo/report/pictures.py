@@ -138,8 +138,17 @@ def front(points: Mapping[tuple[str, float], Interval], known: Mapping[str, Styl
     return figure
 
 
-def differences(found: Mapping[tuple[str, float], Interval], known: Mapping[str, Style], ylabel: str) -> Figure:
-    """Draw differences from the baseline at the same place of the grid, by training FLOPs."""
+def against_baseline(
+    found: Mapping[tuple[str, float], Interval], known: Mapping[str, Style], ylabel: str, level: float = 0.0
+) -> Figure:
+    """Draw differences from the baseline at the same place of the grid, or ratios to it, by training FLOPs.
+
+    Args:
+        found: by router and training FLOPs.
+        known: how routers are drawn.
+        ylabel: what is drawn.
+        level: where the baseline is.
+    """
     with _panel(_high_enough({name for name, _ in found})) as (figure, ax):
         ends: dict[str, tuple[float, float]] = {}
         for name in dict.fromkeys(name for name, _ in found):
@@ -150,7 +159,7 @@ def differences(found: Mapping[tuple[str, float], Interval], known: Mapping[str,
             for flops, middle in own:
                 _mark(ax, middle, flops, style, name, upright=True)
             ends[name] = (x[-1], y[-1])
-        ax.axhline(0.0, color=INK, linestyle="--", lw=1)
+        ax.axhline(level, color=INK, linestyle="--", lw=1)
         _log_scale(ax)
         _label_ends(ax, ends, known)
         ax.set(xlabel="training FLOPs", ylabel=ylabel)
@@ -197,19 +206,6 @@ def scaling(
 def grid_of(budgets: Sequence[float]) -> np.ndarray:
     """Return the training FLOPs at which a law is drawn."""
     return np.geomspace(min(budgets), max(budgets), 60)
-
-
-def multipliers(found: Mapping[str, Interval], known: Mapping[str, Style], baseline: str) -> Figure:
-    """Draw compute multipliers, the largest on top."""
-    names = sorted(found, key=lambda name: found[name].mean)
-    with _panel(0.7 + 0.3 * len(names)) as (figure, ax):
-        for place, name in enumerate(names):
-            _mark(ax, found[name], place, known[name], name)
-        ax.axvline(1.0, color=INK, linestyle="--", lw=1)
-        ax.set_yticks(range(len(names)), labels=names)
-        ax.set_ylim(-0.7, len(names) - 0.3)
-        ax.set(xlabel=f"compute multiplier against {baseline}")
-    return figure
 
 
 def tuning(pairs: Mapping[str, tuple[Interval, Interval]], known: Mapping[str, Style], xlabel: str) -> Figure:

@@ -130,7 +130,7 @@ def by_compute(found: Compute, known: Mapping[str, Style], baseline: str) -> Sec
     if len(found.parts) > 1 and gaps:
         unit = f"{found.parts[0].results.metric.unit} ({pictures.direction(task)})"
         caption = f"95 % intervals, uncorrected; {baseline} is the dashed line."
-        figure = pictures.differences(gaps, known, unit)
+        figure = pictures.against_baseline(gaps, known, unit)
         drawn.append(_picture(found.name, "Difference from the baseline", caption, figure))
     if (fit := found.fit) is None:
         return Section("", found.name, [*notes, found.why_not], drawn)
@@ -147,18 +147,21 @@ def by_compute(found: Compute, known: Mapping[str, Style], baseline: str) -> Sec
     drawn.append(_picture(found.name, "Scaling", caption, figure))
     if baseline in fit.routers:
         gains = {router: fit.multiplier(router, baseline) for router in fit.routers if router != baseline}
-        caption = f"How many times the FLOPs {baseline} needs for the same loss, with 95 % intervals."
-        figure = pictures.multipliers(gains, known, baseline)
+        alone = {router: fit.multipliers(router, baseline) for router in gains}
+        points = {(n, flops): one for n, of in alone.items() for flops, one in of.items() if not math.isnan(one.mean)}
+        caption = (
+            f"How many times the FLOPs {baseline} needs for the same loss, each budget alone, with 95 % intervals."
+        )
+        figure = pictures.against_baseline(points, known, f"compute multiplier against {baseline}", level=1.0)
         drawn.append(_picture(found.name, "Compute multipliers", caption, figure))
         if turning := [router for router in gains if fit.turns(router, baseline)]:
             notes.append(
                 f"Ahead of {baseline} at one budget and behind at another: {', '.join(turning)}. No single multiplier "
                 "says what these save; the table has one for each budget."
             )
-        local = {router: list(fit.multipliers(router, baseline).values()) for router in gains}
-        budgets = [short(compute) for compute in fit.multipliers(baseline, baseline)]
+        budgets = [short(flops) for flops in fit.multipliers(baseline, baseline)]
         rows = [
-            (known[name].place, name, [Cell(tables.shown(one, 3), one.mean) for one in (gain, *local[name])])
+            (known[name].place, name, [Cell(tables.shown(one, 3), one.mean) for one in (gain, *alone[name].values())])
             for name, gain in gains.items()
         ]
         heads = [f"against {baseline}", *(f"at {flops} alone" for flops in budgets)]
