@@ -211,7 +211,7 @@ def _over_all(
         first = sorted(analysis.ranks.items(), key=lambda item: item[1].mean)[:3]
         lines["Mean rank"] = _list([f"{name} {_shown(rank)}" for name, rank in first])
     for compute in computes:
-        if (fit := compute.fit) is not None and baseline in fit.routers:
+        if (fit := compute.fit) is not None and baseline in fit.routers and len(fit.routers) > 1:
             gains = {name: fit.multiplier(name, baseline) for name in fit.routers if name != baseline}
             turning = [name for name in gains if fit.turns(name, baseline)]
             ordered = sorted(gains.keys() - set(turning), key=lambda name: -gains[name].mean)

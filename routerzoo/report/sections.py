@@ -145,7 +145,7 @@ def by_compute(found: Compute, known: Mapping[str, Style], baseline: str) -> Sec
     caption = f"Means with 95 % intervals, and fitted laws with 95 % bands (bootstrap over seeds); {found.unit}."
     figure = pictures.scaling(fit, found.losses, known, found.unit)
     drawn.append(_picture(found.name, "Scaling", caption, figure))
-    if baseline in fit.routers:
+    if baseline in fit.routers and len(fit.routers) > 1:
         gains = {router: fit.multiplier(router, baseline) for router in fit.routers if router != baseline}
         alone = {router: fit.multipliers(router, baseline) for router in gains}
         points = {(n, flops): one for n, of in alone.items() for flops, one in of.items() if not math.isnan(one.mean)}

@@ -202,6 +202,13 @@ def test_budgets_have_scaling_curves_and_tuned_runs_stand_beside_untuned_ones(re
 
 
 @pytest.mark.full
+def test_one_router_has_a_law_and_no_multiplier(report):
+    folder, text = report(**{**SMALL, "routers": ("LinearRouter",), "seeds": 2}, steps=(100, 400, 1600))
+    assert [row["router"] for row in read(folder, "scaling.csv")] == ["LinearRouter"]
+    assert "Compute multipliers" not in text
+
+
+@pytest.mark.full
 def test_equal_reports_are_equal_bytes(report):
     folder, text = report(**{**SMALL, "seeds": 2})
     write_report(read_sweep(folder))
